@@ -1,0 +1,284 @@
+"""Retention (arXiv 2307.08621, section 2.1) in its three forms, as pure functions.
+
+Symbols: B batch, T time, H heads, K key dim, V value dim, C chunk; g_h the decay of head h.
+
+    recurrent    S_n = g S_{n-1} + k_n^T v_n;   o_n = q_n S_n                         (equation 6)
+    parallel     O = (Q K^T * D) V,   D_nm = g^(n-m) for n >= m, else 0                (equation 5)
+    chunkwise    parallel inside chunks, a state [K, V] between them                   (equation 7)
+
+All three take any T >= 1 and an initial state, and return the outputs and the state after the last
+token. They agree in outputs, states and gradients; ``retention_recurrent`` is the definition, the
+others are tested against it.
+
+Two optional tensors describe batches that are more than one text per row:
+
+    valid  bool [B, T]   False: padding. It adds nothing to the state, and does not count as time.
+    resets bool [B, T]   True: the first token of a new document; the state is cleared before it.
+
+The scores are not normalised: the paper's normalisations cancel in the head norm, but only as its
+eps goes to 0, and make the three forms disagree. Instead everything is computed in float32 (float64
+for float64 inputs) whatever the dtype of q, k and v; out and state come in that dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
+# cost and memory of that product stay linear in T.
+CHUNKS_PER_SPAN = 32
+
+
+def retention_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    valid: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Retention token by token: O(1) memory and time per token.
+
+    Args:
+        q, k: [B, H, T, K].
+        v: [B, H, T, V].
+        log_decay: ln g [H].
+        initial_state: [B, H, K, V]; zeros when None.
+        valid: bool [B, T], False at padding; all valid when None.
+        resets: bool [B, T], True where a new document begins; none when None.
+
+    Returns:
+        out [B, H, T, V] and the state after the last token [B, H, K, V], both float32 (float64 for
+        float64 inputs).
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+    """
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    state = _state_or_zeros(initial_state, q, k, v)
+    decay = log_decay.exp()[None, :, None]  # [1, H, 1]
+    if valid is not None:
+        decay = torch.where(valid[:, None], decay, 1.0)
+    if resets is not None:
+        decay = torch.where(resets[:, None], 0.0, decay)
+    decay = decay.expand(-1, -1, q.shape[2])[..., None, None]  # [B or 1, H, T, 1, 1]
+    outputs = []
+    for t in range(q.shape[2]):
+        state = decay[:, :, t] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append(q[:, :, t, None, :] @ state)
+    return torch.cat(outputs, dim=2), state
+
+
+def retention_parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    valid: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Retention over all pairs of tokens at once: O(T^2) time and memory.
+
+    Arguments, results and errors as in ``retention_recurrent``.
+    """
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    time, document = _clock(q, valid, resets)
+    out = (q @ k.mT * _decay_matrix(log_decay, time, document)) @ v
+    last_time = time[:, -1:]
+    last_document = None if document is None else document[:, -1:]
+    to_end = _decay_between(log_decay, last_time, time, last_document, document)
+    state = (k * to_end[..., None]).mT @ v
+    if initial_state is not None:
+        start = torch.zeros_like(time[:, :1])
+        first = None if document is None else torch.zeros_like(document[:, :1])
+        from_start = _decay_between(log_decay, time, start, document, first)
+        carried = initial_state.to(q.dtype)
+        out = out + (q * from_start[..., None]) @ carried
+        state = state + from_start[:, :, -1, None, None] * carried
+    return out, state
+
+
+def retention_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    valid: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Retention in chunks of C tokens: O(T C) time, memory linear in T, nothing of size T x T.
+
+    Arguments, results and errors as in ``retention_recurrent``; ``chunk_size`` is C >= 1 and may be
+    larger than T or not divide it.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    state = _state_or_zeros(initial_state, q, k, v)
+    length = q.shape[2]
+    chunk_size = min(chunk_size, length)
+    span = chunk_size * CHUNKS_PER_SPAN
+    outputs = []
+    for start in range(0, length, span):
+        cut = slice(start, min(start + span, length))
+        out, state = _chunkwise_span(
+            q[:, :, cut],
+            k[:, :, cut],
+            v[:, :, cut],
+            log_decay,
+            chunk_size,
+            state,
+            None if valid is None else valid[:, cut],
+            None if resets is None else resets[:, cut],
+        )
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+
+
+def _chunkwise_span(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    chunk_size: int,
+    state: Tensor,
+    valid: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``retention_chunkwise`` for N <= CHUNKS_PER_SPAN chunks, their states by one product."""
+    length = q.shape[2]
+    num_chunks = -(-length // chunk_size)
+    time, document = _clock(q, valid, resets)
+    end_time = torch.cat((time[:, chunk_size - 1 : -1 : chunk_size], time[:, -1:]), dim=1)  # [., N]
+    end_document = None
+    if document is not None:
+        end_document = torch.cat(
+            (document[:, chunk_size - 1 : -1 : chunk_size], document[:, -1:]), dim=1
+        )
+
+    padding = num_chunks * chunk_size - length
+    if padding:  # the last chunk is short: fill it with tokens that add nothing
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+        time = F.pad(time, (0, padding), value=length)
+        document = None if document is None else F.pad(document, (0, padding), value=-1)
+    q, k, v = (x.unflatten(2, (num_chunks, chunk_size)) for x in (q, k, v))  # [B, H, N, C, .]
+    time = time.unflatten(1, (num_chunks, chunk_size))  # [B or 1, N, C]
+    document = None if document is None else document.unflatten(1, (num_chunks, chunk_size))
+
+    # what each chunk adds to the state at its own end: U_i = sum_m g^(end_i - m) k_m^T v_m
+    ends, end_docs = end_time[..., None], None if end_document is None else end_document[..., None]
+    to_end = _decay_between(log_decay, ends, time, end_docs, document)  # [B or 1, H, N, C]
+    added = (k * to_end[..., None]).mT @ v  # [B, H, N, K, V]
+
+    # the state at each chunk's end: R_i = sum_{j <= i} g^(end_i - end_j) U_j + g^(end_i) S
+    between = _decay_matrix(log_decay, end_time, end_document)  # [B or 1, H, N, N]
+    start = torch.zeros_like(end_time[:, :1])
+    first = None if end_document is None else torch.zeros_like(end_document[:, :1])
+    from_start = _decay_between(log_decay, end_time, start, end_document, first)  # [., H, N]
+    states = (between @ added.flatten(3)).unflatten(3, added.shape[3:])
+    states = states + from_start[..., None, None] * state[:, :, None]
+    before = torch.cat((state[:, :, None], states[:, :, :-1]), dim=2)  # the state each chunk meets
+
+    # inside the chunks, all pairs; from before them, the state. Without padding and documents all
+    # chunks have the same decays: one [C, C] matrix serves them.
+    start_time = torch.cat((start, end_time[:, :-1]), dim=1)[..., None]
+    start_doc = None
+    if first is not None and end_document is not None:
+        start_doc = torch.cat((first, end_document[:, :-1]), dim=1)[..., None]
+    since_start = _decay_between(log_decay, time, start_time, document, start_doc)
+    if valid is None and resets is None:
+        time = time[:, :1]
+    scores = q @ k.mT * _decay_matrix(log_decay, time, document)
+    out = scores @ v + (q * since_start[..., None]) @ before
+    return out.flatten(2, 3)[:, :, :length], states[:, :, -1]
+
+
+def _promote(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    valid: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Check the shapes, widen to at least float32, and take padding out of keys and resets."""
+    batch, heads, length, key_dim = q.shape
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [B, H, T, K], "
+            "[B, H, T, K] and [B, H, T, V]"
+        )
+    if length == 0:
+        raise ValueError(f"q {tuple(q.shape)} has no tokens: T must be at least 1")
+    if log_decay.shape != (heads,):
+        raise ValueError(f"log_decay {tuple(log_decay.shape)} must be [H], here [{heads}]")
+    state_shape = (batch, heads, key_dim, v.shape[3])
+    if initial_state is not None and initial_state.shape != state_shape:
+        raise ValueError(f"initial_state {tuple(initial_state.shape)} must be {state_shape}")
+    for name, flags in (("valid", valid), ("resets", resets)):
+        if flags is not None and flags.shape != (batch, length):
+            raise ValueError(f"{name} {tuple(flags.shape)} must be {(batch, length)}")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, log_decay = (x.to(dtype) for x in (q, k, v, log_decay))
+    if valid is not None:
+        k = k.masked_fill(~valid[:, None, :, None], 0)
+        resets = None if resets is None else resets & valid
+    return q, k, v, log_decay, resets
+
+
+def _state_or_zeros(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if state is None:
+        return q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
+    return state.to(q.dtype)
+
+
+def _clock(q: Tensor, valid: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """How many valid tokens there are up to each token, itself included, and its document's number.
+
+    Returns:
+        time int64 [B, T], or [1, T] when nothing is padding; document int64 [B, T], or None when
+        all belongs to one.
+    """
+    if valid is None:
+        time = torch.arange(1, q.shape[2] + 1, device=q.device)[None]
+    else:
+        time = valid.cumsum(1)
+    return time, None if resets is None else resets.cumsum(1)
+
+
+def _decay_between(
+    log_decay: Tensor,
+    later: Tensor,
+    earlier: Tensor,
+    later_document: Tensor | None,
+    earlier_document: Tensor | None,
+) -> Tensor:
+    """g_h^(later - earlier) for each head, 0 between different documents.
+
+    The times (and documents) are [B or 1, ...] and broadcast; the result has the heads at dim 1.
+    """
+    span = (later - earlier).clamp(min=0)  # below 0 only where the keys are 0: keep it finite there
+    log_decay = log_decay.view(-1, *[1] * (span.dim() - 1))
+    decay = (span[:, None].to(log_decay.dtype) * log_decay).exp()
+    if later_document is None or earlier_document is None:
+        return decay
+    same = later_document == earlier_document
+    return decay * same[:, None]
+
+
+def _decay_matrix(log_decay: Tensor, time: Tensor, document: Tensor | None) -> Tensor:
+    """D of equation 5: [B or 1, H, ..., n, m] from times [B or 1, ..., n]; causal by index."""
+    document_n = None if document is None else document[..., :, None]
+    document_m = None if document is None else document[..., None, :]
+    decay = _decay_between(
+        log_decay, time[..., :, None], time[..., None, :], document_n, document_m
+    )
+    return decay.tril()

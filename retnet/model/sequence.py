@@ -1,0 +1,156 @@
+"""What a forward pass needs to know about its tokens besides their ids.
+
+Rows may hold padding, several documents, and the continuation of an earlier call. From the mask,
+the ids and the record that the cache keeps per row, ``describe_tokens`` derives everything at once,
+without a host synchronisation: which tokens are valid, where a document begins, every token's
+position, and the next record.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# columns of a cache's record, int64 [B, 3]
+SEEN, NEXT_POSITION, SEGMENT = range(3)
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """The tokens of one call.
+
+    Attributes:
+        positions: int64 [B, T], or [1, T] when they are the same in all rows.
+        valid: bool [B, T], False at padding; None when there was no mask.
+        resets: bool [B, T], True where a document begins that is not the row's first; None when the
+            call said nothing of documents.
+        record: int64 [B, 3] after this call: tokens seen, next position, last segment.
+    """
+
+    positions: Tensor
+    valid: Tensor | None
+    resets: Tensor | None
+    record: Tensor
+
+
+def empty_record(batch_size: int, device: torch.device) -> Tensor:
+    """The record of rows that have seen nothing: int64 zeros [B, 3]."""
+    return torch.zeros(batch_size, 3, dtype=torch.int64, device=device)
+
+
+def describe_tokens(
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    record: Tensor | None = None,
+    past_length: int = 0,
+) -> TokenInfo:
+    """Work out validity, document starts and positions of the tokens of one call.
+
+    A document begins where the segment id differs from that of the valid token before, or where the
+    position id is not greater than the one before. Padding has no say in either.
+
+    Args:
+        batch_size, length: B, T.
+        device: Where the tokens are.
+        attention_mask: 0/1 [B, T], or [B, past + T] of which the last T columns count.
+        segment_ids: int [B, T]; a call without them goes on with the row's segment.
+        position_ids: int [B, T] or [1, T]; a document's own count from 0 when None.
+        record: int64 [B, 3] from the cache; a fresh row when None.
+        past_length: Columns of the earlier calls, padding included.
+
+    Raises:
+        ValueError: A tensor of another shape.
+    """
+    shape = (batch_size, length)
+    valid = _last_columns(attention_mask, shape, past_length)
+    segment_ids = _fit("segment_ids", segment_ids, shape)
+    position_ids = _fit("position_ids", position_ids, shape)
+    if valid is None and segment_ids is None and position_ids is None:
+        return _plain(shape, device, record)
+
+    if record is None:
+        record = empty_record(batch_size, device)
+    present = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
+    index = torch.where(present, torch.arange(length, device=device), -1)
+    latest = index.cummax(1).values  # of the last valid token up to here, -1 before the first
+    previous = torch.cat((torch.full_like(latest[:, :1], -1), latest[:, :-1]), dim=1)
+    begun = (previous >= 0) | (record[:, None, SEEN] > 0)  # something valid came before
+
+    resets: Tensor | None = None
+    if segment_ids is not None:
+        resets = segment_ids != _pick(segment_ids, previous, record[:, SEGMENT])
+    if position_ids is not None:
+        back = position_ids <= _pick(position_ids, previous, record[:, NEXT_POSITION] - 1)
+        resets = back if resets is None else resets | back
+    if resets is not None:
+        resets = resets & present & begun
+
+    count = present.cumsum(1)
+    positions = position_ids
+    if positions is None:
+        positions = count - 1 + record[:, None, NEXT_POSITION]
+        if resets is not None:  # a document counts its own tokens from 0
+            begin = torch.where(resets, count, 0).cummax(1).values
+            positions = torch.where(begin > 0, count - begin, positions)
+
+    last = latest[:, -1:]
+    record = torch.stack(
+        (
+            record[:, SEEN] + count[:, -1],
+            _pick(positions + 1, last, record[:, NEXT_POSITION])[:, 0],
+            record[:, SEGMENT]
+            if segment_ids is None
+            else _pick(segment_ids, last, record[:, SEGMENT])[:, 0],
+        ),
+        dim=1,
+    )
+    return TokenInfo(positions, valid, resets, record)
+
+
+def _plain(shape: tuple[int, int], device: torch.device, record: Tensor | None) -> TokenInfo:
+    """No padding, no documents: positions go on from the record."""
+    steps = torch.arange(shape[1], device=device)[None]
+    if record is None:
+        record = empty_record(shape[0], device)
+        positions = steps
+    else:
+        positions = record[:, NEXT_POSITION, None] + steps
+    advanced = torch.cat((record[:, :SEGMENT] + shape[1], record[:, SEGMENT:]), dim=1)
+    return TokenInfo(positions, None, None, advanced)
+
+
+def _last_columns(mask: Tensor | None, shape: tuple[int, int], past_length: int) -> Tensor | None:
+    if mask is None:
+        return None
+    batch, length = shape
+    if (
+        mask.dim() != 2
+        or mask.shape[0] != batch
+        or mask.shape[1] not in (length, past_length + length)
+    ):
+        wanted = f"[{batch}, {length}]"
+        if past_length:
+            wanted += f" or [{batch}, {past_length + length}] (cached tokens included)"
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} must be {wanted}, 1 at tokens, 0 at padding"
+        )
+    return mask[:, mask.shape[1] - length :].bool()
+
+
+def _fit(name: str, ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    if ids is None:
+        return None
+    if ids.dim() != 2 or ids.shape[0] not in (1, shape[0]) or ids.shape[1] != shape[1]:
+        raise ValueError(f"{name} {list(ids.shape)} must be {list(shape)}, one id for each token")
+    return ids.expand(shape).to(torch.int64)
+
+
+def _pick(values: Tensor, index: Tensor, otherwise: Tensor) -> Tensor:
+    """values [B, T] at index [B, n], or ``otherwise`` [B] where the index is -1."""
+    picked = values.expand(index.shape[0], -1).gather(1, index.clamp(min=0))
+    return torch.where(index >= 0, picked, otherwise[:, None])
