@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from transformers.utils import logging as transformers_logging
+
 from retnet.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -34,6 +36,7 @@ def configure_logging() -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    transformers_logging.disable_progress_bar()  # of weights being written and loaded
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

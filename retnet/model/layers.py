@@ -1,5 +1,6 @@
 """The parts of a block: norms, retention as a mixer, the feed-forward network."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,13 @@ def rotary_cos_sin(config: DecoderConfig, positions: Tensor, like: Tensor) -> tu
         base=config.rotary_base,
     )
     return rotation(angles, torch.promote_types(like.dtype, torch.float32), like.device)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off: positions, decays, states and head norms are never below float32."""
+    if device.type == "meta":  # which knows no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
@@ -113,7 +121,7 @@ class MultiScaleRetention(nn.Module):
         q = split_heads(self.q_proj(hidden), config.num_heads)
         k = split_heads(self.k_proj(hidden), config.num_heads)
         v = split_heads(self.v_proj(hidden), config.num_heads)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             scale = config.head_dim**-0.5  # of the keys, taken along by their rotation
             q = rotate(q, inputs.cos, inputs.sin, config.rotary_layout)
             k = rotate(k, inputs.cos * scale, inputs.sin * scale, config.rotary_layout)

@@ -1,0 +1,135 @@
+"""The cache of preparations: complete folders only.
+
+A preparation is built under a temporary name and renamed when it is complete, so another process
+sees all of it or nothing, and of two that build the same one the later keeps the earlier's.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data.token_file import DamagedTokenFileError, TokenFile
+from retnet.data.tokenizer import tokenizer_hash
+from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RECORD: Final = "record.json"
+TRAIN: Final = "train"
+VALIDATION: Final = "validation"
+TOKENIZER: Final = "tokenizer"
+TEMPORARY = ".unfinished-"
+ABANDONED_S = 24 * 3600
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """Both sides' tokens, the tokenizer, and how to make the validation side again.
+
+    ``record`` is JSON-able: source, split rule, hashes of the corpus, the validation documents
+    and the tokenizer, counts on each side, and for python-stdlib the Python version.
+    """
+
+    train: TokenFile
+    validation: TokenFile
+    tokenizer: PreTrainedTokenizerFast
+    record: dict[str, Any]
+
+
+def open_entry(entry: Path) -> PreparedData | None:
+    """The preparation in a folder of the cache; None when it is not there or damaged."""
+    if not entry.exists():
+        return None
+    try:
+        record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
+        train, validation = TokenFile.open(entry / TRAIN), TokenFile.open(entry / VALIDATION)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
+        if tokenizer_hash(tokenizer) != record["tokenizer_sha256"]:
+            raise DamagedTokenFileError(f"{entry / TOKENIZER} is not what was written")
+    except Exception as error:  # a damaged file can fail in any way; it is made again
+        logger.warning("%s is damaged and is made again (%s)", entry, error)
+        return None
+    return PreparedData(train, validation, tokenizer, record)
+
+
+def save_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record, the last file of an entry."""
+    text = json.dumps(record, indent=2) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
+
+
+def known_revision(cache_dir: Path, location: str) -> str | None:
+    """The revision of a Hub data set that was prepared last, for a start without network."""
+    for path in sorted(
+        cache_dir.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
+    ):
+        try:
+            source = json.loads(path.read_text(encoding="utf-8"))["source"]
+            if source["kind"] == "hub" and source["location"] == location:
+                return source["revision"]
+        except (ValueError, KeyError, TypeError):  # a damaged entry knows nothing
+            continue
+    return None
+
+
+@contextmanager
+def unfinished(entry: Path) -> Iterator[Path]:
+    """A temporary folder beside ``entry``; it is gone after the block, with parents made for it.
+
+    Raises:
+        UserError: The cache folder cannot be written.
+    """
+    made = [parent for parent in (entry.parent, *entry.parent.parents) if not parent.exists()]
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        for old in entry.parent.glob(f"{TEMPORARY}*"):  # of processes that were killed
+            if old.stat().st_mtime < time.time() - ABANDONED_S:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=entry.parent))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir ({entry.parent}) cannot be written ({error.strerror}): "
+            "name a folder that can"
+        ) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir ({entry.parent}) cannot be written ({error.strerror or error}): "
+            "free space there, or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def publish(complete: Path, entry: Path) -> PreparedData:
+    """Rename a complete folder to its place, unless another process has filled it meanwhile.
+
+    A damaged entry there is moved into the temporary folder first, and goes with it.
+    """
+    found = open_entry(entry)
+    if found is not None:
+        return found
+    if entry.exists():
+        entry.rename(complete.with_name("damaged"))
+    try:
+        complete.rename(entry)
+    except OSError:  # a folder with files cannot be renamed onto: somebody was quicker
+        if not entry.exists():
+            raise
+    prepared = open_entry(entry)
+    if prepared is None:
+        raise OSError(f"{entry} was written and cannot be read back")
+    return prepared

@@ -1,0 +1,263 @@
+"""From a ``DataSpec`` to token files: read, split, train the tokenizer, tokenise, keep."""
+
+import hashlib
+import json
+import logging
+import re
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data.batches import check_window
+from retnet.data.cache import (
+    TOKENIZER,
+    TRAIN,
+    VALIDATION,
+    PreparedData,
+    open_entry,
+    publish,
+    save_record,
+    unfinished,
+)
+from retnet.data.progress import Phase, phase
+from retnet.data.sources import Source, open_source, open_validation, reopen_source
+from retnet.data.spec import BPE, DataSpec
+from retnet.data.split import DocumentsHash, SplitRule, Survey, choose_split, survey_documents
+from retnet.data.token_file import TokenFileWriter
+from retnet.data.tokenizer import (
+    encode_documents,
+    load_tokenizer,
+    max_token_id,
+    tokenizer_hash,
+    train_bpe,
+)
+from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the cache and its records; a higher one leaves older entries unused
+Side = Literal["train", "validation"]
+
+
+def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedData:
+    """Token files for ``spec``: from the cache when nothing changed, else made now.
+
+    Args:
+        spec: The ``data`` section.
+        vocab_limit: Entries of the model's embedding where they are fixed already; None where
+            the model takes its vocabulary from the tokenizer.
+
+    Raises:
+        UserError: Whatever is wrong with the text, the tokenizer or an option; nothing is left
+            behind then.
+    """
+    spec.validate()
+    source = open_source(spec)
+    validation = open_validation(spec, source)
+    tokenizer = None
+    if spec.tokenizer != BPE:
+        tokenizer = load_tokenizer(spec.tokenizer, vocab_limit=vocab_limit)
+    elif vocab_limit is not None and spec.vocab_size > vocab_limit:
+        raise UserError(
+            f"data.vocab_size ({spec.vocab_size}) is beyond the model's vocabulary of "
+            f"{vocab_limit}: set it to at most that"
+        )
+    fingerprints = _fingerprints(source, validation)
+    name = _entry_name(spec, source, validation, fingerprints, tokenizer)
+    entry = Path(spec.cache_dir).expanduser() / name
+    prepared = open_entry(entry)
+    if prepared is None:
+        with unfinished(entry) as folder:
+            complete = folder / "complete"
+            _build(complete, spec, source, validation, tokenizer)
+            if _fingerprints(source, validation) != fingerprints:
+                raise UserError(
+                    f"data.source ({spec.source}) changed while it was being read: start again"
+                )
+            prepared = publish(complete, entry)
+    check_window(prepared.train.num_tokens, spec.seq_len)
+    logger.info(
+        "data in %s: %s training and %s validation tokens",
+        entry,
+        f"{prepared.train.num_tokens:,}",
+        f"{prepared.validation.num_tokens:,}",
+    )
+    return prepared
+
+
+def rebuild_validation(record: dict[str, Any]) -> list[str]:
+    """The validation documents that a ``PreparedData.record`` describes, read again.
+
+    Raises:
+        UserError: The corpus is gone, or no longer gives the same documents.
+    """
+    given = record["validation_source"]
+    source = reopen_source(given or record["source"])
+    rule = SplitRule.from_record(record["split"])
+    total = DocumentsHash()
+    documents = []
+    for text in _read(source):
+        part = text if given else rule.divide(text)[1]
+        if part:
+            documents.append(part)
+            total.add(part.encode())
+    if total.hexdigest() != record["validation_sha256"]:
+        made_by = record["source"].get("python")
+        hint = f" (it was made with Python {made_by})" if made_by else ""
+        raise UserError(
+            f"the validation text of {source.name} is not what it was when the record was made"
+            f"{hint}: restore it, or name a text to compare on"
+        )
+    return documents
+
+
+def _fingerprints(source: Source, validation: Source | None) -> list[str | None]:
+    return [source.fingerprint(), validation.fingerprint() if validation else None]
+
+
+def _entry_name(
+    spec: DataSpec,
+    source: Source,
+    validation: Source | None,
+    fingerprints: list[str | None],
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> str:
+    """A readable name and a hash of everything that decides the token files."""
+    decides = {
+        "format": FORMAT,
+        "source": source.to_record(),
+        "validation": validation.to_record() if validation else spec.validation_fraction,
+        "fingerprints": fingerprints,
+        "tokenizer": tokenizer_hash(tokenizer) if tokenizer else [BPE, spec.vocab_size],
+        "tokenizers": tokenizers.__version__,
+        "max_tokens": spec.max_tokens,
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    label = re.sub(r"[^\w.-]+", "-", Path(spec.source).name).strip("-.")[:40] or "text"
+    return f"{label}-{key}"
+
+
+def _build(
+    folder: Path,
+    spec: DataSpec,
+    source: Source,
+    validation: Source | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> None:
+    """Fill ``folder``: survey, split, tokenizer, both token files, and the record last."""
+    survey = _survey(source, "data.source")
+    rule = SplitRule("given")
+    if validation is None:
+        rule = choose_split(survey, spec.validation_fraction, spec.source)
+    else:
+        _survey(validation, "data.validation")
+    if tokenizer is None:
+        with phase("training the tokenizer", total=survey.num_bytes) as counter:
+            texts = _count(_side(source, rule, TRAIN), counter)
+            tokenizer = train_bpe(texts, spec.vocab_size)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source.to_record(),
+        "validation_source": validation.to_record() if validation else None,
+        "split": rule.to_record(),
+        "corpus_sha256": survey.sha256,
+        "tokenizer": spec.tokenizer,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+    }
+    held_back = _side(source, rule, VALIDATION) if validation is None else _read(validation)
+    train = _side(source, rule, TRAIN)
+    for side, texts, max_tokens in ((TRAIN, train, spec.max_tokens), (VALIDATION, held_back, None)):
+        facts = _write(folder / side, texts, tokenizer, max_tokens, f"tokenising {side}")
+        if facts["documents"] == 0:
+            raise UserError(
+                f"data.validation_fraction ({spec.validation_fraction}) of data.source "
+                f"({spec.source}) leaves the {side} side empty: use another fraction or more text"
+            )
+        record[f"{side}_sha256"] = facts.pop("sha256")
+        record[side] = facts
+    check_window(record[TRAIN]["tokens"], spec.seq_len)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    save_record(folder, record)
+
+
+def _survey(source: Source, key: str) -> Survey:
+    with phase(f"reading {source.name}") as counter:
+        survey = survey_documents(text.encode() for text in _count(_read(source), counter))
+    if not survey.num_bytes:
+        raise UserError(f"{key} ({source.name}) is empty: name a file with text")
+    return survey
+
+
+def _read(source: Source) -> Iterator[str]:
+    """The documents with text in them, checked to be encodable."""
+    for number, text in enumerate(source.documents(), start=1):
+        if not text:
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{source.name} document {number} holds half a surrogate pair at character "
+                f"{error.start}, which is not text: repair or remove the document"
+            ) from error
+        yield text
+
+
+def _side(source: Source, rule: SplitRule, side: Side) -> Iterator[str]:
+    """One side's documents."""
+    for text in _read(source):
+        part = rule.divide(text)[0 if side == TRAIN else 1]
+        if part:
+            yield part
+
+
+def _count(texts: Iterator[str], counter: Phase) -> Iterator[str]:
+    for text in texts:
+        counter.advance(len(text.encode()))
+        yield text
+
+
+def _write(
+    folder: Path,
+    texts: Iterator[str],
+    tokenizer: PreTrainedTokenizerFast,
+    max_tokens: int | None,
+    title: str,
+) -> dict[str, Any]:
+    """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
+    waiting: deque[int] = deque()  # sizes of the documents that the encoder holds
+    total = DocumentsHash()
+
+    def measured() -> Iterator[str]:
+        for text in texts:
+            encoded = text.encode()
+            waiting.append(len(encoded))
+            total.add(encoded)
+            yield text
+
+    with phase(title) as counter, TokenFileWriter(folder, max_token_id(tokenizer)) as writer:
+        for ids in encode_documents(tokenizer, measured()):
+            num_bytes = waiting.popleft()
+            if max_tokens is not None and writer.num_tokens + len(ids) > max_tokens:
+                kept = max_tokens - writer.num_tokens
+                if kept:
+                    writer.add(ids[:kept], round(num_bytes * kept / len(ids)))
+                break
+            writer.add(ids, num_bytes)
+            counter.advance(num_bytes)
+        facts = {
+            "documents": writer.num_documents,
+            "bytes": writer.num_bytes,
+            "tokens": writer.num_tokens,
+            "sha256": total.hexdigest(),
+        }
+        writer.finish(
+            sha256=total.hexdigest(),
+            tokenizer_sha256=tokenizer_hash(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return facts

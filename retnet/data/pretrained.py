@@ -1,0 +1,76 @@
+"""Tokenizers that others trained: a local folder, the local cache of the Hub, or the Hub."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from retnet.data.hub import hub_revision
+from retnet.errors import UserError
+
+
+def load_pretrained(
+    name: str, vocab_limit: int | None, lacking: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    """A pretrained tokenizer that has a beginning, an end and a padding token.
+
+    Args:
+        name: Folder or Hub name.
+        vocab_limit: Entries of the model's embedding, None where it follows the tokenizer.
+        lacking: Texts of the tokens to add where the tokenizer has none: bos, eos, pad.
+
+    Raises:
+        UserError: There is no such tokenizer or it is not a fast one.
+    """
+    tokenizer = _load(name)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"data.tokenizer ({name}) has no tokenizer.json: convert it to a fast tokenizer"
+        )
+    tokenizer.split_special_tokens = True
+    tokenizer.init_kwargs["split_special_tokens"] = True
+    for kind in ("eos", "bos", "pad"):
+        _provide(tokenizer, kind, lacking[kind], vocab_limit)
+    return tokenizer
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # missing, damaged and unknown files each raise another kind
+            raise UserError(
+                f"data.tokenizer ({name}) is a folder without a tokenizer that can be read "
+                f"({' '.join(str(error).split())}): name one with tokenizer.json"
+            ) from error
+    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"data.tokenizer ({name}) is not a folder: name the folder that holds tokenizer.json"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # not in the local cache; the Hub decides
+        revision = hub_revision(name, "model", f"data.tokenizer ({name})")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise UserError(
+            f"data.tokenizer ({name}) cannot be loaded from the Hub "
+            f"({' '.join(str(error).split())}): name a repository with tokenizer.json"
+        ) from error
+
+
+def _provide(
+    tokenizer: PreTrainedTokenizerFast, kind: str, text: str, vocab_limit: int | None
+) -> None:
+    """Give the tokenizer its bos, eos or pad token if it has none (or pads with the end token)."""
+    current = getattr(tokenizer, f"{kind}_token")
+    if current is not None and not (kind == "pad" and current == tokenizer.eos_token):
+        return
+    next_id = max(tokenizer.get_vocab().values()) + 1
+    if kind == "eos" or vocab_limit is None or next_id < vocab_limit:
+        tokenizer.add_special_tokens({f"{kind}_token": text})
+    elif kind == "bos":
+        tokenizer.bos_token = tokenizer.eos_token
+    else:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

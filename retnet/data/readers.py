@@ -1,0 +1,180 @@
+"""One reader per file suffix: a path in, documents out.
+
+A .txt or .md file is one document; a row of .jsonl, .csv and .parquet is one.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from retnet.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+PARQUET_ROWS = 1024
+MAX_CSV_FIELD = 2**31 - 1  # what a C long holds on every system
+BOM = codecs.BOM_UTF8.decode()
+
+
+def read_documents(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the documents of one file in order.
+
+    Raises:
+        UserError: The file is unreadable, damaged, not UTF-8 (with the offset of the first bad
+            byte), or a row lacks ``text_field`` (with the fields there are).
+    """
+    try:
+        yield from READERS[suffix_of(path)](path, text_field)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text: the first bad byte is at offset {_first_bad_byte(path)}; "
+            "convert the file to UTF-8 or leave it out"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): compress it again with gzip") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): check the file and its permissions"
+        ) from error
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that decides the reader, in lower case: ".txt", ".jsonl.gz"."""
+    name = path.name.lower()
+    if name.endswith(".jsonl.gz"):
+        return ".jsonl.gz"
+    return Path(name).suffix
+
+
+def text_of_row(row: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of a row; a null is an empty text.
+
+    Args:
+        row: Field names and values.
+        text_field: The field with the text.
+        where: File and row, for the message.
+
+    Raises:
+        UserError: The field is missing or holds no string.
+    """
+    if text_field not in row:
+        raise missing_field(text_field, [str(key) for key in row], where)
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(
+            f"data.text_field ({text_field}) of {where} holds {type(text).__name__}, not text: "
+            "name a field of strings"
+        )
+    return text
+
+
+def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
+    """The error for a field that is not there; it lists the fields there are."""
+    known = ", ".join(fields) or "none"
+    return UserError(
+        f"data.text_field ({text_field}) is not a field of {where}: "
+        f"set it to one of the fields there are ({known})"
+    )
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    if suffix_of(path).endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))  # the caller closes it
+    return path.open("rb")
+
+
+def _first_bad_byte(path: Path) -> int:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    consumed = 0
+    with _open_binary(path) as stream:
+        while True:
+            block = stream.read(BLOCK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return consumed - pending + error.start
+            if not block:
+                raise AssertionError(f"{path} is UTF-8 after all: it changed while being read")
+            consumed += len(block)
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[str]:
+    yield path.read_bytes().decode("utf-8").removeprefix(BOM)
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with _open_binary(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            text = line.decode("utf-8").removeprefix(BOM)
+            if not text.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise UserError(
+                    f"{where} is not JSON ({error}): write one JSON object per line"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{where} holds {type(row).__name__}, not an object with fields: "
+                    f'write {{"{text_field}": ...}}'
+                )
+            yield text_of_row(row, text_field, where)
+
+
+def _read_csv(path: Path, text_field: str) -> Iterator[str]:
+    # The csv module refuses fields over 128 KiB by default; a document may be any length.
+    limit = csv.field_size_limit(MAX_CSV_FIELD)
+    try:
+        with _open_binary(path) as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+            rows = csv.DictReader(text, strict=True)
+            if text_field not in (rows.fieldnames or []):
+                raise missing_field(text_field, list(rows.fieldnames or []), str(path))
+            for row in rows:
+                yield text_of_row(row, text_field, f"{path} line {rows.line_num}")
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV ({error}): repair that line") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise missing_field(text_field, names, str(path))
+            row_number = 0
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row_number += 1
+                    yield text_of_row({text_field: text}, text_field, f"{path} row {row_number}")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"
+        ) from error
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = ", ".join(READERS)
+PLAIN_TEXT = (".txt", ".md")

@@ -1,0 +1,291 @@
+"""Where documents come from: the standard library, local files, or a Hub data set.
+
+A source can be opened again from its ``to_record()`` form, read any number of times, and has a
+fingerprint that changes exactly when its content does.
+"""
+
+import glob
+import hashlib
+import logging
+import platform
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from retnet.data.cache import known_revision
+from retnet.data.hub import HubSource, HubUnreachableError, is_hub_layout, open_hub
+from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, read_documents, suffix_of
+from retnet.data.spec import PYTHON_STDLIB, DataSpec
+from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Tests and tables are no prose of code; site-packages and dist-packages are not the library.
+STDLIB_SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
+GLOB_SIGNS = re.compile(r"[*?\[]")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Source(Protocol):
+    """A sequence of documents."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+
+    def fingerprint(self) -> str:
+        """A hash of the content, quick enough for every start."""
+
+    def documents(self) -> Iterator[str]:
+        """The documents in order; empty ones are left out by the caller."""
+
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-able form for ``reopen_source``."""
+
+
+@dataclass(frozen=True)
+class StdlibSource:
+    """The .py files of the running interpreter's standard library, one document a file."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return PYTHON_STDLIB
+
+    def fingerprint(self) -> str:
+        return hash_files(self._files(), self.folder)
+
+    def documents(self) -> Iterator[str]:
+        for path in self._files():
+            content = path.read_bytes()
+            encoding, _ = tokenize.detect_encoding(BytesIO(content).readline)
+            yield content.decode(encoding)
+
+    def to_record(self) -> dict[str, Any]:
+        return {"kind": PYTHON_STDLIB, "python": platform.python_version()}
+
+    def _files(self) -> list[Path]:
+        found = [
+            path
+            for path in self.folder.rglob("*.py")
+            if not STDLIB_SKIPPED.intersection(path.relative_to(self.folder).parts[:-1])
+            and path.is_file()
+        ]
+        if not found:
+            raise UserError(
+                f"data.source ({PYTHON_STDLIB}) has no .py files in {self.folder}: "
+                "this Python keeps none there, so name a file or folder of text"
+            )
+        return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Local files, in sorted order."""
+
+    location: str  # the absolute path or glob
+    files: tuple[Path, ...]
+    text_field: str
+
+    @property
+    def name(self) -> str:
+        return self.location
+
+    def fingerprint(self) -> str:
+        return hash_files(self.files, None)
+
+    def documents(self) -> Iterator[str]:
+        for path in self.files:
+            yield from read_documents(path, self.text_field)
+
+    def to_record(self) -> dict[str, Any]:
+        return {"kind": "files", "location": self.location, "text_field": self.text_field}
+
+
+def hash_files(files: list[Path] | tuple[Path, ...], folder: Path | None) -> str:
+    """The sha256 of names (relative to ``folder`` where given) and contents of files."""
+    total = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(folder).as_posix() if folder else str(path)
+        try:
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): check the file and its permissions"
+            ) from error
+        total.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
+    return total.hexdigest()
+
+
+def open_source(spec: DataSpec) -> Source:
+    """The source that ``data.source`` names.
+
+    Raises:
+        UserError: Nothing is there, or an option does not apply to what is there.
+    """
+    key = "data.source"
+    try:
+        source = open_location(spec.source, key, spec.text_field, spec.hub_config, spec.split)
+    except HubUnreachableError:
+        revision = known_revision(Path(spec.cache_dir).expanduser(), spec.source)
+        if revision is None:
+            raise
+        logger.warning("%s (%s): no network, revision %s as before", key, spec.source, revision)
+        source = HubSource(spec.source, key, spec.text_field, spec.hub_config, spec.split, revision)
+    if not isinstance(source, HubSource):
+        if spec.hub_config is not None:
+            raise UserError(
+                f"data.hub_config ({spec.hub_config}) has no meaning for data.source "
+                f"({spec.source}), which is not a Hub data set: leave it out"
+            )
+        if spec.split != "train":
+            raise UserError(
+                f"data.split ({spec.split}) has no meaning for data.source ({spec.source}), "
+                "which is not a Hub data set: leave it out, and name validation text in "
+                "data.validation"
+            )
+    return source
+
+
+def open_validation(spec: DataSpec, source: Source) -> Source | None:
+    """The source that ``data.validation`` names: a path or glob, else a split of ``source``.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if spec.validation is None:
+        return None
+    if is_local(spec.validation):
+        return open_location(spec.validation, "data.validation", spec.text_field, None, "train")
+    if isinstance(source, HubSource):
+        return source.with_split(spec.validation, "data.validation")
+    raise UserError(
+        f"data.validation ({spec.validation}) is no file, folder or glob: correct the path "
+        "(split names are for Hub data sets only)"
+    )
+
+
+def is_local(location: str) -> bool:
+    """Whether a name can only mean local files."""
+    path = Path(location).expanduser()
+    return (
+        path.exists()
+        or location == PYTHON_STDLIB
+        or bool(GLOB_SIGNS.search(location))
+        or suffix_of(path) in READERS
+        or not HUB_NAME.fullmatch(location)
+    )
+
+
+def open_location(
+    location: str, key: str, text_field: str, hub_config: str | None, split: str
+) -> Source:
+    """The source at a location: a name, an existing path, a glob, else a Hub name.
+
+    Args:
+        location: As the user wrote it.
+        key: The configuration key it comes from, for messages.
+        text_field: Field of rows with the text.
+        hub_config: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+
+    Raises:
+        UserError: Nothing is there.
+    """
+    if location == PYTHON_STDLIB:
+        return StdlibSource(Path(sysconfig.get_path("stdlib")))
+    path = Path(location).expanduser()
+    if path.is_dir():
+        if is_hub_layout(path):
+            logger.info("%s (%s): a data set folder, split %s", key, location, split)
+            return open_hub(str(path.resolve()), key, text_field, hub_config, split)
+        return _file_source(str(path.resolve()), _files_of_folder(path, key), text_field)
+    if path.exists():
+        if suffix_of(path) not in READERS:
+            raise UserError(
+                f"{key} ({location}) has a suffix that is not known "
+                f"({suffix_of(path) or 'none'}): use one of {SUFFIXES}"
+            )
+        return _file_source(str(path.resolve()), [path.resolve()], text_field)
+    if GLOB_SIGNS.search(location):
+        absolute = str(Path.cwd() / path)
+        return _file_source(absolute, _files_of_glob(absolute, location, key), text_field)
+    if is_local(location):
+        raise UserError(f"{key} ({location}) does not exist: correct the path")
+    return open_hub(location, key, text_field, hub_config, split)
+
+
+def reopen_source(record: dict[str, Any]) -> Source:
+    """The source of a ``to_record()``; Hub data at the revision it had then.
+
+    Raises:
+        UserError: It is gone.
+    """
+    if record["kind"] == PYTHON_STDLIB:
+        return open_location(PYTHON_STDLIB, "data.source", "text", None, "train")
+    if record["kind"] == "hub":
+        if record["revision"] is None and not Path(record["location"]).is_dir():
+            raise UserError(f"data.source ({record['location']}) does not exist: restore it")
+        return open_hub(
+            record["location"],
+            "data.source",
+            record["text_field"],
+            record["hub_config"],
+            record["split"],
+            revision=record["revision"],
+        )
+    return open_location(record["location"], "data.source", record["text_field"], None, "train")
+
+
+def _file_source(location: str, files: list[Path], text_field: str) -> FileSource:
+    if text_field != "text" and all(suffix_of(path) in PLAIN_TEXT for path in files):
+        logger.warning(
+            "data.text_field (%s) has no effect: %s holds plain text", text_field, location
+        )
+    return FileSource(location, tuple(files), text_field)
+
+
+def _files_of_folder(folder: Path, key: str) -> list[Path]:
+    folder = folder.resolve()
+    found = [
+        path
+        for path in folder.rglob("*")
+        if suffix_of(path) in READERS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    if not found:
+        raise UserError(
+            f"{key} ({folder}) is a folder without a file to read: put files of {SUFFIXES} there"
+        )
+    return sorted(found, key=lambda path: PurePosixPath(path.relative_to(folder)).as_posix())
+
+
+def _files_of_glob(absolute: str, pattern: str, key: str) -> list[Path]:
+    matches = (Path(match) for match in glob.glob(absolute, recursive=True))  # noqa: PTH207
+    found = sorted(path for path in matches if path.is_file())
+    if not found:
+        raise UserError(f"{key} ({pattern}) matches no file: correct the pattern")
+    for path in found:
+        if suffix_of(path) not in READERS:
+            raise UserError(
+                f"{key} ({pattern}) matches {path.name}, whose suffix is not known: "
+                f"narrow the pattern to {SUFFIXES}"
+            )
+    return found

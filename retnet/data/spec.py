@@ -1,0 +1,85 @@
+"""The ``data`` section of a configuration: which text, which tokenizer, how it is cut."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from retnet.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+BYTES = "bytes"
+BPE = "bpe"
+# A trained BPE holds the 256 bytes, <bos>, <eos>, <pad> and at least one merge.
+MIN_BPE_VOCAB_SIZE = 256 + 3 + 1
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Everything that decides the training and validation tokens.
+
+    Training uses this dataclass as its ``data`` section, so the fields keep to types that a
+    structured configuration knows; each field's ``metadata["help"]`` is its line in ``--help``.
+    """
+
+    source: str = _option(
+        PYTHON_STDLIB,
+        "text to train on: python-stdlib, a file, folder or glob (.txt, .md, .jsonl[.gz], .csv, "
+        ".parquet), or the name of a data set on the Hugging Face Hub",
+    )
+    text_field: str = _option("text", "field of .jsonl, .csv, .parquet and Hub rows with the text")
+    hub_config: str | None = _option(None, "configuration of a Hub data set (wikitext-2-raw-v1)")
+    split: str = _option("train", "split of a Hub data set to train on")
+    validation: str | None = _option(
+        None,
+        "validation text: a file, folder or glob, or a split name of the Hub data set; "
+        "null holds back validation_fraction of the source",
+    )
+    validation_fraction: float = _option(
+        0.1,
+        "share held back when data.validation is null: whole documents by content hash when there "
+        "are at least 20 and none holds over 5 % of the bytes, else the tail of each document",
+    )
+    tokenizer: str = _option(
+        BPE,
+        "bytes, bpe (byte-level BPE trained on the training text), or the name or folder of a "
+        "pretrained tokenizer",
+    )
+    vocab_size: int = _option(4096, "entries of a trained bpe tokenizer, special tokens included")
+    seq_len: int = _option(256, "tokens in a training window")
+    max_tokens: int | None = _option(None, "use at most this many training tokens; null uses all")
+    reset_state_at_documents: bool = _option(
+        True, "nothing of a document reaches the next one in the same window"
+    )
+    cache_dir: str = _option("data/cache", "folder for the token files")
+
+    def validate(self) -> None:
+        """Check the values on their own, without opening a file.
+
+        Raises:
+            UserError: A value is out of range; all problems are named at once.
+        """
+        problems = [
+            f"data.{key} ({getattr(self, key)!r}) must not be empty: set it or leave it out"
+            for key in ("source", "text_field", "split", "tokenizer", "cache_dir", "validation")
+            if getattr(self, key) is not None and not getattr(self, key).strip()
+        ]
+        if not 0.0 < self.validation_fraction < 1.0:
+            problems.append(
+                f"data.validation_fraction ({self.validation_fraction}) is out of range: "
+                "use a share between 0 and 1, 0.1 for instance"
+            )
+        if self.tokenizer == BPE and self.vocab_size < MIN_BPE_VOCAB_SIZE:
+            problems.append(
+                f"data.vocab_size ({self.vocab_size}) is too small for a byte-level BPE, which "
+                "has 256 bytes and 3 special tokens before its first merge: "
+                f"use at least {MIN_BPE_VOCAB_SIZE}, or data.tokenizer=bytes"
+            )
+        for key in ("seq_len", "max_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                problems.append(f"data.{key} ({value}) is out of range: use at least 1")
+        if problems:
+            raise UserError("; ".join(problems))

@@ -1,0 +1,135 @@
+"""Which text is trained on and which is held back.
+
+The decision about one document depends on that document alone (its hash or its length), so the
+validation side can be rebuilt later in one pass, and equal documents always land on one side.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from retnet.errors import UserError
+
+MIN_DOCUMENTS = 20
+MAX_SHARE = 0.05
+HASH_RANGE = 1 << 64
+
+
+def document_hash(encoded: bytes) -> int:
+    """A uniform integer in [0, 2**64) that only depends on the document's UTF-8 bytes."""
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:8], "little")
+
+
+class DocumentsHash:
+    """The sha256 of a sequence of documents, boundaries included."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, encoded: bytes) -> None:
+        """Append one document's UTF-8 bytes."""
+        self._hash.update(len(encoded).to_bytes(8, "little"))
+        self._hash.update(encoded)
+
+    def hexdigest(self) -> str:
+        """The hash of the documents so far."""
+        return self._hash.hexdigest()
+
+
+@dataclass
+class Survey:
+    """What one pass over a source found: 16 bytes a document."""
+
+    sizes: array  # UTF-8 bytes of each document
+    hashes: array  # document_hash of each document
+    sha256: str  # of all documents in order
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How a document is divided between training and validation.
+
+    ``documents``: whole documents, those with a hash below ``threshold`` are validation.
+    ``tail``: the last ``fraction`` of each document's characters is validation.
+    ``given``: validation comes from elsewhere, every document is training.
+    """
+
+    kind: Literal["documents", "tail", "given"]
+    fraction: float = 0.0
+    threshold: int = 0
+
+    def divide(self, text: str) -> tuple[str, str]:
+        """The training part and the validation part of a document; either may be empty."""
+        if self.kind == "documents":
+            return ("", text) if document_hash(text.encode()) < self.threshold else (text, "")
+        if self.kind == "tail":
+            # As int(n * 0.9) elsewhere; a cut between characters is a cut between UTF-8 sequences.
+            cut = max(1, int(len(text) * (1.0 - self.fraction)))
+            return text[:cut], text[cut:]
+        return text, ""
+
+    def to_record(self) -> dict[str, Any]:
+        """A JSON-able form (the threshold in hex: not every reader of JSON has 64-bit integers)."""
+        return {
+            "kind": self.kind,
+            "fraction": self.fraction,
+            "threshold": f"{self.threshold:x}",
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "SplitRule":
+        """The inverse of ``to_record``."""
+        return cls(record["kind"], record["fraction"], int(record["threshold"], 16))
+
+
+def survey_documents(documents: Iterable[bytes]) -> Survey:
+    """Measure and hash each document's UTF-8 bytes."""
+    sizes, hashes, total = array("Q"), array("Q"), DocumentsHash()
+    for encoded in documents:
+        sizes.append(len(encoded))
+        hashes.append(document_hash(encoded))
+        total.add(encoded)
+    return Survey(sizes, hashes, total.hexdigest())
+
+
+def choose_split(survey: Survey, fraction: float, source: str) -> SplitRule:
+    """The rule for a source without validation data of its own; neither side will be empty.
+
+    Whole documents by hash when there are at least 20 and none holds more than 5 % of the bytes,
+    else (or when all documents are equal) the tail of each.
+
+    Args:
+        survey: What the source holds.
+        fraction: Share of validation, between 0 and 1.
+        source: The source's name, for the message.
+
+    Raises:
+        UserError: The text is too short to be divided.
+    """
+    sizes = np.frombuffer(survey.sizes, dtype=np.uint64)
+    hashes = np.frombuffer(survey.hashes, dtype=np.uint64)
+    total = int(sizes.sum())
+    if len(sizes) >= MIN_DOCUMENTS and int(sizes.max()) <= MAX_SHARE * total:
+        smallest, largest = int(hashes.min()), int(hashes.max())
+        if smallest < largest:
+            # A side that chance left empty gets the one document nearest to the threshold.
+            threshold = min(max(int(fraction * HASH_RANGE), smallest + 1), largest)
+            return SplitRule("documents", fraction, threshold)
+    rule = SplitRule("tail", fraction)
+    # Bytes bound characters from above: exact counting is only needed near the limit, where the
+    # writer of the token files checks again.
+    if int(sizes.max()) < 2:
+        raise UserError(
+            f"data.source ({source}) is too short to hold anything back for validation: "
+            "use a larger text, or name one in data.validation"
+        )
+    return rule

@@ -1,0 +1,154 @@
+"""Tokens on disk: one memory-mapped array, the documents' starts and sizes, and a manifest.
+
+The manifest is written last and holds sizes and checksums, so a folder that lacks it or disagrees
+with it is known to be damaged.
+"""
+
+import json
+import zlib
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+TOKENS, STARTS, SIZES, MANIFEST = (
+    "tokens.bin",
+    "document_starts.npy",
+    "document_bytes.npy",
+    "manifest.json",
+)
+FORMAT = 1
+BLOCK_BYTES = 1 << 22
+
+
+class DamagedTokenFileError(ValueError):
+    """A folder of tokens is incomplete or not what its manifest says."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The documents of one side, as ``<bos>`` text ``<eos>`` one after the other.
+
+    Attributes:
+        tokens: uint16 or uint32 [n], memory-mapped.
+        document_starts: int64 [D], the index of each document's first token.
+        document_bytes: int64 [D], UTF-8 bytes of each document's text.
+        manifest: Counts, checksums and where the tokens come from.
+    """
+
+    tokens: np.ndarray
+    document_starts: np.ndarray
+    document_bytes: np.ndarray
+    manifest: dict[str, Any]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, special tokens included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.document_starts)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+        return int(self.document_bytes.sum())
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenFile":
+        """Map the token file in ``folder``.
+
+        Raises:
+            DamagedTokenFileError: It is not complete and unchanged.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name in (TOKENS, STARTS, SIZES):
+                if _checksum(folder / name) != manifest["checksums"][name]:
+                    raise DamagedTokenFileError(f"{folder / name} is not what was written")
+            return cls(
+                tokens=np.memmap(folder / TOKENS, dtype=manifest["dtype"], mode="r"),
+                document_starts=np.load(folder / STARTS),
+                document_bytes=np.load(folder / SIZES),
+                manifest=manifest,
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise DamagedTokenFileError(f"{folder}: {error}") from error
+
+
+class TokenFileWriter:
+    """Write a token file document by document; nothing but the starts and sizes stays in memory."""
+
+    def __init__(self, folder: Path, max_token_id: int) -> None:
+        """Start a token file in ``folder``, which is made, for ids up to ``max_token_id``."""
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._dtype = np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
+        self._starts, self._sizes = array("q"), array("q")
+        self._stream = (folder / TOKENS).open("wb")
+        self.num_tokens = 0
+
+    def __enter__(self) -> "TokenFileWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far."""
+        return len(self._starts)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of text so far."""
+        return sum(self._sizes)
+
+    def add(self, ids: np.ndarray, num_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            ids: Its tokens [t], special tokens included.
+            num_bytes: UTF-8 bytes of its text.
+        """
+        self._starts.append(self.num_tokens)
+        self._sizes.append(num_bytes)
+        self._stream.write(ids.astype(self._dtype).tobytes())
+        self.num_tokens += len(ids)
+
+    def finish(self, **facts: Any) -> None:
+        """Write what belongs beside the tokens, the manifest (with ``facts``) last."""
+        self._stream.close()
+        np.save(self._folder / STARTS, np.array(self._starts, dtype=np.int64))
+        np.save(self._folder / SIZES, np.array(self._sizes, dtype=np.int64))
+        manifest = {
+            "format": FORMAT,
+            "dtype": self._dtype.name,
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, STARTS, SIZES)},
+            **facts,
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        (self._folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file: enough against damage, and quicker than reading the corpus."""
+    size, crc = 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return [size, crc]

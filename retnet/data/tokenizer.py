@@ -1,0 +1,216 @@
+"""Tokenizers: bytes, a byte-level BPE of our own, or a pretrained one.
+
+All are ``PreTrainedTokenizerFast``. Text that spells a special token ("<eos>") is encoded as the
+ordinary characters it is. ``tokenizer(text)`` puts ``<bos>`` before a text, which makes it a
+prompt; documents are encoded by ``encode_documents``, which adds both ends itself.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from retnet.data.pretrained import load_pretrained
+from retnet.data.spec import BPE, BYTES
+from retnet.errors import UserError
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+SPECIAL_TOKENS = [BOS, EOS, PAD]
+# GPT-2's pattern with runs of at most 64 characters: a line of a million letters or spaces is
+# then many short words rather than one, which merges would take hours over.
+WORDS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
+    r"|\s{1,64}(?!\S)|\s{1,64}"
+)
+BATCH_CHARACTERS = 1 << 19
+# Longer documents are encoded in pieces. A cut between a word and a space is a border between
+# words for the pattern above, so the tokens are those of the whole text.
+PIECE_CHARACTERS = 1 << 19
+CUT = re.compile(r"\S(?=[ \n])")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Ids 0..255 are the bytes, then ``<bos>``, ``<eos>``, ``<pad>``: 259 entries, no training."""
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens(SPECIAL_TOKENS)
+    return _finish(backend)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on ``documents``; the same documents give the same tokenizer.
+
+    Args:
+        documents: The training text, read once.
+        vocab_size: Entries, the three special tokens (ids 0, 1, 2) included. A small text may
+            have fewer pairs to merge and so give a smaller vocabulary.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    pieces = (piece for text in documents for piece in _pieces(text))
+    backend.train_from_iterator(pieces, trainer=trainer)
+    return _finish(backend)
+
+
+def load_tokenizer(name: str, *, vocab_limit: int | None = None) -> PreTrainedTokenizerFast:
+    """``bytes``, or a pretrained tokenizer by folder or Hub name.
+
+    A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
+    lacks as new entries. Where the model has no room for them, the end token also serves as the
+    beginning, and the unknown or the end token as padding (which is masked wherever it occurs).
+
+    Args:
+        name: As in ``data.tokenizer``.
+        vocab_limit: Entries of the model's embedding, where it is fixed already.
+
+    Raises:
+        UserError: There is no such tokenizer, it is not a fast one, or its ids do not fit.
+    """
+    if name == BPE:
+        raise UserError(
+            "data.tokenizer (bpe) is trained on the corpus: name the folder it was saved to"
+        )
+    if name == BYTES:
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = load_pretrained(name, vocab_limit, {"bos": BOS, "eos": EOS, "pad": PAD})
+    check_vocabulary(tokenizer, name, vocab_limit)
+    return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerFast, name: str, vocab_limit: int | None
+) -> None:
+    """Raise a ``UserError`` when some id is not below ``vocab_limit``."""
+    if vocab_limit is not None and max_token_id(tokenizer) >= vocab_limit:
+        fix = "set data.vocab_size to at most that" if name == BPE else "use another tokenizer"
+        raise UserError(
+            f"data.tokenizer ({name}) has ids up to {max_token_id(tokenizer)}, beyond the model's "
+            f"vocabulary of {vocab_limit}: {fix}, or a model with a larger vocabulary"
+        )
+
+
+def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id, which exceeds ``len(tokenizer) - 1`` where the ids have holes."""
+    return max(tokenizer.get_vocab().values())
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The sha256 of everything that decides the ids of a text."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return hashlib.sha256(f"{ends}{_backend(tokenizer).to_str()}".encode()).hexdigest()
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
+) -> Iterator[np.ndarray]:
+    """Encode documents as ``<bos>`` text ``<eos>``, some at a time.
+
+    Documents beyond half a million characters are encoded in pieces to bound the memory: with our
+    own tokenizers the tokens are the same, with a pretrained one they may differ at a cut.
+
+    Args:
+        tokenizer: Any of this module's.
+        documents: Texts; read as they are needed.
+
+    Yields:
+        For each document in order its ids, int64 [tokens].
+    """
+    ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    if _is_byte_tokenizer(tokenizer):
+        for text in documents:
+            yield np.concatenate([ends[0], np.frombuffer(text.encode(), np.uint8), ends[1]])
+        return
+    for group in _groups(documents):
+        # A long document comes alone, in pieces; others are one piece each.
+        pieces = list(_pieces(group[0])) if len(group) == 1 else group
+        encoded = _encode(tokenizer, pieces)
+        bodies = [np.concatenate([*encoded])] if len(group) == 1 else encoded
+        for body in bodies:
+            yield np.concatenate([ends[0], body, ends[1]])
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, pieces: list[str]) -> list[np.ndarray]:
+    backend = _backend(tokenizer)
+    ids: list[np.ndarray] = []
+    for start in range(0, len(pieces), 256):
+        batch = backend.encode_batch_fast(pieces[start : start + 256], add_special_tokens=False)
+        ids.extend(np.array(encoding.ids, dtype=np.int64) for encoding in batch)
+    return ids
+
+
+def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for text in documents:
+        if group and size + len(text) > BATCH_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        # The first word border in the second half; a text without one is cut where it must be.
+        half = start + PIECE_CHARACTERS // 2
+        border = CUT.search(text, half, start + PIECE_CHARACTERS)
+        end = border.end() if border else start + PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _finish(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, backend.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The Rust tokenizer, with the settings that a call with other arguments may have changed."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
+    reference = byte_tokenizer()
+    return len(tokenizer) == len(reference) and tokenizer_hash(tokenizer) == tokenizer_hash(
+        reference
+    )

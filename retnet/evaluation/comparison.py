@@ -1,0 +1,207 @@
+"""Several checkpoints on the same text, and their speed side by side."""
+
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from retnet.data.tokenizer import tokenizer_hash
+from retnet.errors import UserError
+from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
+from retnet.evaluation.perplexity import DocumentScores, check_windows, score_documents
+from retnet.evaluation.speed import DecodeSpeed, decode_speed
+from retnet.evaluation.text import EvaluationText
+from retnet.generation import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What was found out about one model.
+
+    Attributes:
+        name: Short; the models' names differ where their folders do.
+        path: The checkpoint's folder.
+        mixer: "retention" or "attention".
+        dtype: Of its weights.
+        parameters: How many, tied ones once.
+        scores: Of each document.
+        same_tokenizer: Whether its tokens are those of the first model.
+        nats_difference: Nats per token minus the first model's; None for the first model and
+            where the tokens are not the same.
+        bits_difference: Bits per byte minus the first model's; None for the first model.
+        speed: Decoding after each context; empty when it was not measured.
+    """
+
+    name: str
+    path: Path
+    mixer: str
+    dtype: str
+    parameters: int
+    scores: DocumentScores
+    same_tokenizer: bool
+    nats_difference: Difference | None
+    bits_difference: Difference | None
+    speed: list[DecodeSpeed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that the table and the JSON file say.
+
+    Attributes:
+        text: What was evaluated.
+        context: Tokens of a window.
+        stride: Tokens from one window to the next; None when the state was carried.
+        models: In the order given; the first is the one the others are compared with.
+        environment: Versions, threads, machine.
+    """
+
+    text: EvaluationText
+    context: int
+    stride: int | None
+    models: list[ModelResult]
+    environment: dict[str, Any]
+
+    @property
+    def same_tokenizers(self) -> bool:
+        return all(model.same_tokenizer for model in self.models)
+
+
+def compare_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    text: EvaluationText,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    carry_state: bool = False,
+    speed_contexts: Sequence[int] = (),
+) -> Comparison:
+    """Score all checkpoints on a text and measure how fast they decode.
+
+    Args:
+        checkpoints: At least two; the others are compared with the first.
+        text: What to evaluate on.
+        context: Tokens of a window; the first model's training window when None.
+        stride: See ``score_documents``.
+        batch_size: See ``score_documents``.
+        carry_state: See ``score_documents``.
+        speed_contexts: Lengths after which decoding is measured; none when empty.
+
+    Raises:
+        UserError: See ``score_documents``; or no document is as long as the context asked for.
+    """
+    window = training_window(checkpoints[0]) if context is None else context
+    names = short_names([checkpoint.path for checkpoint in checkpoints])
+    for checkpoint in checkpoints:
+        check_windows(checkpoint.model, window, stride, carry_state)
+    scores = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        own = score_documents(
+            checkpoint.model,
+            checkpoint.tokenizer,
+            text.documents,
+            context=window,
+            stride=stride,
+            batch_size=batch_size,
+            carry_state=carry_state,
+            progress=f"scoring {name}",
+        )
+        if context is not None and context > own.targets.max() and not carry_state:
+            raise UserError(
+                f"--context ({context}) is longer than the text, whose longest document gives "
+                f"{name} {own.targets.max():,} tokens: take at most that"
+            )
+        logger.info("%s: %s tokens scored", name, f"{own.targets.sum():,}")
+        scores.append(own)
+    speeds: list[list[DecodeSpeed]] = [[] for _ in checkpoints]
+    if speed_contexts:
+        models = [checkpoint.model for checkpoint in checkpoints]
+        speeds = decode_speed(models, speed_contexts, progress="measuring speed")
+        logger.info("decoding measured after %s tokens", " and ".join(map(str, speed_contexts)))
+    return Comparison(
+        text=text,
+        context=window,
+        stride=None if carry_state else stride or window,
+        models=[
+            _result(name, checkpoint, own, speed, checkpoints[0], scores[0])
+            for name, checkpoint, own, speed in zip(names, checkpoints, scores, speeds, strict=True)
+        ],
+        environment=describe_environment(checkpoints[0].model.device),
+    )
+
+
+def _result(
+    name: str,
+    checkpoint: Checkpoint,
+    scores: DocumentScores,
+    speed: list[DecodeSpeed],
+    first: Checkpoint,
+    first_scores: DocumentScores,
+) -> ModelResult:
+    same_tokenizer = tokenizer_hash(checkpoint.tokenizer) == tokenizer_hash(first.tokenizer)
+    nats = bits = None
+    if checkpoint is not first:
+        bits = to_bits(paired_bootstrap(first_scores.nll, scores.nll, scores.bytes))
+        if same_tokenizer:
+            nats = paired_bootstrap(first_scores.nll, scores.nll, scores.targets)
+    return ModelResult(
+        name=name,
+        path=checkpoint.path,
+        mixer="retention" if checkpoint.is_retention else "attention",
+        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        parameters=checkpoint.model.num_parameters(),
+        scores=scores,
+        same_tokenizer=same_tokenizer,
+        nats_difference=nats,
+        bits_difference=bits,
+        speed=speed,
+    )
+
+
+def training_window(checkpoint: Checkpoint) -> int:
+    """Tokens of the windows that a model was trained on."""
+    window: int = checkpoint.model.config.max_position_embeddings
+    return window
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths that tell them apart: "tiny-retention", "tiny-attention"."""
+    full = [path.absolute().parts for path in paths]
+    runs = [own[:-1] if own[-1] == "final" else own for own in full]  # the run says enough
+    parts = runs if len(set(runs)) == len(runs) else full
+    shared = min(len(own) for own in parts) - 1
+    start = next((i for i in range(shared) if len({own[i] for own in parts}) > 1), shared)
+    return ["/".join(own[start:]) for own in parts]
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on beside the models."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name; the standard library knows it on few systems."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,275 @@
+"""How well a model predicts text: negative log-likelihoods, each target exactly once.
+
+A document is ``<bos>`` text ``<eos>``; everything after ``<bos>`` is a target. Windows begin every
+``stride`` inputs and hold up to ``context`` of them. The first window of a document scores all its
+targets, each later one those that no window before it has scored. So a target is predicted from at
+least ``context - stride + 1`` tokens where the document has that many before it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data import encode_documents
+from retnet.errors import UserError
+from retnet.model import RetNetForCausalLM
+from retnet.model.modeling import DecoderForCausalLM
+
+IGNORED = -100
+LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss
+TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Sums over the targets of each document.
+
+    Attributes:
+        nll: Negative log-likelihoods in nats, float64 [D].
+        targets: int64 [D].
+        bytes: UTF-8 bytes of the text, without the special tokens, int64 [D].
+    """
+
+    nll: NDArray[np.float64]
+    targets: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nll.sum() / self.targets.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nll.sum() / self.bytes.sum() / math.log(2))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs ``start .. end - 1`` of a document; targets from index ``first_target`` on count."""
+
+    document: int
+    start: int
+    end: int
+    first_target: int
+
+
+def windows(document: int, num_tokens: int, context: int, stride: int) -> Iterator[Window]:
+    """Cut a document of ``num_tokens`` tokens so that every target is scored exactly once.
+
+    Args:
+        document: Its index, copied into the windows.
+        num_tokens: ``<bos>`` and ``<eos>`` included.
+        context: The most inputs of a window.
+        stride: From the start of one window to that of the next, at most ``context``.
+    """
+    start, first_target = 0, 1
+    while first_target < num_tokens:
+        end = min(start + context, num_tokens - 1)
+        yield Window(document, start, end, first_target)
+        start, first_target = start + stride, end + 1
+
+
+def score_documents(
+    model: DecoderForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    *,
+    context: int,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    carry_state: bool = False,
+    progress: str | None = None,
+) -> DocumentScores:
+    """Score every document on its own.
+
+    Args:
+        model: A language model; put into evaluation mode while this runs.
+        tokenizer: Its tokenizer.
+        documents: Texts.
+        context: Tokens that a window holds.
+        stride: Tokens from one window to the next; ``context`` when None (no overlap).
+        batch_size: Windows of full length per forward pass; what fits in memory when None.
+        carry_state: Hand the state from each window to the next, so that every target is
+            predicted from all that comes before it; retention models only, without stride.
+        progress: Title of a progress bar on a terminal; none when None.
+
+    Raises:
+        UserError: There is no text, or context and stride do not fit.
+    """
+    stride = check_windows(model, context, stride, carry_state)
+    sizes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
+    if not sizes.sum():
+        raise UserError(f"text ({len(documents)} documents) is empty: give some to evaluate")
+    tokens = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, documents)]
+    if batch_size is None:
+        tokens_per_batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.vocab_size)
+        batch_size = max(1, tokens_per_batch // context)
+    targets = np.array([len(ids) - 1 for ids in tokens], dtype=np.int64)
+    totals = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
+    bar = tqdm(
+        total=int(targets.sum()), desc=progress, unit="token", unit_scale=True, leave=False,
+        disable=True if progress is None else None,
+    )  # fmt: skip
+    score = _score_carried if carry_state else _score_windows
+    with _evaluating(model), bar:
+        for documents_of_rows, nll, scored in score(model, tokens, context, stride, batch_size):
+            totals.index_add_(0, documents_of_rows.to(totals.device), nll)
+            bar.update(scored)
+    return DocumentScores(totals.cpu().numpy(), targets, sizes)
+
+
+def check_windows(
+    model: DecoderForCausalLM, context: int, stride: int | None, carry_state: bool
+) -> int:
+    """The stride that these options mean for this model.
+
+    Raises:
+        UserError: They do not fit.
+    """
+    if context < 1:
+        raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
+    if carry_state:
+        if not isinstance(model, RetNetForCausalLM):
+            raise UserError(
+                f"--carry-state needs a recurrent model, not a {type(model).__name__}: leave it "
+                "out, or compare retention models only"
+            )
+        if stride is not None:
+            raise UserError(f"stride ({stride}) has no effect with --carry-state: leave it out")
+        return context
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(
+            f"stride ({stride}) must be from 1 to context ({context}), or targets would be "
+            "skipped: make it smaller"
+        )
+    return stride
+
+
+@contextmanager
+def _evaluating(model: DecoderForCausalLM) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; the mode of before after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each target in nats; the log-softmax is at least float32.
+
+    Args:
+        logits: [B, T, vocab].
+        labels: The target of each position, [B, T], ``IGNORED`` where there is none.
+
+    Returns:
+        float64 [B, T], zero where there is no target.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    flat = F.cross_entropy(
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view_as(labels).double()
+
+
+Scored = tuple[Tensor, Tensor, int]  # rows' documents [B], their sums [B], number of targets
+
+
+def _padded(rows: Sequence[Tensor], fill: int, device: torch.device) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill).to(
+        device
+    )
+
+
+def _score_windows(
+    model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
+) -> Iterator[Scored]:
+    """Score windows in batches of similar length, the longest (which takes most memory) first.
+
+    Rows are padded on the right, where a causal model sees the padding only after all targets.
+    """
+    every = [
+        window
+        for document, ids in enumerate(tokens)
+        for window in windows(document, len(ids), context, stride)
+    ]
+    every.sort(key=lambda window: window.start - window.end)
+    done = 0
+    while done < len(every):
+        longest = every[done].end - every[done].start
+        batch = every[done : done + max(1, batch_size * context // longest)]
+        done += len(batch)
+        inputs, labels = [], []
+        for window in batch:
+            ids = tokens[window.document]
+            inputs.append(ids[window.start : window.end])
+            targets = ids[window.start + 1 : window.end + 1].clone()
+            targets[: window.first_target - window.start - 1] = IGNORED
+            labels.append(targets)
+        output = model(_padded(inputs, 0, model.device), use_cache=False)
+        nll = token_nll(output.logits, _padded(labels, IGNORED, model.device)).sum(dim=1)
+        rows = torch.tensor([window.document for window in batch])
+        yield rows, nll, sum(window.end + 1 - window.first_target for window in batch)
+
+
+def _score_carried(
+    model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
+) -> Iterator[Scored]:
+    """Score whole documents of similar length side by side, each with its own state."""
+    order = sorted(range(len(tokens)), key=lambda document: -len(tokens[document]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        ids = _padded([tokens[document][:-1] for document in rows], 0, model.device)
+        labels = _padded([tokens[document][1:] for document in rows], IGNORED, model.device)
+        cache = model.new_cache()
+        for piece, targets in zip(
+            ids.split(context, dim=1), labels.split(context, dim=1), strict=True
+        ):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            nll = token_nll(output.logits, targets).sum(dim=1)
+            yield torch.tensor(rows), nll, int((targets != IGNORED).sum())
+
+
+def evaluate_batches(
+    model: DecoderForCausalLM, batches: Iterable[dict[str, Tensor]]
+) -> tuple[float, int]:
+    """Total negative log-likelihood of batches that bring their targets along.
+
+    Args:
+        model: A language model; put into evaluation mode while this runs.
+        batches: ``input_ids`` and ``shift_labels`` [B, T], perhaps ``segment_ids``.
+
+    Returns:
+        The sum in nats and the number of targets.
+    """
+    total: Tensor | None = None
+    targets = 0
+    with _evaluating(model):
+        for batch in batches:
+            labels = batch["shift_labels"].to(model.device)
+            inputs: dict[str, Any] = {
+                name: batch[name].to(model.device)
+                for name in ("input_ids", "segment_ids")
+                if name in batch
+            }
+            nll = token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+            total = nll if total is None else total + nll
+            targets += int((batch["shift_labels"] != IGNORED).sum())
+    return (0.0 if total is None else total.item()), targets

@@ -1,0 +1,233 @@
+"""A comparison as a table for people and as JSON for programs."""
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retnet.errors import UserError
+from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
+from retnet.evaluation.comparison import Comparison, ModelResult
+from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
+
+WIDTH = 100
+NAME_WIDTH = 22
+FEW_DOCUMENTS = 20
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: the first to the left, the others to the right; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The comparison as plain text, at most 100 columns wide."""
+    parts = [_heading(comparison), _quality(comparison), _differences(comparison)]
+    if comparison.models[0].speed:
+        parts.append(_speed(comparison))
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _heading(comparison: Comparison) -> list[str]:
+    text, environment = comparison.text, comparison.environment
+    if comparison.stride is None:
+        windows = f"state carried through each document, {comparison.context} tokens at a time"
+    else:
+        windows = f"context {comparison.context}, stride {comparison.stride} tokens"
+    dtypes = " and ".join(sorted({model.dtype for model in comparison.models}))
+    lines = [
+        *textwrap.wrap(f"text     {text.description}", WIDTH, subsequent_indent=" " * 9),
+        f"         {_count(len(text.documents), 'document')}, {text.num_bytes:,} bytes",
+        f"windows  {windows}",
+        f"machine  {environment['device']}, {_count(environment['threads'], 'thread')}, {dtypes}, "
+        f"Python {environment['python']}, torch {environment['torch']}",
+    ]
+    if not comparison.same_tokenizers:
+        lines.append(
+            "note     the tokenizers differ: compare bits/byte; tokens, windows and perplexities "
+            "are not alike"
+        )
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _labels(comparison: Comparison) -> list[str]:
+    """Numbered names, shortened at the front, where paths say least."""
+    return [
+        f"{number} {name if len(name) <= NAME_WIDTH else '...' + name[3 - NAME_WIDTH :]}"
+        for number, name in enumerate((model.name for model in comparison.models), start=1)
+    ]
+
+
+def _quality(comparison: Comparison) -> list[str]:
+    rows = [["model", "mixer", "parameters", "tokens", "nats/token", "perplexity", "bits/byte"]]
+    for label, model in zip(_labels(comparison), comparison.models, strict=True):
+        scores = model.scores
+        rows.append(
+            [
+                label,
+                model.mixer,
+                f"{model.parameters:,}",
+                f"{scores.targets.sum():,}",
+                f"{scores.nats_per_token:.4f}",
+                _format_perplexity(scores.perplexity),
+                f"{scores.bits_per_byte:.4f}",
+            ]
+        )
+    return format_table(rows)
+
+
+def _format_perplexity(perplexity: float) -> str:
+    return f"{perplexity:,.3f}" if perplexity < 1e5 else f"{perplexity:.3e}"
+
+
+def _differences(comparison: Comparison) -> list[str]:
+    documents = len(comparison.text.documents)
+    rows = [["minus model 1", "nats/token", "bits/byte", "verdict"]]
+    for label, model in list(zip(_labels(comparison), comparison.models, strict=True))[1:]:
+        assert model.bits_difference is not None
+        nats = "other tokens"
+        if model.nats_difference is not None:
+            nats = _format_difference(model.nats_difference)
+        rows.append([label, nats, _format_difference(model.bits_difference), _verdict(model)])
+    method = (
+        f"[{CONFIDENCE:.0%} interval of a paired bootstrap over documents, {RESAMPLES:,} resamples]"
+    )
+    if documents < 2:
+        method = "no interval: it takes at least 2 documents to resample"
+    elif documents < FEW_DOCUMENTS:
+        method += f"; rough, of only {documents} documents"
+    return [*format_table(rows), method]
+
+
+def _format_difference(difference: Difference) -> str:
+    if difference.low is None:
+        return f"{difference.value:+.4f}"
+    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _verdict(model: ModelResult) -> str:
+    """In one word what the difference means; bits per byte count for all tokenizers."""
+    difference = model.bits_difference
+    assert difference is not None
+    if difference.low is None:
+        return ""
+    if not difference.is_clear:
+        return "unclear"
+    return "worse" if difference.value > 0 else "better"
+
+
+def _speed(comparison: Comparison) -> list[str]:
+    rows = [["decoding", "after tokens", "ms/token", "quartiles", "bytes of state or cache"]]
+    for index, first in enumerate(comparison.models[0].speed):
+        for label, model in zip(_labels(comparison), comparison.models, strict=True):
+            entry = model.speed[index]
+            rows.append(
+                [
+                    label,
+                    f"{first.context:,}",
+                    f"{entry.ms_per_token:.2f}",
+                    f"{entry.ms_low:.2f}-{entry.ms_high:.2f}",
+                    f"{entry.cache_bytes:,}",
+                ]
+            )
+    method = (
+        f"[batch 1, median of {ROUNDS} interleaved rounds of {TOKENS_PER_ROUND} tokens, after one "
+        "to warm up]"
+    )
+    return [*format_table(rows), method]
+
+
+def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
+    """The comparison with everything needed to check or repeat it, JSON-able.
+
+    Args:
+        comparison: What to write.
+        command: The command line that made it.
+    """
+    return {
+        "command": list(command),
+        "text": {
+            "description": comparison.text.description,
+            "documents": len(comparison.text.documents),
+            "bytes": comparison.text.num_bytes,
+        },
+        "context": comparison.context,
+        "stride": comparison.stride,
+        "carry_state": comparison.stride is None,
+        "same_tokenizers": comparison.same_tokenizers,
+        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "over": "documents"},
+        "speed": {"batch": 1, "rounds": ROUNDS, "tokens_per_round": TOKENS_PER_ROUND},
+        "environment": comparison.environment,
+        "models": [_model_json(model) for model in comparison.models],
+    }
+
+
+def _model_json(model: ModelResult) -> dict[str, Any]:
+    scores = model.scores
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "mixer": model.mixer,
+        "dtype": model.dtype,
+        "parameters": model.parameters,
+        "tokens": int(scores.targets.sum()),
+        "nats_per_token": scores.nats_per_token,
+        "perplexity": scores.perplexity,
+        "bits_per_byte": scores.bits_per_byte,
+        "same_tokenizer": model.same_tokenizer,
+        "nats_per_token_difference": _difference_json(model.nats_difference),
+        "bits_per_byte_difference": _difference_json(model.bits_difference),
+        "decoding": [asdict(entry) for entry in model.speed],
+        "documents": {
+            "nll": scores.nll.tolist(),
+            "targets": scores.targets.tolist(),
+            "bytes": scores.bytes.tolist(),
+        },
+    }
+
+
+def _difference_json(difference: Difference | None) -> dict[str, float | None] | None:
+    return None if difference is None else asdict(difference)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the long work whether the JSON file can be written.
+
+    Raises:
+        UserError: Its folder is missing, or it is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"--json ({path}) is a folder: name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file at once or not at all; numbers that JSON cannot hold become null."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,185 @@
+"""Time and memory of decoding, models side by side.
+
+All models are measured in one process in interleaved rounds (A B A B ...), so that a machine that
+slows down slows down all of them; a round that is not counted warms up. The median of the rounds
+is the result, the quartiles its spread.
+"""
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from retnet.generation import decode_one, prefill, synchronize
+from retnet.model.cache import DecoderCache
+from retnet.model.modeling import DecoderForCausalLM
+
+CONTEXTS = (128, 4096)
+ROUNDS = 7
+TOKENS_PER_ROUND = 16
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call over the counted rounds.
+
+    Attributes:
+        median: Of the rounds.
+        low: First quartile.
+        high: Third quartile.
+        rounds: How many were counted.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Decoding after a context of a given length, batch 1.
+
+    Attributes:
+        context: Tokens in the cache when the clock starts.
+        ms_per_token: Median over the rounds.
+        ms_low: First quartile.
+        ms_high: Third quartile.
+        cache_bytes: Size of the state, or of the used part of the key-value cache.
+    """
+
+    context: int
+    ms_per_token: float
+    ms_low: float
+    ms_high: float
+    cache_bytes: int
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def interleaved(
+    prepares: Sequence[Callable[[], Callable[[], object]]],
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    warmup: int = 1,
+) -> list[Timing]:
+    """Time several pieces of work in turn.
+
+    Args:
+        prepares: For each piece a function that returns the function to time; preparing is not
+            timed.
+        device: Its queue is emptied before the clock is read.
+        rounds: How often each piece is timed.
+        warmup: Rounds before those.
+
+    Returns:
+        One timing per piece.
+    """
+    seconds: list[list[float]] = [[] for _ in prepares]
+    for number in range(warmup + rounds):
+        for own, prepare in zip(seconds, prepares, strict=True):
+            work = prepare()
+            gc.collect()
+            with _no_garbage_collection():
+                synchronize(device)
+                started = time.perf_counter()
+                work()
+                synchronize(device)
+                elapsed = time.perf_counter() - started
+            if number >= warmup:
+                own.append(elapsed)
+    return [_timing(own) for own in seconds]
+
+
+def _timing(seconds: list[float]) -> Timing:
+    if len(seconds) == 1:
+        return Timing(seconds[0], seconds[0], seconds[0], 1)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high, len(seconds))
+
+
+def decode_speed(
+    models: Sequence[DecoderForCausalLM],
+    contexts: Sequence[int] = CONTEXTS,
+    *,
+    tokens: int = TOKENS_PER_ROUND,
+    rounds: int = ROUNDS,
+    progress: str | None = None,
+) -> list[list[DecodeSpeed]]:
+    """Milliseconds per token and bytes of memory after contexts of given lengths.
+
+    The contexts are read by prefill into real caches. Every round starts from a copy of that
+    cache and feeds ``tokens`` tokens, each the most likely one after the last.
+
+    Args:
+        models: Language models on one device, in evaluation mode.
+        contexts: Tokens before the first that is timed.
+        tokens: Made in each round.
+        rounds: Counted rounds, after one that is not.
+        progress: Title of a progress bar on a terminal; none when None.
+
+    Returns:
+        For each model its results in the order of ``contexts``.
+    """
+    results: list[list[DecodeSpeed]] = [[] for _ in models]
+    bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
+    for context in bar:
+        caches = [_read_context(model, context, tokens) for model in models]
+        prepares = [
+            _decoding(model, cache, tokens) for model, cache in zip(models, caches, strict=True)
+        ]
+        timings = interleaved(prepares, models[0].device, rounds=rounds)
+        for own, cache, timing in zip(results, caches, timings, strict=True):
+            ms = 1000 / tokens
+            own.append(
+                DecodeSpeed(
+                    context=context,
+                    ms_per_token=ms * timing.median,
+                    ms_low=ms * timing.low,
+                    ms_high=ms * timing.high,
+                    cache_bytes=cache.num_bytes(),
+                )
+            )
+    return results
+
+
+def _read_context(model: DecoderForCausalLM, context: int, tokens: int) -> DecoderCache:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, context), generator=generator)
+    cache = model.new_cache(max_length=context + tokens)
+    prefill(model, ids.to(model.device), cache)
+    return cache
+
+
+def _decoding(
+    model: DecoderForCausalLM, cache: DecoderCache, tokens: int
+) -> Callable[[], Callable[[], object]]:
+    def prepare() -> Callable[[], object]:
+        own = copy.deepcopy(cache)
+        start = torch.zeros(1, dtype=torch.int64, device=model.device)
+        return lambda: _decode(model, own, start, tokens)
+
+    return prepare
+
+
+@torch.inference_mode()
+def _decode(model: DecoderForCausalLM, cache: DecoderCache, token: Tensor, tokens: int) -> None:
+    for _ in range(tokens):
+        token = decode_one(model, token, cache).argmax(dim=-1)

@@ -1,0 +1,91 @@
+"""The text that models are compared on: a file, or validation data made again from its record."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet.data import rebuild_validation
+from retnet.data.sources import open_location
+from retnet.errors import UserError
+from retnet.generation import DATA_RECORD, Checkpoint
+
+ASK_FOR_TEXT = "name a text that none of the models was trained on with --text FILE"
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Documents to evaluate.
+
+    Attributes:
+        description: Where they come from, for the table.
+        documents: None of them empty.
+    """
+
+    description: str
+    documents: Sequence[str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(text.encode()) for text in self.documents)
+
+
+def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
+    """The documents of a file (or of a folder's files).
+
+    Args:
+        path: What ``data.source`` reads: .txt, .md, .jsonl[.gz], .csv, .parquet.
+        text_field: The field with the text, where documents are rows.
+
+    Raises:
+        UserError: It is missing, unreadable or without text.
+    """
+    if not path.exists():
+        raise UserError(f"--text ({path}) does not exist: correct the path")
+    source = open_location(str(path), "--text", text_field, None, "train")
+    documents = [text for text in source.documents() if text]
+    if not documents:
+        raise UserError(f"--text ({path}) is empty: name a file with text")
+    return EvaluationText(str(path), documents)
+
+
+def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
+    """The validation data of the first checkpoint, which all must have held back alike.
+
+    Raises:
+        UserError: There is no record of it, the corpus is gone or has changed, or another
+            checkpoint was validated on other data and so may have been trained on this.
+    """
+    first = checkpoints[0]
+    wanted = _validation_hash(first)
+    for other in checkpoints[1:]:
+        found = _validation_hash(other)
+        if found != wanted:
+            raise UserError(
+                f"{other.path} was validated on other data ({found[:12]}) than {first.path} "
+                f"({wanted[:12]}): {ASK_FOR_TEXT}"
+            )
+    assert first.data_record is not None
+    try:
+        documents = rebuild_validation(first.data_record)
+    except UserError as error:
+        raise UserError(f"{error}; or {ASK_FOR_TEXT}") from error
+    return EvaluationText(f"validation data of {describe_corpus(first.data_record)}", documents)
+
+
+def _validation_hash(checkpoint: Checkpoint) -> str:
+    wanted = (checkpoint.data_record or {}).get("validation_sha256")
+    if not isinstance(wanted, str):
+        raise UserError(
+            f"{checkpoint.path} has no {DATA_RECORD} that says what it was validated on: "
+            f"{ASK_FOR_TEXT}"
+        )
+    return wanted
+
+
+def describe_corpus(record: dict[str, Any]) -> str:
+    """The corpus of a data record with its hash, and its Python version where that matters."""
+    source = record["validation_source"] or record["source"]
+    name = source.get("location", source["kind"])
+    version = f"Python {source['python']}, " if "python" in source else ""
+    return f"{name} ({version}corpus {record['corpus_sha256'][:12]})"

@@ -1,0 +1,34 @@
+"""From a checkpoint to text: loading, prefill, decoding, sampling, streaming."""
+
+from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoint, load_checkpoint
+from retnet.generation.console import print_samples, text_output
+from retnet.generation.decode import ENDED, Usage, decode_one, generate, prefill, synchronize
+from retnet.generation.options import add_loading_options, loading_arguments
+from retnet.generation.prompt import encode_prompt, read_prompt
+from retnet.generation.sampling import Sampler, Sampling
+from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
+
+__all__ = [
+    "DATA_RECORD",
+    "ENDED",
+    "Checkpoint",
+    "Sampler",
+    "Sampling",
+    "TextStream",
+    "Usage",
+    "add_loading_options",
+    "decode_one",
+    "encode_prompt",
+    "find_checkpoint",
+    "generate",
+    "load_checkpoint",
+    "loading_arguments",
+    "prefill",
+    "print_samples",
+    "read_prompt",
+    "sample_text",
+    "stopping_criteria",
+    "stream_text",
+    "synchronize",
+    "text_output",
+]

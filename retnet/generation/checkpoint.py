@@ -1,0 +1,281 @@
+"""Finding and loading the checkpoint a user means: local files and safetensors only."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
+
+from retnet.errors import UserError
+from retnet.model import RetNetConfig, TransformerConfig
+from retnet.model.modeling import DecoderForCausalLM
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+DATA_RECORD = "data.json"
+MODEL_TYPES = (RetNetConfig.model_type, TransformerConfig.model_type)
+FLA_MODEL_TYPE = "retnet"  # flash-linear-attention's
+
+MAX_SUGGESTIONS = 5
+# Where checkpoints lie below the folder of runs, a run, or the folder above the runs.
+NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
+        "*/*/final", "*/*/best", "*/*/checkpoints/*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        path: Its folder.
+        model: In evaluation mode.
+        tokenizer: Has a ``<bos>`` and no id beyond the model's vocabulary.
+        data_record: How its training and validation data was made; None if the folder lacks it.
+    """
+
+    path: Path
+    model: DecoderForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    data_record: dict[str, Any] | None
+
+    @property
+    def is_retention(self) -> bool:
+        """Whether the model's memory is a state of constant size."""
+        return self.model.config.model_type == RetNetConfig.model_type
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means.
+
+    Args:
+        path: A checkpoint folder, or a run folder: its ``final``, else its ``best``, else the
+            newest of its ``checkpoints``.
+
+    Raises:
+        UserError: There is none; the message lists checkpoints that are near.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
+    if not path.is_dir():
+        raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
+    numbered = [
+        (int(match[1]), folder)
+        for folder in (*path.glob("checkpoints/step_*"), *path.glob("step_*"))
+        if (match := re.fullmatch(r"step_(\d+)", folder.name))
+    ]
+    newest_first = [folder for _, folder in sorted(numbered, reverse=True)]
+    for folder in (path, path / "final", path / "best", *newest_first):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
+
+
+def _suggest(path: Path) -> str:
+    """What to do instead: the checkpoints around a path, those of similar name first."""
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    near = {folder for pattern in NEAR for folder in _glob(parent, f"{pattern}/{CONFIG}")}
+    if not near and parent == path:
+        near = {
+            folder for pattern in NEAR for folder in _glob(parent.parent, f"{pattern}/{CONFIG}")
+        }
+    if not near:
+        return "train a model with train.py, or name its run folder"
+    names = [str(_relative(folder)) for folder in sorted(near)]
+    wanted = str(_relative(path))
+    names.sort(key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
+    more = f" and {len(names) - MAX_SUGGESTIONS} more" if len(names) > MAX_SUGGESTIONS else ""
+    return f"checkpoints near it: {', '.join(names[:MAX_SUGGESTIONS])}{more}"
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    return [found.parent for found in folder.glob(pattern)]
+
+
+def _relative(path: Path) -> Path:
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Load a checkpoint without a network and without running code it brings along.
+
+    Args:
+        path: What ``find_checkpoint`` takes.
+        device: Where the model goes.
+        dtype: Of the weights; as they were saved when None.
+        trust_remote_code: Allow code that lies in the checkpoint's folder.
+
+    Raises:
+        UserError: There is no such checkpoint, or something in it is missing or does not fit.
+    """
+    folder = find_checkpoint(path)
+    _check_model_type(folder, trust_remote_code)
+    _check_weights(folder)
+    model = _load_model(folder, dtype, trust_remote_code)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
+    record_file = folder / DATA_RECORD
+    record = _read_json(record_file) if record_file.is_file() else None
+    return Checkpoint(folder, model.eval(), tokenizer, record)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not readable JSON ({error}): copy the checkpoint again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold an object: copy the checkpoint again")
+    return content
+
+
+def _check_model_type(folder: Path, trust_remote_code: bool) -> None:
+    config = _read_json(folder / CONFIG)
+    model_type = config.get("model_type")
+    if model_type == FLA_MODEL_TYPE:
+        raise UserError(
+            f"{folder / CONFIG}: model_type ({model_type}) is flash-linear-attention's format: "
+            f"it needs a converter to {RetNetConfig.model_type}, its weights have other names"
+        )
+    if model_type in MODEL_TYPES:
+        return
+    if "auto_map" not in config:
+        raise UserError(
+            f"{folder / CONFIG}: model_type ({model_type}) is none of {', '.join(MODEL_TYPES)}: "
+            "name a checkpoint made by train.py"
+        )
+    if not trust_remote_code:
+        raise UserError(
+            f"{folder / CONFIG}: model_type ({model_type}) needs code from the checkpoint's own "
+            "folder: read that code, then add --trust-remote-code"
+        )
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / WEIGHTS_INDEX).is_file():
+        index = _read_json(folder / WEIGHTS_INDEX)
+        shards = sorted(set(index.get("weight_map", {}).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"checkpoint ({folder}) is incomplete, {missing[0]} is missing: copy it again"
+            )
+        return
+    pickled = next((file.name for file in folder.glob("*.bin")), None)
+    if pickled:
+        raise UserError(
+            f"checkpoint ({folder}) has pickled weights ({pickled}), which can run code: save them "
+            f"as {WEIGHTS}"
+        )
+    raise UserError(f"checkpoint ({folder}) is incomplete, {WEIGHTS} is missing: copy it again")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing one; loading takes no time that needs it."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
+def _load_model(
+    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
+) -> DecoderForCausalLM:
+    try:
+        with _no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported below, with the parameter's name
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise UserError(
+            f"checkpoint ({folder}) has damaged weights ({error}): copy it again"
+        ) from error
+    except ValueError as error:  # the configuration's own checks
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    model, info = loaded
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    for names, problem in (
+        (sorted(info["missing_keys"]), "missing from the weights"),
+        (sorted(mismatched), f"of another shape than {CONFIG} says"),
+        (sorted(info["unexpected_keys"]), "in the weights but not in the model"),
+    ):
+        if names:
+            raise UserError(
+                f"checkpoint ({folder}) is incomplete, {names[0]} is {problem} "
+                f"({len(names)} such): copy it again"
+            )
+    if not hasattr(model, "new_cache"):
+        raise UserError(
+            f"checkpoint ({folder}) holds a {type(model).__name__}, which has no new_cache(): "
+            "use a model made from retnet.model"
+        )
+    return model
+
+
+def _load_tokenizer(
+    folder: Path, vocab_size: int, trust_remote_code: bool
+) -> PreTrainedTokenizerFast:
+    if not (folder / TOKENIZER).is_file():
+        raise UserError(
+            f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
+            "the run's other checkpoints"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"{folder / TOKENIZER}: {type(tokenizer).__name__} is not a fast tokenizer: use one "
+            "that the tokenizers library can run"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER}: its largest id ({largest}) is beyond the model's vocab_size "
+            f"({vocab_size}): use the tokenizer the model was trained with"
+        )
+    if tokenizer.bos_token_id is None:
+        raise UserError(
+            f"{folder / TOKENIZER}: it has no bos_token, with which every text begins: set "
+            "bos_token in tokenizer_config.json"
+        )
+    return tokenizer

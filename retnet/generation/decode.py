@@ -1,0 +1,174 @@
+"""The decode path as small verbs, and the one loop made of them.
+
+``prefill`` reads a prompt in pieces, ``decode_one`` feeds one token per row, a ``Sampler`` chooses
+the next one, ``generate`` is the loop for one prompt and for a batch, whatever the mixer.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from retnet.generation.sampling import Sampler, Sampling
+from retnet.model.cache import DecoderCache
+from retnet.model.modeling import DecoderForCausalLM
+
+PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
+ENDED = -1  # stands for the tokens of a row that has ended while others go on
+
+
+@dataclass
+class Usage:
+    """What a generation took; filled in by ``generate``.
+
+    Attributes:
+        prompt_tokens: Tokens of one prompt.
+        prefill_seconds: Time to read the prompts.
+        steps: Tokens made one after the other.
+        new_tokens: Tokens made, summed over the rows.
+        decode_seconds: Time to make them, without the time their reader took.
+        rows: Continuations made side by side.
+        state_bytes: Size of the state (or of the used part of the key-value cache) at the end.
+    """
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    steps: int = 0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+    rows: int = 0
+    state_bytes: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def ms_per_token(self) -> float:
+        return 1000 * self.decode_seconds / self.steps if self.steps else 0.0
+
+    def summary(self) -> str:
+        """One line for people."""
+        together = f" ({self.rows} samples at once)" if self.rows > 1 else ""
+        return (
+            f"prompt: {self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s "
+            f"| new: {self.new_tokens:,} tokens, {self.ms_per_token:.2f} ms/token{together} "
+            f"| state: {self.state_bytes:,} bytes"
+        )
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queued work, so that the clock measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def prefill(
+    model: DecoderForCausalLM,
+    input_ids: Tensor,
+    cache: DecoderCache,
+    *,
+    chunk_size: int = PREFILL_CHUNK,
+) -> Tensor:
+    """Read tokens into the cache, ``chunk_size`` at a time.
+
+    Args:
+        model: A language model.
+        input_ids: [B, T] with T >= 1.
+        cache: Updated in place.
+        chunk_size: Tokens per forward pass; the result does not depend on it.
+
+    Returns:
+        The logits of the last position, [B, vocab], at least float32.
+    """
+    for piece in input_ids.split(chunk_size, dim=1):
+        logits = _last_logits(model, piece, cache)
+    return logits
+
+
+@torch.inference_mode()
+def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -> Tensor:
+    """Feed one token per row.
+
+    Args:
+        model: A language model.
+        tokens: [B].
+        cache: Updated in place.
+
+    Returns:
+        The logits that follow, [B, vocab], at least float32.
+    """
+    return _last_logits(model, tokens[:, None], cache)
+
+
+def _last_logits(model: DecoderForCausalLM, input_ids: Tensor, cache: DecoderCache) -> Tensor:
+    output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@torch.inference_mode()
+def generate(
+    model: DecoderForCausalLM,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    stopping: Sequence[StoppingCriteria] = (),
+    usage: Usage | None = None,
+) -> Iterator[list[int]]:
+    """Continue prompts of equal length, one token of every row at a time.
+
+    The prompts are read once; with several samples their state is then repeated.
+
+    Args:
+        model: A language model in evaluation mode.
+        input_ids: The prompts, [P, T] with T >= 1.
+        max_new_tokens: The most tokens of a row.
+        sampling: How to choose; the defaults of ``Sampling`` when None.
+        num_samples: Continuations of each prompt; those of one prompt are neighbours, B = P * n.
+        stopping: A row ends with the token at which one of them says so. They see the new tokens
+            only, [B, n].
+        usage: Filled in while the loop runs.
+
+    Yields:
+        The new token of each row, B of them, ``ENDED`` for a row that has ended.
+    """
+    usage = Usage() if usage is None else usage
+    device, length = input_ids.device, input_ids.shape[1]
+    started = time.perf_counter()
+    cache = model.new_cache(max_length=length + max_new_tokens)
+    logits = prefill(model, input_ids, cache)
+    synchronize(device)
+    usage.prompt_tokens, usage.prefill_seconds = length, time.perf_counter() - started
+    usage.state_bytes = cache.num_bytes()
+    if num_samples > 1:
+        cache.batch_repeat_interleave(num_samples)
+        logits = logits.repeat_interleave(num_samples, dim=0)
+
+    rows = usage.rows = len(logits)
+    ids = torch.empty(rows, length + max_new_tokens, dtype=torch.int64, device=device)
+    ids[:, :length] = input_ids.repeat_interleave(num_samples, dim=0)
+    sampler = Sampler(Sampling() if sampling is None else sampling, rows)
+    criteria = StoppingCriteriaList(stopping)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    for position in range(length, length + max_new_tokens):
+        started = time.perf_counter()
+        if position > length:
+            logits = decode_one(model, ids[:, position - 1], cache)
+        ids[:, position] = sampler(ids[:, :position], logits)
+        tokens = ids[:, position].masked_fill(ended, ENDED)
+        ended = ended | criteria(ids[:, length : position + 1], logits)
+        new_tokens, row_ended = torch.stack([tokens, ended]).tolist()  # the only wait for a device
+        usage.steps += 1
+        usage.new_tokens += sum(token != ENDED for token in new_tokens)
+        usage.decode_seconds += time.perf_counter() - started
+        usage.state_bytes = cache.num_bytes()
+        yield new_tokens
+        if all(row_ended):
+            return

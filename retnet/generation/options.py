@@ -1,0 +1,55 @@
+"""The command-line options that say how checkpoints are loaded, shared by the entry points."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from retnet.errors import UserError
+
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Add --device, --dtype and --trust-remote-code."""
+    parser.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run model code that lies in the checkpoint's folder; only if you have read it",
+    )
+
+
+def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of ``load_checkpoint`` that these options mean.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    return {
+        "device": _device(arguments.device),
+        "dtype": DTYPES[arguments.dtype],
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by kind of device
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device ({name}) cannot be used ({reason}): try --device cpu") from error
+    return device

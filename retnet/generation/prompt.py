@@ -1,0 +1,49 @@
+"""From what the user typed to the tokens of a prompt."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from retnet.errors import UserError
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    """``<bos>`` and the text; special tokens spelled out in the text are ordinary text.
+
+    Returns:
+        Token ids, [1, T], on the CPU.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return torch.tensor([[tokenizer.bos_token_id, *encoded["input_ids"]]])
+
+
+def read_prompt(source: Path | None) -> str:
+    """The prompt in a UTF-8 file, or on standard input, exactly as it is there.
+
+    Args:
+        source: The file; standard input when None.
+
+    Raises:
+        UserError: The file cannot be read, or the bytes are not UTF-8.
+    """
+    if source is None:
+        return decode_utf8(sys.stdin.buffer.read(), "standard input")
+    try:
+        return decode_utf8(source.read_bytes(), str(source))
+    except OSError as error:
+        raise UserError(
+            f"--prompt-file ({source}) cannot be read ({error.strerror}): name a text file"
+        ) from error
+
+
+def decode_utf8(data: bytes, name: str) -> str:
+    """Decode text, or say at which byte it stops being UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x}): convert it"
+        ) from error

@@ -1,0 +1,193 @@
+"""Text as it is made: whole characters only, and nothing from a stop string on."""
+
+from collections.abc import Iterator, Sequence
+
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    EosTokenCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StopStringCriteria,
+)
+
+from retnet.errors import UserError
+from retnet.generation.decode import ENDED, Usage, generate
+from retnet.generation.prompt import encode_prompt
+from retnet.generation.sampling import Sampling
+from retnet.model.modeling import DecoderForCausalLM
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode an incomplete character to
+PRIMING_TOKENS = 8  # context for the first new token; more than a character or a space needs
+
+
+class TextStream:
+    """Turns the tokens of one sample into text, a piece at a time.
+
+    The pieces together are the decoded text up to the first stop string. Text that may be the
+    beginning of a stop string waits until it is known not to be one; so does an incomplete
+    character, which the last piece holds as a replacement character.
+
+    Args:
+        tokenizer: The model's.
+        prompt_ids: What came before; some tokenizers decode a first token differently.
+        stop: Strings that end the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._stop = tuple(stop)
+        before = list(prompt_ids[-PRIMING_TOKENS:])
+        if self._decode(before).endswith(REPLACEMENT):
+            before = []  # the decoder would take it for an unfinished character of its own
+        self._ids = before
+        self._before = len(self._decode(before))
+        self._decoder = DecodeStream(ids=list(before), skip_special_tokens=True)
+        self._decoded = 0
+        self._waiting = ""
+        self.stopped = False
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        return text
+
+    def push(self, token: int) -> str:
+        """Take one token and return the text that is certain now, often an empty string."""
+        if self.stopped:
+            return ""
+        self._ids.append(token)
+        text = self._decoder.step(self._backend, token) or ""
+        self._decoded += len(text)
+        return self._release(text)
+
+    def finish(self) -> str:
+        """Return what was held back; to be called once, after the last token."""
+        if self.stopped:
+            return ""
+        rest = self._decode(self._ids)[self._before + self._decoded :]
+        text = self._release(rest) + self._waiting
+        self._waiting, self.stopped = "", True
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._waiting + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._waiting, self.stopped = "", True
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._waiting = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of ``text`` that begins ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stopping_criteria(
+    tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()
+) -> list[StoppingCriteria]:
+    """The rules that end a sample: the end-of-text token, and the user's stop strings.
+
+    Raises:
+        UserError: A stop string is empty, or no token of the vocabulary can be part of one.
+    """
+    criteria: list[StoppingCriteria] = []
+    if tokenizer.eos_token_id is not None:
+        criteria.append(EosTokenCriteria(tokenizer.eos_token_id))
+    if stop:
+        if "" in stop:
+            raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
+        try:
+            criteria.append(StopStringCriteria(tokenizer, list(stop)))
+        except ValueError as error:
+            raise UserError(
+                f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
+                "use other text"
+            ) from error
+    return criteria
+
+
+def stream_text(
+    model: DecoderForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    stop: Sequence[str] = (),
+    usage: Usage | None = None,
+) -> Iterator[list[str]]:
+    """Continue a prompt and hand out the text as it is made.
+
+    Args:
+        model: A language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: May be empty: the text then starts from ``<bos>``.
+        max_new_tokens: The most tokens of a sample.
+        sampling: How tokens are chosen.
+        num_samples: Continuations of the prompt, made as one batch.
+        stop: A sample ends before the first of these in its new text.
+        usage: Filled in while the loop runs.
+
+    Yields:
+        The new text of each sample, ``num_samples`` strings, after every token and at the end.
+    """
+    criteria = stopping_criteria(tokenizer, stop)
+    input_ids = encode_prompt(tokenizer, prompt)
+    prompt_ids = input_ids[0].tolist()
+    streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
+    for tokens in generate(
+        model,
+        input_ids.to(model.device),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        num_samples=num_samples,
+        stopping=criteria,
+        usage=usage,
+    ):
+        yield [
+            "" if token == ENDED else stream.push(token)
+            for stream, token in zip(streams, tokens, strict=True)
+        ]
+    yield [stream.finish() for stream in streams]
+
+
+def sample_text(
+    model: DecoderForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = Sampling.temperature,
+    top_p: float = Sampling.top_p,
+    seed: int = 0,
+) -> str:
+    """One continuation of a prompt, without the prompt; leaves the model's training mode alone.
+
+    Args:
+        model: A language model, in training mode or not.
+        tokenizer: Its tokenizer.
+        prompt: May be empty.
+        max_new_tokens: The most tokens to make.
+        temperature: See ``Sampling``.
+        top_p: See ``Sampling``.
+        seed: See ``Sampling``.
+    """
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    was_training = model.training
+    model.eval()
+    try:
+        pieces = stream_text(
+            model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return "".join(piece for (piece,) in pieces)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,6 @@
+"""Training: configuration, loop, checkpoints, tracking."""
+
+from retnet.training.config import Config, describe_keys, load_config, to_yaml
+from retnet.training.run import train
+
+__all__ = ["Config", "describe_keys", "load_config", "to_yaml", "train"]

@@ -1,0 +1,95 @@
+"""From a configuration to a model."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from retnet.errors import UserError
+from retnet.generation import find_checkpoint
+from retnet.model import (
+    RetNetConfig,
+    RetNetForCausalLM,
+    TransformerConfig,
+    TransformerForCausalLM,
+)
+from retnet.model.configuration import DecoderConfig
+from retnet.training.config import RETENTION_KEYS, Config, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+Model = RetNetForCausalLM | TransformerForCausalLM
+
+
+def model_config(
+    config: Config, vocab_size: int, special_ids: dict[str, Any] | None = None
+) -> RetNetConfig | TransformerConfig:
+    """The model configuration of a run.
+
+    Args:
+        config: The run.
+        vocab_size: Entries of its tokenizer.
+        special_ids: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+        UserError: Values that make no model.
+    """
+    spec = config.model
+    keys: dict[str, Any] = {
+        key: value
+        for key, value in vars(spec).items()
+        if key not in ("mixer", "init_from") and value is not None
+    }
+    retention = spec.mixer == "retention"
+    if not retention:
+        without_effect = [k for k in RETENTION_KEYS if getattr(spec, k) != getattr(ModelSpec, k)]
+        if without_effect:
+            names = ", ".join(f"model.{key}" for key in without_effect)
+            logger.warning("%s: no effect with model.mixer=attention", names)
+        keys = {key: value for key, value in keys.items() if key not in RETENTION_KEYS}
+    keys |= {"vocab_size": vocab_size, "max_position_embeddings": config.data.seq_len}
+    try:
+        return (RetNetConfig if retention else TransformerConfig)(**keys, **(special_ids or {}))
+    except ValueError as error:
+        raise UserError("; ".join(f"model.{part}" for part in str(error).split("; "))) from error
+
+
+def build_model(config: DecoderConfig) -> Model:
+    """A fresh model, in float32."""
+    if isinstance(config, RetNetConfig):
+        return RetNetForCausalLM(config)
+    return TransformerForCausalLM(cast(TransformerConfig, config))
+
+
+def load_initial_weights(model: Model, init_from: str) -> Path:
+    """Take the weights of ``model.init_from``; returns the checkpoint's folder.
+
+    Raises:
+        UserError: No such checkpoint, or one of another shape.
+    """
+    folder = find_checkpoint(init_from)
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"model.init_from ({init_from}) has no {file.name}: take another checkpoint"
+        )
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"model.init_from ({file}) can't be read: {error}") from error
+    own = model.state_dict()
+    if "lm_head.weight" not in weights and model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    for name in sorted(own.keys() | weights.keys()):
+        here = tuple(own[name].shape) if name in own else "absent"
+        there = tuple(weights[name].shape) if name in weights else "absent"
+        if here != there:
+            raise UserError(
+                f"model.init_from ({init_from}) is another model: {name} is {there} there and "
+                f"{here} here; take over the model section of its config.yaml, and its tokenizer "
+                f"(data.tokenizer={folder})"
+            )
+    model.load_state_dict(weights)
+    return folder

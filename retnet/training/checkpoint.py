@@ -1,0 +1,203 @@
+"""Checkpoints: the state after a completed optimizer step, in a folder that alone suffices.
+
+    config.json, generation_config.json, model.safetensors    loadable by transformers
+    tokenizer.json, tokenizer_config.json
+    data.json              how the validation data was made
+    optimizer.safetensors  AdamW's moments, by parameter name (not in best/ and final/)
+    training_state.json    step, best validation loss
+
+A folder is written under a temporary name, synced and renamed, so a folder with the final name is
+complete. Nothing is pickled. States are gathered by ``torch.distributed.checkpoint``, which gives
+the same names and whole tensors for a plain, a DDP and a sharded model.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase
+
+from retnet.errors import UserError
+from retnet.training.build import Model
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+FINAL = "final"
+OPTIMIZER = "optimizer.safetensors"
+TRAINING_STATE = "training_state.json"
+DATA_RECORD = "data.json"
+_TEMPORARY = ".unfinished-"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything besides weights and moments.
+
+    Attributes:
+        step: Completed optimizer steps.
+        best_loss: Lowest validation loss so far, nats per token; None before the first evaluation.
+        best_step: Where that was.
+        seconds: Time spent in training so far.
+        global_batch: Rows of an optimizer step, which must stay the same when the run goes on.
+    """
+
+    step: int = 0
+    global_batch: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is written with the weights, the same in every checkpoint of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data_record: dict[str, Any]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after ``step`` steps."""
+    return run / CHECKPOINTS / f"step_{step}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    folders = [p for p in (run / CHECKPOINTS).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name[5:]))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    bare_model: Model,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress,
+    snapshot: Snapshot,
+    *,
+    main_process: bool = True,
+) -> None:
+    """Write a checkpoint; every process must call this, the main one writes.
+
+    Args:
+        folder: Its final name; an existing folder there is replaced.
+        model: The model that is trained, perhaps wrapped.
+        bare_model: The transformers model inside.
+        optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
+        progress: Saved with it.
+        snapshot: Tokenizer and data record.
+        main_process: Whether this process writes.
+    """
+    weights = get_model_state_dict(model, options=_WHOLE)
+    moments = None
+    if optimizer is not None:
+        moments = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    if not main_process:
+        return
+    with _replacing(folder) as new:
+        bare_model.save_pretrained(new, state_dict=weights)
+        snapshot.tokenizer.save_pretrained(new)
+        _write_json(new / DATA_RECORD, snapshot.data_record)
+        _write_json(new / TRAINING_STATE, asdict(progress))
+        if moments is not None:
+            save_file(_flatten_moments(moments), new / OPTIMIZER)
+
+
+def load_checkpoint_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put a checkpoint's weights and moments into model and optimizer.
+
+    Raises:
+        UserError: The folder is no checkpoint to go on from.
+    """
+    for name in ("model.safetensors", OPTIMIZER, TRAINING_STATE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"checkpoint ({folder}) has no {name}: go on from one in {CHECKPOINTS}/, or use "
+                "its weights alone with model.init_from"
+            )
+    weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
+    if "lm_head.weight" not in weights:  # tied
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, weights, options=options)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    stored = load_file(folder / OPTIMIZER)
+    for name, values in moments["state"].items():
+        for key in values:
+            values[key] = stored[f"{name}/{key}"]
+    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    return Progress(**json.loads((folder / TRAINING_STATE).read_text()))
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints."""
+    for folder in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what an interrupted write left behind."""
+    for parent in (run, run / CHECKPOINTS):
+        for folder in parent.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, values in state["state"].items()
+        for key, value in values.items()
+    }
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``folder`` when it is complete and on disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.parent / f"{_TEMPORARY}{folder.name}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    yield new
+    for file in new.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+        _sync(file)
+    _sync(new)
+    if folder.exists():
+        old = folder.parent / f"{_TEMPORARY}old-{folder.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old)
+    else:
+        new.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

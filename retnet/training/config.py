@@ -1,0 +1,288 @@
+"""The configuration of a run: three sections, defaults < YAML file < key=value arguments."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from retnet.data import DataSpec
+from retnet.errors import UserError
+from retnet.model import RetNetConfig
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The ``model`` section; the fields are those of the model configurations."""
+
+    mixer: Literal["retention", "attention"] = _option(
+        "retention", "retention: a RetNet; attention: the Transformer of the same size"
+    )
+    hidden_size: int = _option(RetNetConfig.hidden_size, "width d of the residual stream")
+    num_hidden_layers: int = _option(RetNetConfig.num_hidden_layers, "number of blocks")
+    num_heads: int = _option(RetNetConfig.num_heads, "heads of the mixer")
+    intermediate_size: int | None = _option(
+        None, "width of the feed-forward network; null: 12 d^2 matrix parameters in a layer"
+    )
+    norm: str = _option(RetNetConfig.norm, "layernorm or rmsnorm")
+    ffn: str = _option(RetNetConfig.ffn, "gelu or swiglu")
+    dropout: float = _option(RetNetConfig.dropout, "after embedding, mixers, feed-forward networks")
+    tie_word_embeddings: bool = _option(
+        RetNetConfig.tie_word_embeddings, "the output layer is the embedding"
+    )
+    rotary_layout: str | None = _option(
+        None, "interleaved or half; null: the mixer's own (interleaved for retention, else half)"
+    )
+    rotary_frequencies: str | None = _option(
+        None, "linspace or standard; null: the mixer's own (linspace for retention, else standard)"
+    )
+    value_size: int | None = _option(None, "retention: width of all values together; null: 2 d")
+    head_norm: str = _option(RetNetConfig.head_norm, "retention: groupnorm, rmsnorm or none")
+    gate: bool = _option(RetNetConfig.gate, "retention: the swish gate")
+    decay: str | int | float = _option(
+        RetNetConfig.decay, "retention: paper, log_linear, or one number in (0, 1] for all heads"
+    )
+    chunk_size: int = _option(
+        RetNetConfig.chunk_size, "retention: chunk of the chunkwise form; changes speed only"
+    )
+    init_from: str | None = _option(None, "checkpoint or run folder to take the weights from")
+
+
+# fields of ModelSpec that mean something to retention only
+RETENTION_KEYS = ("value_size", "head_norm", "gate", "decay", "chunk_size")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """The ``train`` section."""
+
+    max_steps: int = _option(1000, "optimizer steps")
+    batch_size: int = _option(8, "rows in a micro-batch of one process")
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
+    learning_rate: float = _option(2e-3, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = _option(
+        "cosine", "course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = _option(100, "steps in which the learning rate rises linearly")
+    final_learning_rate: float = _option(
+        0.1, "learning rate at the end as a share of the peak (cosine, linear)"
+    )
+    weight_decay: float = _option(0.05, "of AdamW, on matrices only")
+    beta1: float = _option(0.9, "of AdamW")
+    beta2: float = _option(0.98, "of AdamW")
+    grad_clip: float | None = _option(1.0, "largest norm of the gradient; null: not limited")
+    seed: int = _option(0, "of weights, order and dropout")
+    out_dir: str | None = _option(None, "run folder; null: runs/<config name>-<mixer>")
+    resume: str = _option(
+        "auto", "auto: go on from the run folder's newest checkpoint; never; or a checkpoint folder"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU when there is one")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "of matrix products; auto: bf16 on GPUs that have it, else fp32"
+    )
+    compile: bool = _option(False, "torch.compile the model (needs a C++ compiler on a CPU)")
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    fused_optimizer: bool = _option(True, "one kernel for the whole AdamW step")
+    eval_every: int = _option(250, "steps between evaluations on the validation tokens")
+    eval_max_tokens: int | None = _option(None, "validation tokens to use; null: all")
+    save_every: int = _option(250, "steps between checkpoints")
+    keep: int = _option(2, "newest checkpoints to keep (the best one is kept beside them)")
+    log_every: int = _option(10, "steps between progress lines when not on a terminal")
+    sample_prompt: str = _option("", "prompt of the sample text at each evaluation")
+    sample_tokens: int = _option(64, "length of that sample; 0: none")
+    trackers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "beside console and metrics.jsonl: any of wandb, tensorboard"},
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+
+
+TRACKERS = ("wandb", "tensorboard")
+# keys that may differ when a run goes on: they do not change what was computed so far
+RESUMABLE_KEYS = (
+    "train.max_steps", "train.resume", "train.eval_every", "train.eval_max_tokens",
+    "train.save_every", "train.keep", "train.log_every", "train.sample_prompt",
+    "train.sample_tokens", "train.trackers", "train.out_dir", "train.device", "train.compile",
+    "train.batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "data.cache_dir", "model.chunk_size",
+)  # fmt: skip
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: A YAML file with the sections model, data and train; None for the defaults.
+        overrides: ``section.key=value``, the last word.
+
+    Raises:
+        UserError: Names the key or file, its value and the fix.
+    """
+    layers = [OmegaConf.structured(Config)]
+    if path is not None:
+        layers.append(_read_yaml(Path(path)))
+    for override in overrides:
+        layers.append(_read_override(override))
+    merged = layers[0]
+    for layer in layers[1:]:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error)) from error
+    try:
+        config = cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+    config.data.validate()
+    problems = _train_problems(config.train)
+    if problems:
+        raise UserError("; ".join(problems))
+    if config.train.out_dir is None:
+        name = "default" if path is None else Path(path).stem
+        out_dir = f"runs/{name}-{config.model.mixer}"
+        train = dataclasses.replace(config.train, out_dir=out_dir)
+        config = dataclasses.replace(config, train=train)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``section.key`` -> value."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def describe_keys() -> Iterator[str]:
+    """One line for each key: name, type, default, meaning."""
+    for section in dataclasses.fields(Config):
+        for option in dataclasses.fields(cast(Any, section.type)):
+            default = option.default
+            if default is dataclasses.MISSING:
+                default = cast(Any, option.default_factory)()
+            name = f"{section.name}.{option.name}"
+            shown = (
+                "null"
+                if default is None
+                else str(default).lower()
+                if isinstance(default, bool)
+                else default
+                if default != ""
+                else '""'
+            )
+            yield f"  {name}: {_type_name(option.type)} = {shown}\n      {option.metadata['help']}"
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    return str(kind).replace("None", "null")
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"configuration ({path}) is not valid YAML: {error}") from error
+    if loaded is None:
+        return OmegaConf.create({})
+    if not isinstance(loaded, dict):
+        raise UserError(
+            f"configuration ({path}) must have the sections model, data and train: it holds a "
+            f"{type(loaded).__name__}"
+        )
+    return content
+
+
+def _read_override(text: str) -> Any:
+    key, equals, _ = text.partition("=")
+    if text.startswith("-"):
+        plain = text.lstrip("-")
+        raise UserError(
+            f"argument ({text}) is not known: keys are written without dashes, as in "
+            f"{plain if equals else plain + '=VALUE'}"
+        )
+    if not equals or not key:
+        raise UserError(f"argument ({text}) must be section.key=value, as train.max_steps=100")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"argument ({text}) can't be read: {reason}; quote the value") from error
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"configuration key ({key or 'sections'}): {message}; python train.py --help lists all"
+
+
+def _train_problems(train: TrainSpec) -> list[str]:
+    """Values out of range, each with key, value and fix."""
+    problems = []
+    at_least_one = ("max_steps", "batch_size", "gradient_accumulation_steps", "eval_every",
+                    "save_every", "keep", "log_every")  # fmt: skip
+    for key in at_least_one:
+        if getattr(train, key) < 1:
+            problems.append(f"train.{key} ({getattr(train, key)}) must be at least 1")
+    for key in ("warmup_steps", "sample_tokens", "seed", "weight_decay"):
+        if getattr(train, key) < 0:
+            problems.append(f"train.{key} ({getattr(train, key)}) must be at least 0")
+    if train.eval_max_tokens is not None and train.eval_max_tokens < 1:
+        problems.append(f"train.eval_max_tokens ({train.eval_max_tokens}) must be at least 1")
+    if not 0 < train.learning_rate < 10:
+        problems.append(
+            f"train.learning_rate ({train.learning_rate}) must be above 0 and below 10: "
+            "1e-3 is usual"
+        )
+    if not 0 <= train.final_learning_rate <= 1:
+        problems.append(
+            f"train.final_learning_rate ({train.final_learning_rate}) is a share of the peak: it "
+            "must be between 0 and 1"
+        )
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(train, key) < 1:
+            problems.append(f"train.{key} ({getattr(train, key)}) must be at least 0 and below 1")
+    if train.grad_clip is not None and not train.grad_clip > 0:
+        problems.append(f"train.grad_clip ({train.grad_clip}) must be above 0, or null for none")
+    if train.warmup_steps > train.max_steps:
+        problems.append(
+            f"train.warmup_steps ({train.warmup_steps}) must be at most train.max_steps "
+            f"({train.max_steps})"
+        )
+    for tracker in train.trackers:
+        if tracker not in TRACKERS:
+            problems.append(
+                f"train.trackers ({tracker}) must be any of {', '.join(TRACKERS)}, "
+                "as in train.trackers=[wandb]"
+            )
+    return problems

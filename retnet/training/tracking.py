@@ -1,0 +1,123 @@
+"""Where a run's numbers go: metrics.jsonl and the console always, other trackers when asked for.
+
+metrics.jsonl has one line for each optimizer step, in order; an evaluation's figures stand in the
+line of its step. Nothing here prompts or waits for a network.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from retnet.training.config import Config, flatten
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """The run's metrics.jsonl, opened to go on after ``step`` completed steps."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / METRICS
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # cut off by an interruption: that step comes again
+                if entry["step"] > step:
+                    break
+                kept.append(line + "\n")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Console:
+    """A progress bar on a terminal, otherwise one aligned line in each interval."""
+
+    def __init__(self, *, done: int, total: int, every: int) -> None:
+        self._total, self._every = total, every
+        self._begin, self._first = time.monotonic(), done
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, loss: float, rate: float, speed: float) -> None:
+        """Show a step: training loss (nats/token), learning rate, tokens/s."""
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        elif step % self._every == 0 or step == self._total:
+            elapsed = time.monotonic() - self._begin
+            left = elapsed / max(1, step - self._first) * (self._total - step)
+            logger.info(
+                "step %*d/%d  loss %7.4f  lr %.2e  %8s tokens/s  %s left",
+                len(str(self._total)),
+                step,
+                self._total,
+                loss,
+                rate,
+                f"{speed:,.0f}",
+                format_seconds(left),
+            )
+
+    def say(self, text: str) -> None:
+        """A line that does not disturb the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            logger.info("%s", text)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """65 -> "1:05", 3700 -> "1:01:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def start_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Start the trackers of ``train.trackers``; they write into the run folder.
+
+    wandb is offline unless the environment variable WANDB_MODE says otherwise: a run neither
+    needs an account nor waits for a network.
+    """
+    if not config.train.trackers:
+        return
+    run = Path(str(config.train.out_dir))
+    mode = os.environ.get("WANDB_MODE", "offline")
+    accelerator.init_trackers(
+        "retnet",
+        config={
+            k: str(v) if isinstance(v, list) else v
+            for k, v in flatten(config).items()
+            if v is not None
+        },
+        init_kwargs={"wandb": {"mode": mode, "dir": str(run), "name": run.name}},
+    )
+    if "wandb" in config.train.trackers and mode == "offline":
+        logger.info("wandb is offline; to upload the run later: wandb sync %s/wandb/*run-*", run)

@@ -1,0 +1,34 @@
+"""Train a RetNet or the same-size Transformer: python train.py configs/tiny.yaml [key=value ...]"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from retnet.cli import ArgumentParser, run
+from retnet.errors import UserError
+from retnet.training import describe_keys, load_config, to_yaml, train
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the arguments, then train."""
+    parser = ArgumentParser(
+        prog="train.py",
+        description="Train a RetNet, or with model.mixer=attention the Transformer of its size.",
+        epilog="keys (default < YAML file < key=value):\n" + "\n".join(describe_keys()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file, as configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as train.max_steps=100")
+    parser.add_argument("--print-config", action="store_true", help="print the result and stop")
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.config.find("=") > 0:
+        raise UserError(f"configuration ({arguments.config}) comes first: a YAML file, then keys")
+    config = load_config(arguments.config, [*arguments.overrides, *unknown])
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    return train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
