@@ -45,14 +45,20 @@ class PreparedData:
     record: dict[str, Any]
 
 
-def open_entry(entry: Path) -> PreparedData | None:
-    """The preparation in a folder of the cache; None when it is not there or damaged."""
+def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData | None:
+    """The preparation in a folder of the cache; None when it is not there or damaged.
+
+    Args:
+        entry: The folder.
+        tokenizer: The tokenizer of its tokens; None for the one that was trained with them.
+    """
     if not entry.exists():
         return None
     try:
         record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
         train, validation = TokenFile.open(entry / TRAIN), TokenFile.open(entry / VALIDATION)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
+        if tokenizer is None:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
         if tokenizer_hash(tokenizer) != record["tokenizer_sha256"]:
             raise DamagedTokenFileError(f"{entry / TOKENIZER} is not what was written")
     except Exception as error:  # a damaged file can fail in any way; it is made again
@@ -114,12 +120,12 @@ def unfinished(entry: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def publish(complete: Path, entry: Path) -> PreparedData:
+def publish(complete: Path, entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData:
     """Rename a complete folder to its place, unless another process has filled it meanwhile.
 
     A damaged entry there is moved into the temporary folder first, and goes with it.
     """
-    found = open_entry(entry)
+    found = open_entry(entry, tokenizer)
     if found is not None:
         return found
     if entry.exists():
@@ -129,7 +135,7 @@ def publish(complete: Path, entry: Path) -> PreparedData:
     except OSError:  # a folder with files cannot be renamed onto: somebody was quicker
         if not entry.exists():
             raise
-    prepared = open_entry(entry)
+    prepared = open_entry(entry, tokenizer)
     if prepared is None:
         raise OSError(f"{entry} was written and cannot be read back")
     return prepared

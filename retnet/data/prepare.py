@@ -69,7 +69,7 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
     fingerprints = _fingerprints(source, validation)
     name = _entry_name(spec, source, validation, fingerprints, tokenizer)
     entry = Path(spec.cache_dir).expanduser() / name
-    prepared = open_entry(entry)
+    prepared = open_entry(entry, tokenizer)
     if prepared is None:
         with unfinished(entry) as folder:
             complete = folder / "complete"
@@ -78,7 +78,7 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
                 raise UserError(
                     f"data.source ({spec.source}) changed while it was being read: start again"
                 )
-            prepared = publish(complete, entry)
+            prepared = publish(complete, entry, tokenizer)
     check_window(prepared.train.num_tokens, spec.seq_len)
     logger.info(
         "data in %s: %s training and %s validation tokens",
@@ -155,6 +155,7 @@ def _build(
         rule = choose_split(survey, spec.validation_fraction, spec.source)
     else:
         _survey(validation, "data.validation")
+    trained = tokenizer is None
     if tokenizer is None:
         with phase("training the tokenizer", total=survey.num_bytes) as counter:
             texts = _count(_side(source, rule, TRAIN), counter)
@@ -180,7 +181,8 @@ def _build(
         record[f"{side}_sha256"] = facts.pop("sha256")
         record[side] = facts
     check_window(record[TRAIN]["tokens"], spec.seq_len)
-    tokenizer.save_pretrained(folder / TOKENIZER)
+    if trained:
+        tokenizer.save_pretrained(folder / TOKENIZER)
     save_record(folder, record)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,16 +22,17 @@ from retnet.errors import UserError
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SPECIAL_TOKENS = [BOS, EOS, PAD]
+BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 # GPT-2's pattern with runs of at most 64 characters: a line of a million letters or spaces is
 # then many short words rather than one, which merges would take hours over.
 WORDS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
     r"|\s{1,64}(?!\S)|\s{1,64}"
 )
-BATCH_CHARACTERS = 1 << 19
+BATCH_CHARACTERS = 1 << 20
 # Longer documents are encoded in pieces. A cut between a word and a space is a border between
 # words for the pattern above, so the tokens are those of the whole text.
-PIECE_CHARACTERS = 1 << 19
+PIECE_CHARACTERS = 1 << 17
 CUT = re.compile(r"\S(?=[ \n])")
 
 
@@ -124,7 +126,7 @@ def encode_documents(
 ) -> Iterator[np.ndarray]:
     """Encode documents as ``<bos>`` text ``<eos>``, some at a time.
 
-    Documents beyond half a million characters are encoded in pieces to bound the memory: with our
+    Documents beyond 131,072 characters are encoded in pieces to bound the memory: with our
     own tokenizers the tokens are the same, with a pretrained one they may differ at a cut.
 
     Args:
@@ -139,25 +141,25 @@ def encode_documents(
         for text in documents:
             yield np.concatenate([ends[0], np.frombuffer(text.encode(), np.uint8), ends[1]])
         return
+    backend = _backend(tokenizer)
     for group in _groups(documents):
         # A long document comes alone, in pieces; others are one piece each.
-        pieces = list(_pieces(group[0])) if len(group) == 1 else group
-        encoded = _encode(tokenizer, pieces)
-        bodies = [np.concatenate([*encoded])] if len(group) == 1 else encoded
-        for body in bodies:
-            yield np.concatenate([ends[0], body, ends[1]])
+        if len(group) == 1:
+            encoded = [ids for part in _groups(_pieces(group[0])) for ids in _encode(backend, part)]
+            yield np.concatenate([ends[0], *encoded, ends[1]])
+        else:
+            for body in _encode(backend, group):
+                yield np.concatenate([ends[0], body, ends[1]])
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, pieces: list[str]) -> list[np.ndarray]:
-    backend = _backend(tokenizer)
-    ids: list[np.ndarray] = []
-    for start in range(0, len(pieces), 256):
-        batch = backend.encode_batch_fast(pieces[start : start + 256], add_special_tokens=False)
-        ids.extend(np.array(encoding.ids, dtype=np.int64) for encoding in batch)
-    return ids
+def _encode(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each text; 32 bits, because a long document's pieces all wait in memory."""
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Texts together while they are short: what is encoded at a time bounds the memory."""
     group: list[str] = []
     size = 0
     for text in documents:
@@ -210,7 +212,9 @@ def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    reference = byte_tokenizer()
-    return len(tokenizer) == len(reference) and tokenizer_hash(tokenizer) == tokenizer_hash(
-        reference
-    )
+    return len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash()
+
+
+@cache
+def _byte_tokenizer_hash() -> str:
+    return tokenizer_hash(byte_tokenizer())

@@ -150,7 +150,7 @@ def _result(
 ) -> ModelResult:
     same_tokenizer = tokenizer_hash(checkpoint.tokenizer) == tokenizer_hash(first.tokenizer)
     nats = bits = None
-    if checkpoint is not first:
+    if scores is not first_scores:
         bits = to_bits(paired_bootstrap(first_scores.nll, scores.nll, scores.bytes))
         if same_tokenizer:
             nats = paired_bootstrap(first_scores.nll, scores.nll, scores.targets)

@@ -65,6 +65,7 @@ class DecodeSpeed:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         yield
@@ -93,18 +94,16 @@ def interleaved(
         One timing per piece.
     """
     seconds: list[list[float]] = [[] for _ in prepares]
-    for number in range(warmup + rounds):
-        for own, prepare in zip(seconds, prepares, strict=True):
-            work = prepare()
-            gc.collect()
-            with _no_garbage_collection():
+    with _no_garbage_collection():
+        for number in range(warmup + rounds):
+            for own, prepare in zip(seconds, prepares, strict=True):
+                work = prepare()
                 synchronize(device)
                 started = time.perf_counter()
                 work()
                 synchronize(device)
-                elapsed = time.perf_counter() - started
-            if number >= warmup:
-                own.append(elapsed)
+                if number >= warmup:
+                    own.append(time.perf_counter() - started)
     return [_timing(own) for own in seconds]
 
 

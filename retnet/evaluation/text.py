@@ -42,8 +42,11 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
     """
     if not path.exists():
         raise UserError(f"--text ({path}) does not exist: correct the path")
-    source = open_location(str(path), "--text", text_field, None, "train")
-    documents = [text for text in source.documents() if text]
+    try:
+        source = open_location(str(path), "--text", text_field, None, "train")
+        documents = [text for text in source.documents() if text]
+    except UserError as error:  # readers know the option under its name in configurations
+        raise UserError(str(error).replace("data.text_field", "--text-field")) from error
     if not documents:
         raise UserError(f"--text ({path}) is empty: name a file with text")
     return EvaluationText(str(path), documents)

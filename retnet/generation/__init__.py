@@ -4,7 +4,7 @@ from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoin
 from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import ENDED, Usage, decode_one, generate, prefill, synchronize
 from retnet.generation.options import add_loading_options, loading_arguments
-from retnet.generation.prompt import encode_prompt, read_prompt
+from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
 
@@ -18,6 +18,7 @@ __all__ = [
     "Usage",
     "add_loading_options",
     "decode_one",
+    "decode_utf8",
     "encode_prompt",
     "find_checkpoint",
     "generate",

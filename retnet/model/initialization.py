@@ -7,12 +7,10 @@ both.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 
-from .attention import CausalAttention
 from .configuration import DecoderConfig, RetNetConfig
-from .layers import FeedForward, MultiScaleRetention
 
 # Standard deviation of a fresh model's logits: small, so that training begins at a loss of
 # ln(vocab_size). The official code has 1 here, which begins half a nat above.
@@ -20,10 +18,16 @@ LOGIT_STD = 0.3
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, config: DecoderConfig) -> None:
-    """Fill one module's own weights; already loaded ones are left alone (transformers' flag)."""
+def initialize(module: nn.Module, role: str, config: DecoderConfig) -> None:
+    """Fill one module's own weights; already loaded ones are left alone (transformers' flag).
+
+    Args:
+        module: An embedding, norm or linear layer; others have no weights of their own.
+        role: The last word of its name in the model, as "o_proj".
+        config: The model's.
+    """
     retention = isinstance(config, RetNetConfig)
-    output_std = LOGIT_STD * config.hidden_size**-0.5
+    output_std = min(0.02, LOGIT_STD * config.hidden_size**-0.5)
     if isinstance(module, nn.Embedding):
         std = config.hidden_size**-0.5 if retention else 0.02
         init.normal_(module.weight, std=output_std if config.tie_word_embeddings else std)
@@ -31,24 +35,14 @@ def initialize(module: nn.Module, config: DecoderConfig) -> None:
         init.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):
             init.zeros_(module.bias)
-    elif isinstance(module, MultiScaleRetention):
-        for name, weight in _matrices(module):
-            init.xavier_uniform_(weight, gain=2**-1 if name == "o_proj" else 2**-2.5)
-    elif isinstance(module, FeedForward) and retention:
-        for _, weight in _matrices(module):
-            init.kaiming_uniform_(weight, a=5**0.5)
-    elif isinstance(module, CausalAttention | FeedForward):
-        for name, weight in _matrices(module):
-            ends_block = name in ("o_proj", "down_proj")
+    elif isinstance(module, nn.Linear):
+        if role == "lm_head":
+            init.normal_(module.weight, std=output_std)
+        elif not retention:
+            ends_block = role in ("o_proj", "down_proj")
             depth = (2 * config.num_hidden_layers) ** -0.5 if ends_block else 1.0
-            init.normal_(weight, std=0.02 * depth)
-
-
-@torch.no_grad()
-def initialize_output(layer: nn.Linear, config: DecoderConfig) -> None:
-    """Fill the output layer."""
-    init.normal_(layer.weight, std=LOGIT_STD * config.hidden_size**-0.5)
-
-
-def _matrices(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, p.weight) for n, p in module.named_children() if isinstance(p, nn.Linear)]
+            init.normal_(module.weight, std=0.02 * depth)
+        elif role in ("up_proj", "gate_proj", "down_proj"):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        else:
+            init.xavier_uniform_(module.weight, gain=2**-1 if role == "o_proj" else 2**-2.5)

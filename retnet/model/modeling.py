@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention import CausalAttention, attention_mask
 from .cache import DecoderCache, KVCache, RetentionCache
 from .configuration import DecoderConfig, RetNetConfig, TransformerConfig
-from .initialization import initialize, initialize_output
+from .initialization import initialize
 from .layers import MODES, FeedForward, MixerInputs, MultiScaleRetention, make_norm
 from .loss import causal_lm_loss, shift_targets
 from .sequence import TokenInfo, describe_tokens
@@ -51,7 +51,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
+        # transformers calls this for modules that have weights of their own, without their names
+        name = next((name for name, other in self.named_modules() if other is module), "")
+        initialize(module, name.rpartition(".")[2], self.config)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -214,11 +216,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self.lm_head:
-            initialize_output(cast(nn.Linear, self.lm_head), self.config)
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory to pass as ``past_key_values``; it is updated in place.

@@ -58,7 +58,7 @@ def estimate_memory(
         model = build_model(model_config).train()
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         saved: dict[int, int] = {}
         held: list[Tensor] = []  # alive until the end, so that no identity is used twice

@@ -138,7 +138,7 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     set_seed(spec.seed)
     bare_model: Model = build_model(network)
     if spec.gradient_checkpointing:
-        bare_model.gradient_checkpointing_enable({"use_reentrant": False})
+        bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
         _check_compiler(accelerator.device)
         bare_model.compile()

@@ -1,0 +1,85 @@
+"""Compare trained models: ``python compare.py runs/tiny-retention runs/tiny-attention``.
+
+Prints for each model its parameters, perplexity and bits per byte on the same text, its difference
+to the first model with a 95 % interval, and how fast and in how much memory it decodes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from retnet.cli import ArgumentParser, positive_int, run
+from retnet.errors import UserError
+from retnet.evaluation import (
+    CONTEXTS,
+    check_writable,
+    compare_checkpoints,
+    format_comparison,
+    text_of_file,
+    to_json,
+    validation_text,
+    write_json,
+)
+from retnet.generation import (
+    add_loading_options,
+    load_checkpoint,
+    loading_arguments,
+    text_output,
+)
+
+
+def build_parser() -> ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint or run folders, 2 or more")
+    text = "a text, .jsonl, .csv or .parquet file (the first model's validation data)"
+    add("--text", type=Path, metavar="FILE", help=text)
+    add("--text-field", metavar="NAME", help="field of the file's rows with the text (text)")
+    context = "tokens of a window (the first model's training window)"
+    add("--context", type=positive_int, metavar="N", help=context)
+    stride = "tokens from one window to the next; less is more context (the context: no overlap)"
+    add("--stride", type=positive_int, metavar="N", help=stride)
+    carry = "carry the state through each whole document, without windows; retention only"
+    add("--carry-state", action="store_true", help=carry)
+    add("--batch-size", type=positive_int, metavar="N", help="windows at once (by their size)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--no-speed", action="store_true", help="do not measure decoding")
+    after = f"measure decoding after so many tokens ({' '.join(map(str, CONTEXTS))})"
+    speed.add_argument("--contexts", nargs="+", type=positive_int, metavar="N", help=after)
+    add("--json", type=Path, metavar="FILE", help="also write everything to this file")
+    add_loading_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = build_parser().parse_intermixed_args(argv)
+    if len(arguments.checkpoints) < 2:
+        raise UserError(
+            f"one checkpoint ({arguments.checkpoints[0]}) compares with nothing: name a second one"
+        )
+    if arguments.json:
+        check_writable(arguments.json)
+    if arguments.text_field is not None and arguments.text is None:
+        raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
+    text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
+    loading = loading_arguments(arguments)
+    checkpoints = [load_checkpoint(path, **loading) for path in arguments.checkpoints]
+    comparison = compare_checkpoints(
+        checkpoints,
+        validation_text(checkpoints) if text is None else text,
+        context=arguments.context,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+        carry_state=arguments.carry_state,
+        speed_contexts=() if arguments.no_speed else arguments.contexts or CONTEXTS,
+    )
+    if arguments.json:
+        write_json(arguments.json, to_json(comparison, ["compare.py", *argv]))
+    with text_output():
+        print(format_comparison(comparison))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,215 @@
+"""Data sets in the Hub's layout; local folders stand in for the Hub."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retnet.data.hub as hub
+from retnet.data import DataSpec, prepare_data, rebuild_validation
+from retnet.errors import UserError
+
+SpecFor = Callable[..., DataSpec]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps({field: text, "n": 1}) for text in texts))
+
+
+def texts(name: str, count: int = 30) -> list[str]:
+    return [f"{name} document {index}" for index in range(count)]
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """A folder whose files are named after splits."""
+    write_jsonl(tmp_path / "set/data/train-00000-of-00002.jsonl", texts("a"))
+    write_jsonl(tmp_path / "set/data/train-00001-of-00002.jsonl", texts("b"))
+    write_jsonl(tmp_path / "set/data/test-00000-of-00001.jsonl", texts("t"))
+    (tmp_path / "set/README.md").write_text("# A data set")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Path:
+    """A folder whose card declares two configurations."""
+    card = {
+        "configs": [
+            {
+                "config_name": name,
+                "data_files": [
+                    {"split": "train", "path": f"{name}.jsonl"},
+                    {"split": "validation", "path": "held.jsonl"},
+                ],
+            }
+            for name in ("one", "two")
+        ]
+    }
+    for name in ("one", "two", "held"):
+        write_jsonl(tmp_path / f"set/{name}.jsonl", texts(name), field="body")
+    # JSON is YAML, and the key must begin a line.
+    configs = json.dumps(card["configs"])
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs: {configs}\n---\n# A data set")
+    return tmp_path / "set"
+
+
+def test_splits_by_file_name(splits: Path, spec_for: SpecFor) -> None:
+    prepared = prepare_data(spec_for(splits, validation="test"))
+    assert prepared.train.num_documents == 60
+    assert rebuild_validation(prepared.record) == texts("t")
+    other = prepare_data(spec_for(splits, split="test"))
+    assert other.train.num_documents + other.validation.num_documents == 30
+
+
+def test_a_folder_of_texts_is_not_a_data_set(tmp_path: Path, spec_for: SpecFor) -> None:
+    """One file that happens to be called train must not hide the others."""
+    for name in ("train.txt", "notes.txt", "v1_train_head.txt"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text("some words of text")
+    assert prepare_data(spec_for(tmp_path / "texts")).train.num_documents == 3
+
+
+def test_text_files_of_a_data_set_are_documents(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("train", "valid"):
+        (tmp_path / f"set/{name}.txt").write_text(f"{name} one\n\n{name} two\n")
+    prepared = prepare_data(spec_for(tmp_path / "set", validation="validation"))
+    assert prepared.train.num_documents == 1
+    assert rebuild_validation(prepared.record) == ["valid one\n\nvalid two\n"]
+
+
+def test_configuration_and_field(configured: Path, spec_for: SpecFor) -> None:
+    spec = {"text_field": "body", "validation": "validation"}
+    prepared = prepare_data(spec_for(configured, hub_config="two", **spec))
+    first = bytes(prepared.train.tokens[1:15].astype("uint8"))
+    assert first == b"two document 0"
+    assert rebuild_validation(prepared.record) == texts("held")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_field": "body"}, r"data\.hub_config.*'one', 'two'|'one', 'two'.*data\.hub_config"),
+        ({"text_field": "body", "hub_config": "six"}, r"configuration six.*'one', 'two'"),
+        ({"hub_config": "one"}, r"data\.text_field \(text\).*\(body, n\)"),
+        ({"text_field": "body", "hub_config": "one", "split": "x"}, r"split x.*'train', 'val"),
+        ({"text_field": "body", "hub_config": "one", "validation": "y"}, r"data\.validation.*y"),
+    ],
+)
+def test_what_is_not_there_is_listed(
+    configured: Path, spec_for: SpecFor, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_data(spec_for(configured, **options))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_changed_folder_with_unchanged_times(splits: Path, spec_for: SpecFor) -> None:
+    """The data set library's own cache would return the old rows."""
+    path = splits / "data/test-00000-of-00001.jsonl"
+    before = prepare_data(spec_for(splits, validation="test"))
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("t document 7", "T document 7"))
+    os.utime(path, ns=times)
+    after = prepare_data(spec_for(splits, validation="test"))
+    assert before.record["validation_sha256"] != after.record["validation_sha256"]
+    assert "T document 7" in rebuild_validation(after.record)
+    with pytest.raises(UserError, match="not what it was"):
+        rebuild_validation(before.record)
+
+
+def test_a_folder_that_is_gone(splits: Path, spec_for: SpecFor) -> None:
+    record = prepare_data(spec_for(splits)).record
+    splits.rename(splits.with_name("elsewhere"))
+    with pytest.raises(UserError, match="does not exist"):
+        rebuild_validation(record)
+
+
+def test_a_damaged_row_file(splits: Path, spec_for: SpecFor) -> None:
+    with (splits / "data/test-00000-of-00001.jsonl").open("ab") as stream:
+        stream.write(b'\n{"text": \xff')
+    with pytest.raises(UserError, match=r"data\.validation"):
+        prepare_data(spec_for(splits, validation="test"))
+
+
+@pytest.fixture
+def online(splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The Hub with one data set "some/set"; ``commit`` is what its main branch is at."""
+    import datasets
+
+    state: dict[str, Any] = {"commit": "c1", "loads": 0}
+    real = datasets.load_dataset_builder
+
+    class Info:
+        sha = "c1"
+
+    class Api:
+        def dataset_info(self, name: str, timeout: float) -> Info:
+            if state["commit"] is None:
+                raise ConnectionError("no route to host")
+            info = Info()
+            info.sha = state["commit"]
+            return info
+
+        model_info = dataset_info
+
+    def builder(name: str, config: str | None, revision: str | None, **options: Any) -> Any:
+        state["loads"] += 1
+        state["revision"] = revision
+        return real(str(splits), config, cache_dir=str(tmp_path / "library"), **options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    return state
+
+
+def test_a_hub_name_is_kept_by_revision(online: dict[str, Any], spec_for: SpecFor) -> None:
+    spec = spec_for("some/set", validation="test")
+    prepared = prepare_data(spec)
+    assert prepared.record["source"]["revision"] == online["revision"] == "c1"
+    assert prepared.train.num_documents == 60
+    loads = online["loads"]
+    prepare_data(spec)
+    assert online["loads"] == loads
+    online["commit"] = None  # no network: what was prepared still serves
+    assert prepare_data(spec).record == prepared.record
+    assert online["loads"] == loads
+    online["commit"] = "c2"
+    assert prepare_data(spec).record["source"]["revision"] == "c2"
+    assert online["loads"] > loads
+    assert rebuild_validation(prepared.record) == texts("t")
+    assert online["revision"] == "c1"
+
+
+def test_a_hub_name_without_network(spec_for: SpecFor, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"data\.source \(some/set\) is no local path, and the Hub"):
+        prepare_data(spec_for("some/set"))
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_network_that_never_answers(spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client timeouts are per address and do not cover name resolution."""
+    release = threading.Event()
+
+    class Api:
+        def dataset_info(self, name: str, timeout: float) -> None:
+            release.wait()
+
+        model_info = dataset_info
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(hub, "DEADLINE_S", 0.05)
+    assert hub.TIMEOUT_S < 30
+    try:
+        with pytest.raises(UserError, match=r"cannot be reached \(TimeoutError\)"):
+            prepare_data(spec_for("some/set"))
+    finally:
+        release.set()

@@ -1,0 +1,338 @@
+"""The whole preparation: what is made, kept, noticed, and cleaned up."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import retnet.data.prepare as prepare
+from retnet.data import DataSpec, prepare_data, rebuild_validation, train_bpe
+from retnet.errors import UserError
+
+SpecFor = Callable[..., DataSpec]
+
+
+def write_documents(path: Path, count: int = 40) -> Path:
+    rows = [f"document {index}: the cat sat on mat {index * 7}" for index in range(count)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+    return path
+
+
+def entries(spec: DataSpec) -> list[str]:
+    folder = Path(spec.cache_dir)
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each preparation that is really made."""
+    made: list[int] = []
+    real = prepare._build
+
+    def counted(*arguments: object) -> None:
+        made.append(1)
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare, "_build", counted)
+    return made
+
+
+def test_both_sides_hold_the_documents(tmp_path: Path, spec_for: SpecFor) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    prepared = prepare_data(spec_for(path))
+    everything = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    held_back = rebuild_validation(json.loads(json.dumps(prepared.record)))
+    trained = [text for text in everything if text not in held_back]
+    assert held_back and trained
+    for tokens, expected in ((prepared.train, trained), (prepared.validation, held_back)):
+        text = "".join(f"<bos>{text}<eos>" for text in expected)
+        assert prepared.tokenizer.decode(tokens.tokens.tolist()) == text
+        assert tokens.document_bytes.tolist() == [len(text.encode()) for text in expected]
+        assert (tokens.tokens[tokens.document_starts] == 256).all()
+        assert prepared.record["train" if tokens is prepared.train else "validation"] == {
+            "documents": len(expected),
+            "bytes": tokens.num_bytes,
+            "tokens": tokens.num_tokens,
+        }
+
+
+def test_bpe_is_trained_on_the_training_side_only(tmp_path: Path, spec_for: SpecFor) -> None:
+    text = "the cat sat on the mat\n" * 90 + "zyzzyva quokka\n" * 15
+    (tmp_path / "a.txt").write_text(text)
+    spec = spec_for(tmp_path / "a.txt", tokenizer="bpe", vocab_size=300)
+    prepared = prepare_data(spec)
+    cut = int(len(text) * 0.9)
+    assert prepared.tokenizer.get_vocab() == train_bpe([text[:cut]], 300).get_vocab()
+    assert prepared.tokenizer.get_vocab() != train_bpe([text], 300).get_vocab()
+    assert prepared.record["train"]["tokens"] < cut / 2
+
+
+def test_second_start_uses_the_cache(tmp_path: Path, spec_for: SpecFor, builds: list[int]) -> None:
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"), tokenizer="bpe", vocab_size=300)
+    first = prepare_data(spec)
+    second = prepare_data(spec)
+    assert len(builds) == 1
+    assert second.record == first.record
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert (second.train.tokens == first.train.tokens).all()
+    prepare_data(spec_for(spec.source, tokenizer="bpe", vocab_size=300, seq_len=16))
+    assert len(builds) == 1  # windows are cut from the same tokens
+
+
+def test_second_start_on_ten_megabytes_is_quick(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a.txt").write_text("some words of text\n" * 550_000)
+    spec = spec_for(tmp_path / "a.txt")
+    prepare_data(spec)
+    started = time.perf_counter()
+    prepare_data(spec)
+    assert time.perf_counter() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tokenizer": "bytes"},
+        {"vocab_size": 262},
+        {"validation_fraction": 0.3},
+        {"max_tokens": 100},
+        {"text_field": "other"},
+    ],
+)
+def test_each_option_makes_other_tokens(
+    tmp_path: Path, spec_for: SpecFor, changed: dict[str, object]
+) -> None:
+    rows = [{"text": f"text number {index}", "other": f"{index} other"} for index in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options: dict[str, object] = {"tokenizer": "bpe", "vocab_size": 266}
+    plain = prepare_data(spec_for(path, **options))
+    other = prepare_data(spec_for(path, **{**options, **changed}))
+    assert plain.train.tokens.tolist() != other.train.tokens.tolist()
+
+
+def test_changed_content_with_unchanged_time_and_size(tmp_path: Path, spec_for: SpecFor) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before " * 20)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    before = prepare_data(spec_for(path))
+    path.write_text("after! " * 20)
+    os.utime(path, ns=times)
+    after = prepare_data(spec_for(path))
+    assert before.record["corpus_sha256"] != after.record["corpus_sha256"]
+    assert b"after!" in bytes(after.train.tokens[1:-1].astype("uint8"))
+
+
+def test_max_tokens_caps_training_only(tmp_path: Path, spec_for: SpecFor) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    whole = prepare_data(spec_for(path))
+    capped = prepare_data(spec_for(path, max_tokens=100))
+    assert capped.train.tokens.tolist() == whole.train.tokens[:100].tolist()
+    assert capped.train.num_bytes <= 100
+    assert capped.validation.tokens.tolist() == whole.validation.tokens.tolist()
+
+
+def test_given_validation(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a.txt").write_text("training text")
+    (tmp_path / "b.txt").write_text("validation text")
+    spec = spec_for(tmp_path / "a.txt", validation=str(tmp_path / "b.txt"))
+    prepared = prepare_data(spec)
+    assert prepared.train.num_bytes == len("training text")
+    assert rebuild_validation(prepared.record) == ["validation text"]
+    (tmp_path / "b.txt").write_text("Validation text")
+    assert prepare_data(spec).record["validation_sha256"] != prepared.record["validation_sha256"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["record.json", "train/tokens.bin", "validation/manifest.json", "tokenizer/tokenizer.json"],
+)
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int], name: str, content: bytes | None
+) -> None:
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"), tokenizer="bpe", vocab_size=280)
+    first = prepare_data(spec)
+    (entry,) = entries(spec)
+    damaged = Path(spec.cache_dir) / entry / name
+    damaged.unlink()
+    if content is not None:
+        damaged.write_bytes(content)
+    again = prepare_data(spec)
+    assert len(builds) == 2
+    assert again.record == first.record
+    assert entries(spec) == [entry]
+    prepare_data(spec)
+    assert len(builds) == 2
+
+
+def test_two_processes_at_once(tmp_path: Path, spec_for: SpecFor) -> None:
+    spec = spec_for(write_documents(tmp_path / "a.jsonl", 400), tokenizer="bpe", vocab_size=400)
+    code = (
+        "import sys, json; from retnet.data import DataSpec, prepare_data; sys.stdin.read(1);"
+        f"p = prepare_data({spec!r});"
+        "print(json.dumps([p.record, p.train.tokens.tolist()]))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for _ in range(2)
+    ]
+    answers = [process.communicate("x")[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert answers[0] == answers[1] != ""
+    assert len(entries(spec)) == 1
+
+
+def test_the_later_of_two_keeps_the_earlier(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes the same preparation while this one is at work."""
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    real = prepare._build
+    inode: list[int] = []
+
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(prepare, "_build", real)
+        prepare_data(spec)
+        (entry,) = (name for name in entries(spec) if not name.startswith("."))
+        inode.append((Path(spec.cache_dir) / entry).stat().st_ino)
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prepare, "_build", slow)
+    prepare_data(spec)
+    (entry,) = entries(spec)
+    assert [(Path(spec.cache_dir) / entry).stat().st_ino] == inode
+
+
+def test_source_that_changes_meanwhile(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    real = prepare._build
+
+    def build(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        write_documents(path, 41)
+
+    monkeypatch.setattr(prepare, "_build", build)
+    with pytest.raises(UserError, match="changed while it was being read"):
+        prepare_data(spec_for(path))
+    assert not (tmp_path / "cache").exists()
+
+
+LONE = json.dumps({"text": "a\ud800"})
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("", {}, r"data\.source \(.*a\.jsonl\) is empty"),
+        ('{"text": ""}\n{"text": null}', {}, r"data\.source \(.*a\.jsonl\) is empty"),
+        ('{"text": "ab"}', {}, r"data\.seq_len \(8\) is longer than the training text"),
+        ('{"text": "a"}', {}, r"too short to hold anything back"),
+        ('{"text": "' + "ab" * 20 + '"}', {"validation_fraction": 1e-17}, r"validation side empty"),
+        (LONE, {}, r"document 1 holds half a surrogate pair at character 1"),
+        ('{"text": "a"}\n' * 9 + "{", {}, r"line 10 is not JSON"),
+    ],
+)
+def test_failures_leave_nothing_behind(
+    tmp_path: Path, spec_for: SpecFor, content: str, options: dict[str, object], message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_data(spec_for(tmp_path / "a.jsonl", **options))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_empty_validation_file(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a.txt").write_text("training text")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(UserError, match=r"data\.validation \(.*b\.txt\) is empty"):
+        prepare_data(spec_for(tmp_path / "a.txt", validation=str(tmp_path / "b.txt")))
+
+
+def test_an_interrupt_leaves_nothing_behind(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "train_bpe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(spec_for(path, tokenizer="bpe", vocab_size=300))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_leftovers_of_killed_processes_go_after_a_day(tmp_path: Path, spec_for: SpecFor) -> None:
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    for name in (".unfinished-old", ".unfinished-new"):
+        (Path(spec.cache_dir) / name).mkdir(parents=True)
+    os.utime(Path(spec.cache_dir) / ".unfinished-old", (0, 0))
+    prepare_data(spec)
+    assert [name for name in entries(spec) if name.startswith(".")] == [".unfinished-new"]
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "message"),
+    [
+        ({}, 258, r"data\.tokenizer \(bytes\) has ids up to 258.*vocabulary of 258"),
+        ({"tokenizer": "bpe", "vocab_size": 300}, 299, r"data\.vocab_size \(300\).*of 299"),
+    ],
+)
+def test_ids_beyond_the_model(
+    tmp_path: Path, spec_for: SpecFor, options: dict[str, object], limit: int, message: str
+) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    prepare_data(spec_for(path, **options), vocab_limit=limit + 1)
+    with pytest.raises(UserError, match=message):
+        prepare_data(spec_for(path, **options), vocab_limit=limit)
+
+
+def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> None:
+    train_bpe(["the cat sat on the mat"] * 9, 280).save_pretrained(tmp_path / "tokenizer")
+    path = write_documents(tmp_path / "a.jsonl")
+    prepared = prepare_data(spec_for(path, tokenizer=str(tmp_path / "tokenizer")))
+    again = prepare_data(spec_for(path, tokenizer=str(tmp_path / "tokenizer")))
+    assert again.record == prepared.record
+    assert prepared.tokenizer.decode(prepared.train.tokens[:6]).startswith("<bos>doc")
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, spec_for: SpecFor) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"data\.cache_dir \(.*a\.jsonl/x\) cannot be written"):
+        prepare_data(spec_for(path, cache_dir=str(path / "x")))
+
+
+def test_corpus_that_is_gone_or_changed(tmp_path: Path, spec_for: SpecFor) -> None:
+    path = write_documents(tmp_path / "a.jsonl")
+    record = prepare_data(spec_for(path)).record
+    write_documents(path, 400)
+    with pytest.raises(UserError, match=r"a\.jsonl is not what it was"):
+        rebuild_validation(record)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl\) does not exist"):
+        rebuild_validation(record)
+
+
+def test_phases_are_logged(
+    tmp_path: Path, spec_for: SpecFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="retnet")
+    path = write_documents(tmp_path / "a.jsonl")
+    prepare_data(spec_for(path, tokenizer="bpe", vocab_size=280))
+    for phase in ("reading", "training the tokenizer", "tokenising train", "tokenising validation"):
+        assert any(line.startswith(phase) and "documents" in line for line in caplog.messages)

@@ -1,0 +1,201 @@
+"""Sources: what is read from each kind of place, and what is said when it cannot be."""
+
+import csv
+import gzip
+import json
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retnet.data import DataSpec
+from retnet.data.sources import open_source, open_validation, reopen_source
+from retnet.errors import UserError
+
+SpecFor = Callable[..., DataSpec]
+TEXTS = ["first\nwith two lines", "zweite 漢字 🙂", 'third, "quoted"', "x" * 200_000]
+
+
+def write_rows(path: Path, field: str = "text", texts: list[str] = TEXTS) -> Path:
+    rows = [{"id": number, field: text} for number, text in enumerate(texts)]
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ["id", field])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def documents(spec: DataSpec) -> list[str]:
+    source = open_source(spec)
+    found = list(source.documents())
+    record = json.loads(json.dumps(source.to_record()))
+    assert list(reopen_source(record).documents()) == found
+    return found
+
+
+def test_python_stdlib(spec_for: SpecFor) -> None:
+    found = documents(spec_for("python-stdlib"))
+    folder = Path(sysconfig.get_path("stdlib"))
+    assert (folder / "argparse.py").read_text(encoding="utf-8") in found
+    for left_out in ("encodings/aliases.py", "pydoc_data/topics.py"):
+        assert (folder / left_out).read_text(encoding="utf-8") not in found
+    assert 200 < len(found) < 1000
+    assert 4e6 < sum(map(len, found)) < 20e6
+
+
+def test_python_stdlib_is_sorted_and_without_tests(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b.py", "a/z.py", "a.py", "test/t.py", "a/tests/t.py", "site-packages/s/s.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\n# é".encode("latin-1"))
+    (tmp_path / "data.txt").write_text("no code")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    latin = "# -*- coding: latin-1 -*-\n# é"
+    assert documents(spec_for("python-stdlib")) == ["a.py", "a/z.py", "b.py", latin]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_a_row_is_a_document(tmp_path: Path, spec_for: SpecFor, name: str, field: str) -> None:
+    path = write_rows(tmp_path / name, field)
+    assert documents(spec_for(path, text_field=field)) == TEXTS
+    with pytest.raises(UserError, match=rf"data\.text_field \(body\).*rows.*\(id, {field}\)"):
+        documents(spec_for(path, text_field="body"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
+def test_a_text_file_is_a_document_byte_for_byte(
+    tmp_path: Path, spec_for: SpecFor, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"one\r\ntwo\n\n" + "drei 漢".encode())
+    assert documents(spec_for(tmp_path / name)) == ["one\r\ntwo\n\ndrei 漢"]
+
+
+def test_byte_order_marks_are_dropped(tmp_path: Path, spec_for: SpecFor) -> None:
+    mark = b"\xef\xbb\xbf"
+    for name, content in (("a.txt", b"t"), ("b.jsonl", b'{"text": "t"}'), ("c.csv", b"text\nt\n")):
+        (tmp_path / name).write_bytes(mark + content)
+        assert documents(spec_for(tmp_path / name)) == ["t"]
+
+
+def test_folder_and_glob(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name in ("b.txt", "a.md", "sub/c.txt", "image.png", ".git/d.txt", "test.txt"):
+        (tmp_path / name).write_text(name)
+    assert documents(spec_for(tmp_path)) == ["a.md", "b.txt", "sub/c.txt", "test.txt"]
+    assert documents(spec_for(tmp_path / "**/*.txt")) == ["b.txt", "sub/c.txt", "test.txt"]
+    monkeypatch.chdir(tmp_path)
+    assert documents(spec_for("./sub/*.txt")) == ["sub/c.txt"]
+    with pytest.raises(UserError, match=r"matches image\.png, whose suffix is not known"):
+        open_source(spec_for("*"))
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a[1].txt").write_text("found")
+    assert documents(spec_for(tmp_path / "a[1].txt")) == ["found"]
+
+
+def test_one_huge_line(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "line.txt").write_text("word " * 400_000)
+    (found,) = documents(spec_for(tmp_path / "line.txt"))
+    assert len(found) == 2_000_000
+
+
+def test_fingerprint_goes_by_content(tmp_path: Path, spec_for: SpecFor) -> None:
+    """Same size and same modification time: only the content differs."""
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    source = open_source(spec_for(path))
+    before = source.fingerprint()
+    assert source.fingerprint() == before
+    path.write_text("after!")
+    os.utime(path, ns=times)
+    assert source.fingerprint() != before
+
+
+def test_validation_by_path(tmp_path: Path, spec_for: SpecFor) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    spec = spec_for(tmp_path / "a.txt", validation=str(tmp_path / "b.txt"))
+    validation = open_validation(spec, open_source(spec))
+    assert validation is not None
+    assert list(validation.documents()) == ["b.txt"]
+
+
+def test_text_field_without_effect_is_said(
+    tmp_path: Path, spec_for: SpecFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    open_source(spec_for(tmp_path / "a.txt", text_field="body"))
+    assert "data.text_field (body) has no effect" in caplog.text
+
+
+BAD_FILES = {
+    "latin.txt": (b"caf\xe9 au lait", r"latin\.txt is not UTF-8.*offset 3"),
+    "far.txt": (b"a" * 3_000_000 + b"\xff", r"offset 3000000"),
+    "cut.txt": ("漢".encode()[:2], r"offset 0"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"offset 24"),
+    "latin.csv": (b"text\na\n\xe9\n", r"offset 7"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": ', r"bad\.jsonl line 2 is not JSON"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl line 1 holds list, not an object"),
+    "number.jsonl": (b'{"text": 5}\n', r"line 1 holds int, not text"),
+    "no.jsonl.gz": (b"not compressed", r"no\.jsonl\.gz is damaged"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"cut\.jsonl\.gz is damaged"),
+    "no.parquet": (b"PAR1", r"no\.parquet is not a readable parquet file"),
+    "quote.csv": (b'text\n"a"b\n', r"quote\.csv is not valid CSV"),
+    "empty.csv": (b"", r"data\.text_field \(text\).*\(none\)"),
+    "a.pdf": (b"x", r"suffix that is not known \(\.pdf\).*\.txt, \.md"),
+    "noname": (b"x", r"suffix that is not known \(none\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_files_that_cannot_be_read(tmp_path: Path, spec_for: SpecFor, name: str) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        documents(spec_for(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "missing.txt"}, r"data\.source \(missing\.txt\) does not exist"),
+        ({"source": "/no/such/place"}, r"data\.source \(/no/such/place\) does not exist"),
+        ({"source": "none*.txt"}, r"data\.source \(none\*\.txt\) matches no file"),
+        ({"hub_config": "x"}, r"data\.hub_config \(x\) has no meaning"),
+        ({"split": "test"}, r"data\.split \(test\) has no meaning"),
+        ({"validation": "valid"}, r"data\.validation \(valid\) is no file, folder or glob"),
+        ({"validation": "no.txt"}, r"data\.validation \(no\.txt\) does not exist"),
+    ],
+)
+def test_options_that_do_not_fit(
+    tmp_path: Path, spec_for: SpecFor, options: dict[str, str], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    spec = spec_for(**{"source": tmp_path / "a.txt", **options})
+    with pytest.raises(UserError, match=message):
+        open_validation(spec, open_source(spec))
+
+
+def test_a_folder_without_text(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a.png").write_text("x")
+    with pytest.raises(UserError, match=r"is a folder without a file to read"):
+        open_source(spec_for(tmp_path))

@@ -1,0 +1,60 @@
+"""Token files: what is written is read, and what is damaged is not believed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retnet.data import TokenFile
+from retnet.data.token_file import DamagedTokenFileError, TokenFileWriter
+
+DOCUMENTS = [np.array([1, 5, 9, 2]), np.array([1, 2]), np.array([1, 65535, 2])]
+
+
+def write(folder: Path, max_token_id: int = 65535) -> Path:
+    with TokenFileWriter(folder, max_token_id) as writer:
+        for ids in DOCUMENTS:
+            writer.add(ids, len(ids) * 10)
+        writer.finish(note="kept")
+    return folder
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
+def test_round_trip(tmp_path: Path, largest: int, dtype: type) -> None:
+    tokens = TokenFile.open(write(tmp_path / "t", largest))
+    assert isinstance(tokens.tokens, np.memmap)
+    assert tokens.tokens.dtype == dtype
+    assert tokens.tokens.tolist() == np.concatenate(DOCUMENTS).tolist()
+    assert tokens.document_starts.tolist() == [0, 4, 6]
+    assert tokens.document_bytes.tolist() == [40, 20, 30]
+    assert (tokens.num_tokens, tokens.num_documents, tokens.num_bytes) == (9, 3, 90)
+    assert tokens.manifest["note"] == "kept"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "document_starts.npy", "document_bytes.npy"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damage_is_noticed(tmp_path: Path, name: str, damage: str) -> None:
+    path = write(tmp_path / "t") / name
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "changed":  # the size alone would not show it
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        path.unlink()
+    with pytest.raises(DamagedTokenFileError):
+        TokenFile.open(tmp_path / "t")
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", "[]", '{"checksums": {}}'])
+def test_a_bad_manifest_is_noticed(tmp_path: Path, manifest: str) -> None:
+    (write(tmp_path / "t") / "manifest.json").write_text(manifest)
+    with pytest.raises(DamagedTokenFileError):
+        TokenFile.open(tmp_path / "t")
+
+
+def test_unfinished_has_no_manifest(tmp_path: Path) -> None:
+    with TokenFileWriter(tmp_path / "t", 10) as writer:
+        writer.add(np.array([1, 2]), 0)
+    with pytest.raises(DamagedTokenFileError):
+        TokenFile.open(tmp_path / "t")

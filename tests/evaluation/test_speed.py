@@ -1,0 +1,63 @@
+"""Rounds alternate, contexts are real, bytes are those of the memory."""
+
+import pytest
+import torch
+
+from retnet.evaluation import decode_speed, interleaved
+from tests.generation.builders import MIXERS, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def test_rounds_alternate_and_the_warmup_is_not_counted(monkeypatch) -> None:
+    clock, order = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def prepare(name: str, seconds: list[float]):
+        left = iter(seconds)
+
+        def work() -> None:
+            order.append(name)
+            clock[0] += next(left)
+
+        def make():
+            clock[0] += 50  # preparing takes long and is not timed
+            return work
+
+        return make
+
+    first, second = interleaved(
+        [prepare("A", [99, 1, 2, 6]), prepare("B", [99, 3, 3, 3])], CPU, rounds=3
+    )
+    assert "".join(order) == "ABABABAB"
+    assert (first.low, first.median, first.high, first.rounds) == (1.5, 2, 4, 3)
+    assert second.median == 3
+
+
+def test_a_single_round_has_no_spread() -> None:
+    (timing,) = interleaved([lambda: lambda: None], CPU, rounds=1, warmup=0)
+    assert timing.low == timing.median == timing.high
+
+
+def test_state_stays_and_cache_grows_with_the_context() -> None:
+    models = [tiny_model(mixer) for mixer in MIXERS]
+    retention, attention = decode_speed(models, (8, 32), tokens=2, rounds=2)
+    assert [entry.context for entry in retention] == [8, 32]
+    assert retention[0].cache_bytes == retention[1].cache_bytes > 0
+    assert attention[1].cache_bytes == 4 * attention[0].cache_bytes
+    for entry in (*retention, *attention):
+        assert 0 < entry.ms_low <= entry.ms_per_token <= entry.ms_high
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_round_decodes_the_asked_number_after_the_full_context(mixer, monkeypatch) -> None:
+    lengths = []
+
+    def decode_one(model, token, cache):
+        lengths.append(cache.get_seq_length())
+        cache.length += 1
+        return torch.zeros(1, 259)
+
+    monkeypatch.setattr("retnet.evaluation.speed.decode_one", decode_one)
+    decode_speed([tiny_model(mixer)], (20,), tokens=3, rounds=2)
+    assert lengths == [20, 21, 22] * 3

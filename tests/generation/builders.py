@@ -1,0 +1,62 @@
+"""Tiny random models with a byte tokenizer, in memory and as checkpoint folders."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+
+MIXERS = ("retention", "attention")
+BOS, EOS, PAD = 256, 257, 258
+VOCAB = 259
+
+
+def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """Ids 0..255 are bytes, then the merges, then <bos>, <eos>, <pad>."""
+    vocab = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def tiny_model(
+    mixer: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, vocab_size: int = VOCAB
+) -> PreTrainedModel:
+    """Two layers of width 16; wide weights, so that the logits differ clearly."""
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_heads": 2,
+        "max_position_embeddings": 16,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    torch.manual_seed(seed)
+    if mixer == "retention":
+        model = RetNetForCausalLM(RetNetConfig(**sizes, chunk_size=4))
+    else:
+        model = TransformerForCausalLM(TransformerConfig(**sizes))
+    model.lm_head.weight.data.mul_(20)
+    return model.to(dtype).eval()
+
+
+def save_checkpoint(
+    folder: Path, mixer: str = "retention", *, record: dict | None = None, seed: int = 0
+) -> Path:
+    """A float32 checkpoint folder with everything that training writes for loading."""
+    tiny_model(mixer, dtype=torch.float32, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    if record is not None:
+        (folder / "data.json").write_text(json.dumps(record))
+    return folder

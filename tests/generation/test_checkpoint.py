@@ -1,0 +1,220 @@
+"""Which checkpoint a path means, and a clear error for everything that can be wrong with one."""
+
+import json
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retnet.errors import UserError
+from retnet.generation import (
+    add_loading_options,
+    find_checkpoint,
+    load_checkpoint,
+    loading_arguments,
+)
+from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint, tiny_model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("saved") / "final", record={"key": 1})
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def fake(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_loaded_checkpoint_is_the_saved_model(mixer: str, tmp_path: Path) -> None:
+    loaded = load_checkpoint(save_checkpoint(tmp_path / "run" / "final", mixer).parent)
+    assert loaded.path == tmp_path / "run" / "final"
+    assert not loaded.model.training
+    assert loaded.is_retention == (mixer == "retention")
+    assert loaded.data_record is None
+    ids = torch.arange(9)[None]
+    expected = tiny_model(mixer, dtype=torch.float32)(ids).logits
+    assert loaded.model(ids).logits.equal(expected)
+    assert loaded.tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def test_dtype_and_record(saved: Path) -> None:
+    assert load_checkpoint(saved).model.dtype == torch.float32
+    loaded = load_checkpoint(saved, dtype=torch.float64)
+    assert loaded.model.dtype == torch.float64
+    assert loaded.data_record == {"key": 1}
+
+
+def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
+    load_checkpoint(saved)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_folder_means_final_then_best_then_the_newest(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fake(run / "checkpoints" / "step_9")
+    newest = fake(run / "checkpoints" / "step_100")
+    (run / "checkpoints" / "step_200.tmp").mkdir()
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == newest
+    best = fake(run / "best")
+    assert find_checkpoint(str(run)) == best
+    final = fake(run / "final")
+    assert find_checkpoint(run) == final
+    assert find_checkpoint(newest) == newest
+
+
+def test_a_missing_path_lists_checkpoints_that_are_near(tmp_path: Path, monkeypatch) -> None:
+    for name in ("tiny-retention", "tiny-attention"):
+        fake(tmp_path / "runs" / name / "final")
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("runs/tiny-retenton/final", "runs/tiny-retenton", "tiny-retention"):
+        with pytest.raises(UserError, match=r"near it: runs/tiny-retention/final, runs/tiny-att"):
+            find_checkpoint(wrong)
+    with pytest.raises(UserError, match=r"near it: runs/tiny-attention/final, runs/tiny-ret"):
+        find_checkpoint("runs")
+    (tmp_path / "runs" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no config.json: checkpoints near it: "):
+        find_checkpoint("runs/empty")
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    for number in range(9):
+        fake(tmp_path / "runs" / f"run{number}" / "final")
+    with pytest.raises(UserError, match=r" and 4 more$"):
+        find_checkpoint(tmp_path / "runs" / "run")
+
+
+def test_nothing_near(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not exist: train a model"):
+        find_checkpoint(tmp_path / "a" / "b")
+
+
+def test_a_file_is_no_checkpoint(saved: Path) -> None:
+    with pytest.raises(UserError, match="is a file: name its folder"):
+        find_checkpoint(saved / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "retnet"}, "flash-linear-attention's format: it needs a converter"),
+        ({"model_type": "gpt2"}, r"model_type \(gpt2\) is none of retnet_lm, transformer_lm"),
+        ({"model_type": "own", "auto_map": {}}, "--trust-remote-code"),
+        ({"num_heads": 3}, r"hidden_size \(16\) must be divisible by num_heads \(3\)"),
+        ({"intermediate_size": 8}, "of another shape than config.json says"),
+        ({"num_hidden_layers": 3}, "missing from the weights"),
+        ({"num_hidden_layers": 1}, "in the weights but not in the model"),
+        ({"vocab_size": 258}, "of another shape"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(copy: Path, changes: dict, message: str) -> None:
+    change_config(copy, **changes)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(copy)
+
+
+def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, monkeypatch) -> None:
+    """Only with the flag, and then the model class of the folder is the one that is used."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    change_config(
+        copy,
+        model_type="own_lm",
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    )
+    (copy / "own.py").write_text(
+        "from retnet import RetNetConfig, RetNetForCausalLM\n"
+        "class OwnConfig(RetNetConfig):\n    model_type = 'own_lm'\n"
+        "class OwnForCausalLM(RetNetForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(UserError, match="read that code, then add --trust-remote-code"):
+        load_checkpoint(copy)
+    loaded = load_checkpoint(copy, trust_remote_code=True)
+    assert type(loaded.model).__name__ == "OwnForCausalLM"
+
+
+def test_missing_and_damaged_weights(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    tensors = load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if "embed" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is missing from the weights"):
+        load_checkpoint(copy)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged weights"):
+        load_checkpoint(copy)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        load_checkpoint(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pickled weights \(pytorch_model\.bin\)"):
+        load_checkpoint(copy)
+
+
+def test_a_missing_shard(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-1\.safetensors is missing"):
+        load_checkpoint(copy)
+
+
+def test_a_configuration_that_is_no_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        load_checkpoint(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="does not hold an object"):
+        load_checkpoint(copy)
+
+
+def test_tokenizers_that_do_not_fit(copy: Path) -> None:
+    byte_tokenizer((("a", "b"),)).save_pretrained(copy)
+    with pytest.raises(UserError, match=r"largest id \(259\) is beyond the model's vocab_size"):
+        load_checkpoint(copy)
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(copy)
+    with pytest.raises(UserError, match="has no bos_token"):
+        load_checkpoint(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        load_checkpoint(copy)
+
+
+def options(*argv: str) -> dict:
+    parser = ArgumentParser()
+    add_loading_options(parser)
+    return loading_arguments(parser.parse_args(argv))
+
+
+def test_loading_options() -> None:
+    chosen = options("--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code")
+    assert chosen == {
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "trust_remote_code": True,
+    }
+    automatic = options()
+    assert automatic["dtype"] is None
+    assert automatic["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=rf"--device \({name}\) cannot be used"):
+        options("--device", name)

@@ -1,0 +1,63 @@
+"""What is printed, and what happens when nobody reads it."""
+
+import io
+from pathlib import Path
+
+from retnet.generation import print_samples, text_output
+
+
+def test_one_sample_is_prompt_and_text_and_a_newline(capsys) -> None:
+    print_samples("a", [["b"], ["c"]], 1)
+    assert capsys.readouterr().out == "abc\n"
+    print_samples("a", [["b\n"]], 1)
+    assert capsys.readouterr().out == "ab\n"
+
+
+def test_several_samples_have_titles(capsys) -> None:
+    print_samples("a", [["b", "x"], ["c", "\n"]], 2)
+    expected = "----- sample 1 of 2 -----\nabc\n----- sample 2 of 2 -----\nax\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_pieces_come_out_as_they_are_made(monkeypatch) -> None:
+    class Recorder(io.StringIO):
+        flushed = ""
+
+        def flush(self) -> None:
+            self.flushed = self.getvalue()
+
+    recorder = Recorder()
+    monkeypatch.setattr("sys.stdout", recorder)
+
+    def pieces():
+        assert recorder.flushed == "prompt "
+        yield ["b"]
+        assert recorder.flushed == "prompt b"
+
+    print_samples("prompt ", pieces(), 1)
+
+
+def test_a_reader_that_goes_away_ends_the_block_quietly(monkeypatch, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+
+        class Closed(io.TextIOBase):
+            def write(self, text: str) -> int:
+                raise BrokenPipeError
+
+            def fileno(self) -> int:
+                return file.fileno()
+
+        monkeypatch.setattr("sys.stdout", Closed())
+        after = []
+        with text_output():
+            print("text")
+            after.append("more")
+        assert after == []
+
+
+def test_a_terminal_without_the_character_gets_a_substitute(monkeypatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with text_output():
+        print("é", end="")
+    assert raw.getvalue() == b"?"

@@ -1,0 +1,127 @@
+"""The loop equals an uncached loop and transformers' generate, for one row and for many."""
+
+import pytest
+import torch
+from transformers import EosTokenCriteria
+
+from retnet.generation import ENDED, Sampler, Sampling, Usage, decode_one, generate, prefill
+from tests.generation.builders import MIXERS, tiny_model
+
+pytestmark = pytest.mark.parametrize("mixer", MIXERS)
+DRAWN = Sampling(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=3)
+GREEDY = Sampling(greedy=True)
+
+
+def prompts(rows: int, length: int = 7) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (rows, length), generator=generator)
+
+
+def collect(model, input_ids, steps, sampling=GREEDY, **kwargs) -> torch.Tensor:
+    """New tokens, [B, n]."""
+    made = generate(model, input_ids, max_new_tokens=steps, sampling=sampling, **kwargs)
+    return torch.tensor(list(made)).T
+
+
+@torch.no_grad()
+def uncached(model, input_ids, steps, sampling) -> torch.Tensor:
+    sampler, ids = Sampler(sampling, len(input_ids)), input_ids
+    for _ in range(steps):
+        logits = model(ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, sampler(ids, logits)[:, None]], dim=1)
+    return ids[:, input_ids.shape[1] :]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_cached_equals_uncached(mixer: str, sampling: Sampling) -> None:
+    model = tiny_model(mixer)
+    cached = collect(model, prompts(2), 20, sampling)
+    assert cached.equal(uncached(model, prompts(2), 20, sampling))
+    assert len(set(cached.flatten().tolist())) > 3, "a model that repeats itself proves nothing"
+
+
+def test_greedy_equals_transformers_generate(mixer: str) -> None:
+    model = tiny_model(mixer)
+    expected = model.generate(
+        prompts(2), do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0
+    )
+    assert collect(model, prompts(2), 20).equal(expected[:, 7:])
+
+
+def test_a_batch_equals_its_rows(mixer: str) -> None:
+    model, batch = tiny_model(mixer), prompts(3)
+    rows = [collect(model, row[None], 12) for row in batch]
+    assert collect(model, batch, 12).equal(torch.cat(rows))
+
+
+def test_samples_of_one_prompt_are_those_of_single_runs(mixer: str) -> None:
+    model = tiny_model(mixer)
+    singles = [
+        collect(model, prompts(1), 12, Sampling(temperature=2.0, seed=seed)) for seed in (4, 5, 6)
+    ]
+    batch = collect(model, prompts(1), 12, Sampling(temperature=2.0, seed=4), num_samples=3)
+    assert batch.equal(torch.cat(singles))
+    assert not batch[0].equal(batch[1])
+
+
+def test_prefill_does_not_depend_on_the_pieces(mixer: str) -> None:
+    model, ids = tiny_model(mixer), prompts(2, 13)
+    whole = model(ids, use_cache=False).logits[:, -1]
+    for chunk_size in (1, 3, 13, 50):
+        cache = model.new_cache()
+        torch.testing.assert_close(prefill(model, ids, cache, chunk_size=chunk_size), whole)
+        assert cache.get_seq_length() == 13
+
+
+def test_prefill_asks_for_the_last_logits_only(mixer: str, monkeypatch) -> None:
+    """All logits of a 100k-token prompt and a 50k vocabulary would take 20 GB."""
+    model, shapes = tiny_model(mixer), []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape[1]))
+    prefill(model, prompts(1, 9), model.new_cache(), chunk_size=4)
+    assert shapes == [1, 1, 1]
+
+
+def test_decode_one_continues_and_returns_float32_at_least(mixer: str) -> None:
+    ids = prompts(2, 9)
+    for dtype in (torch.bfloat16, torch.float64):
+        model = tiny_model(mixer, dtype=dtype)
+        cache = model.new_cache()
+        first = prefill(model, ids[:, :8], cache)
+        logits = decode_one(model, ids[:, 8], cache)
+        assert first.dtype == logits.dtype == torch.promote_types(dtype, torch.float32)
+        if dtype == torch.float64:
+            torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, -1])
+
+
+def test_a_row_ends_alone_and_the_loop_with_the_last(mixer: str) -> None:
+    model = tiny_model(mixer)
+    free = collect(model, prompts(2), 20)
+    stop_at = int(free[0, 4])
+    first = [row.tolist().index(stop_at) if stop_at in row else 99 for row in free]
+    usage = Usage()
+    ended = collect(model, prompts(2), 20, stopping=[EosTokenCriteria(stop_at)], usage=usage)
+    assert ended.shape[1] == min(20, max(first) + 1)
+    for row, expected, end in zip(ended, free, first, strict=True):
+        length = min(end + 1, ended.shape[1])
+        assert row[:length].equal(expected[:length])
+        assert (row[length:] == ENDED).all()
+    assert usage.new_tokens == int((ended != ENDED).sum())
+
+
+def test_usage_counts_tokens_time_and_state(mixer: str) -> None:
+    model, usage = tiny_model(mixer), Usage()
+    collect(model, prompts(1), 5, usage=usage)
+    after_5 = usage.state_bytes
+    assert (usage.prompt_tokens, usage.steps, usage.new_tokens, usage.rows) == (7, 5, 5, 1)
+    assert usage.prefill_seconds > 0 < usage.decode_seconds
+    assert usage.prompt_tokens_per_second > 0 < usage.ms_per_token
+    collect(model, prompts(1), 60, usage=usage)
+    if mixer == "retention":
+        assert usage.state_bytes == after_5 > 0
+    else:
+        assert usage.state_bytes > 4 * after_5
+    assert f"state: {usage.state_bytes:,} bytes" in usage.summary()
+
+
+def test_no_tokens_asked_for_gives_none(mixer: str) -> None:
+    assert list(generate(tiny_model(mixer), prompts(1), max_new_tokens=0)) == []

@@ -1,0 +1,43 @@
+"""Prompts begin with <bos>, special tokens in them are text, bad bytes are named."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from retnet.data import byte_tokenizer as data_byte_tokenizer
+from retnet.errors import UserError
+from retnet.generation import encode_prompt, read_prompt
+from tests.generation.builders import BOS, byte_tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), data_byte_tokenizer()])
+@pytest.mark.parametrize("text", ["", "ab", "é<eos> <bos>\r\n"])
+def test_a_prompt_is_bos_and_the_bytes(tokenizer, text: str) -> None:
+    assert encode_prompt(tokenizer, text).tolist() == [[BOS, *text.encode()]]
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("é\r\n".encode())
+    assert read_prompt(file) == "é\r\n"
+
+
+def test_stdin_is_read_as_it_is(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\r\n".encode())))
+    assert read_prompt(None) == "é\r\n"
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match=r"prompt\.txt is not UTF-8 at byte 3 \(0xff\)"):
+        read_prompt(file)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\x80")))
+    with pytest.raises(UserError, match="standard input is not UTF-8 at byte 0"):
+        read_prompt(None)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--prompt-file .*No such file"):
+        read_prompt(tmp_path / "none.txt")

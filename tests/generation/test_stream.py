@@ -1,0 +1,150 @@
+"""The pieces add up to the text, hold whole characters, and end before a stop string."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retnet.errors import UserError
+from retnet.generation import (
+    Sampling,
+    TextStream,
+    Usage,
+    encode_prompt,
+    generate,
+    sample_text,
+    stream_text,
+)
+from tests.generation.builders import BOS, EOS, MIXERS, PAD, byte_tokenizer, tiny_model
+
+TOKENIZER = byte_tokenizer()
+
+
+def stream(ids, stop=(), before=(), tokenizer=TOKENIZER) -> list[str]:
+    made = TextStream(tokenizer, before, stop)
+    return [*(made.push(token) for token in ids), made.finish()]
+
+
+random_ids = st.lists(st.one_of(st.integers(0, PAD), st.integers(128, 255)), max_size=30)
+
+
+@given(random_ids, st.text(max_size=12))
+def test_pieces_add_up_to_the_decoded_text(ids: list[int], before: str) -> None:
+    expected = TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert "".join(stream(ids, before=[BOS, *before.encode()])) == expected
+
+
+@given(st.text(), st.text(min_size=1, max_size=3), st.text(max_size=5))
+def test_nothing_from_the_stop_string_on(head: str, stop: str, tail: str) -> None:
+    text = head + stop + tail
+    pieces = stream(text.encode(), [stop, "never\0there"])
+    assert "".join(pieces) == text[: text.index(stop)]
+
+
+@given(st.text(alphabet="ab", max_size=20), st.text(alphabet="ab", min_size=1, max_size=4))
+def test_text_that_only_begins_like_a_stop_string_comes_out(text: str, stop: str) -> None:
+    assert "".join(stream(text.encode(), [stop])) == text.split(stop)[0]
+
+
+def test_a_character_comes_whole_and_a_cut_one_at_the_end() -> None:
+    assert stream([*"aé".encode(), 0xE2, 0x82]) == [
+        "a",
+        "",
+        "é",
+        "",
+        "",
+        "\N{REPLACEMENT CHARACTER}",
+    ]
+
+
+def test_special_tokens_are_no_text() -> None:
+    assert "".join(stream([BOS, 65, PAD, 66, EOS])) == "AB"
+
+
+def test_text_waits_only_while_it_may_be_a_stop_string() -> None:
+    assert stream(b"xENxEND", ["END"]) == ["x", "", "", "ENx", "", "", "", ""]
+
+
+def test_the_earliest_of_several_stop_strings_counts() -> None:
+    tokenizer = byte_tokenizer((("a", "b"), ("ab", "c")))
+    assert tokenizer.encode("abc", add_special_tokens=False) == [257]
+    assert "".join(stream([256, 257], ["c", "b"], tokenizer=tokenizer)) == "a"
+
+
+def test_a_first_token_is_decoded_in_its_context() -> None:
+    """Metaspace decoders drop the space of a text's first token."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"▁Hello": 0, "▁world": 1}, merges=[]))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert "".join(stream([1, 1], before=[0], tokenizer=tokenizer)) == " world world"
+
+
+def joined(pieces) -> list[str]:
+    return ["".join(own) for own in zip(*pieces, strict=True)]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_streamed_text_is_the_sampled_text(mixer: str) -> None:
+    model = tiny_model(mixer)
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=2)
+    pieces = list(stream_text(model, TOKENIZER, "ab", max_new_tokens=30, sampling=sampling))
+    sampled = sample_text(
+        model, TOKENIZER, "ab", max_new_tokens=30, temperature=0.7, top_p=0.9, seed=2
+    )
+    assert len(pieces) > 5
+    assert joined(pieces) == [sampled]
+    assert sampled != sample_text(model, TOKENIZER, "ab", max_new_tokens=30, seed=3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sample_text_restores_the_mode_and_the_global_randomness(training: bool) -> None:
+    model = tiny_model("retention").train(training)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = sample_text(model, TOKENIZER, "", max_new_tokens=8)
+    assert model.training is training
+    assert torch.rand(3).equal(expected)
+    assert first == sample_text(model.eval(), TOKENIZER, "", max_new_tokens=8)
+
+
+def test_each_sample_stops_at_its_own_stop_string_and_generation_ends() -> None:
+    model = tiny_model("retention")
+    greedy = Sampling(greedy=True)
+    (text,) = joined(stream_text(model, TOKENIZER, "x", max_new_tokens=40, sampling=greedy))
+    stop, usage = text[4], Usage()
+    (cut,) = joined(
+        stream_text(
+            model, TOKENIZER, "x", max_new_tokens=40, sampling=greedy, stop=[stop], usage=usage
+        )
+    )
+    assert cut == text[: text.index(stop)]
+    assert usage.new_tokens < 40
+
+
+def test_the_prompt_is_not_searched_for_stop_strings() -> None:
+    model = tiny_model("retention")
+    greedy = Sampling(greedy=True)
+    (text,) = joined(stream_text(model, TOKENIZER, "x", max_new_tokens=9, sampling=greedy))
+    across = "x" + text[0]
+    assert across not in text
+    pieces = stream_text(model, TOKENIZER, "x", max_new_tokens=9, sampling=greedy, stop=[across])
+    assert joined(pieces) == [text]
+
+
+def test_a_sample_ends_with_the_end_token() -> None:
+    model, tokenizer, usage = tiny_model("retention"), byte_tokenizer(), Usage()
+    greedy = Sampling(greedy=True)
+    first = next(generate(model, encode_prompt(tokenizer, "x"), max_new_tokens=1, sampling=greedy))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0])
+    pieces = stream_text(model, tokenizer, "x", max_new_tokens=9, sampling=greedy, usage=usage)
+    assert len(list(pieces)) == 2  # of the token, and what is left at the end
+    assert usage.new_tokens == 1
+
+
+def test_an_empty_stop_string_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"--stop \(''\) is empty"):
+        list(stream_text(tiny_model("retention"), TOKENIZER, "", max_new_tokens=1, stop=[""]))

@@ -1,0 +1,42 @@
+"""Small models of both kinds."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+
+VOCAB = 61
+PAD, BOS, EOS = 60, 59, 58
+
+
+def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **values: Any):
+    """A fresh two-layer model in eval mode, its weights large enough to matter."""
+    torch.manual_seed(seed)
+    keys = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
+    keys |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} | values
+    if mixer == "retention":
+        model = RetNetForCausalLM(RetNetConfig(**{"chunk_size": 5} | keys))
+    else:
+        model = TransformerForCausalLM(TransformerConfig(**keys))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)
+    return model.to(dtype).eval()
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Ordinary token ids."""
+    return torch.randint(0, EOS, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["retention", "attention"])
+def mixer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(mixer: str):
+    return make_model(mixer)

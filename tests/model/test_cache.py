@@ -1,0 +1,74 @@
+"""Operations on the memory that generation uses."""
+
+import pytest
+import torch
+
+from tests.model.conftest import make_model, random_ids
+
+
+def continued(model, cache, ids):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+@pytest.fixture
+def prefilled(model):
+    ids = random_ids(3, 6)
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, :2] = 0
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids, attention_mask=mask, segment_ids=(ids > 30).cumsum(1), past_key_values=cache)
+    return cache
+
+
+def test_rows_are_reordered_repeated_and_selected(model, prefilled) -> None:
+    import copy
+
+    new = random_ids(3, 2, seed=5)
+    plain = continued(model, copy.deepcopy(prefilled), new)
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        cache = copy.deepcopy(prefilled)
+        change(cache)
+        assert cache.batch_size == len(rows)
+        assert (continued(model, cache, new[rows]) - plain[rows]).abs().max() < 1e-12
+
+
+def test_reset_forgets_everything(model, prefilled) -> None:
+    prefilled.reset()
+    assert prefilled.get_seq_length() == 0
+    new = random_ids(3, 4, seed=7)
+    assert (continued(model, prefilled, new) - model(new).logits).abs().max() < 1e-12
+
+
+def test_detach_cuts_the_graph() -> None:
+    model = make_model("retention")
+    cache = model.new_cache()
+    model(random_ids(1, 4), past_key_values=cache)
+    assert cache.layers[0].state.requires_grad
+    cache.detach()
+    assert not cache.layers[0].state.requires_grad
+
+
+def test_what_transformers_asks_a_cache(model, prefilled) -> None:
+    assert model.new_cache().get_seq_length() == 0
+    assert model.new_cache().batch_size == -1
+    assert prefilled.get_seq_length() == 6
+    assert prefilled.get_mask_sizes(2, 0) == (8, 0)
+    assert prefilled.get_max_length() == -1
+    assert not prefilled.is_compileable
+    assert not prefilled.is_croppable
+    with pytest.raises(NotImplementedError, match="deepcopy"):
+        prefilled.crop(1)
+
+
+def test_the_state_is_float32_whatever_the_weights() -> None:
+    model = make_model("retention", torch.bfloat16)
+    cache = model(random_ids(1, 4), use_cache=True).past_key_values
+    assert cache.layers[0].state.dtype == torch.float32
+    wide = make_model("retention", torch.float64)
+    assert wide(random_ids(1, 4)).past_key_values.layers[0].state.dtype == torch.float64

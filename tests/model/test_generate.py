@@ -1,0 +1,122 @@
+"""transformers' generate, with our memory: exactly what the uncached model gives."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from transformers import GenerationMixin, TextStreamer, pipeline
+
+from tests.model.conftest import PAD, make_model, random_ids
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+
+
+def left_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), PAD)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+PROMPTS = [random_ids(1, n, seed=n)[0] for n in (3, 8, 1)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        GREEDY,
+        GREEDY | {"num_beams": 4},
+        GREEDY | {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "max_new_tokens": 12, "top_k": 20},
+        {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 3},
+        GREEDY | {"repetition_penalty": 1.5},
+    ],
+    ids=["greedy", "beams", "beams-3", "sampling", "sampling-3", "penalty"],
+)
+def test_cached_is_uncached(model, how: dict) -> None:
+    batch = left_padded(PROMPTS)
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(model.generate(**batch, **how, use_cache=use_cache))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_left_padded_batches_are_single_prompts(model, beams: int) -> None:
+    batch = left_padded(PROMPTS)
+    together = model.generate(**batch, **GREEDY, num_beams=beams)[:, batch["input_ids"].shape[1] :]
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(prompt[None], **GREEDY, num_beams=beams)[0, len(prompt) :]
+        assert torch.equal(together[row], alone)
+
+
+def test_prefill_in_chunks(model) -> None:
+    for batch in (left_padded(PROMPTS), {"input_ids": random_ids(2, 9)}):
+        whole = model.generate(**batch, **GREEDY)
+        assert torch.equal(model.generate(**batch, **GREEDY, prefill_chunk_size=3), whole)
+
+
+def test_a_prefix_is_read_once(model) -> None:
+    ids = random_ids(1, 10)
+    whole = model.generate(ids, **GREEDY)
+    with torch.no_grad():
+        prefix = model(ids[:, :6], use_cache=True).past_key_values
+    for _ in range(2):
+        again = model.generate(ids, **GREEDY, past_key_values=copy.deepcopy(prefix))
+        assert torch.equal(again, whole)
+
+
+def test_going_on_from_a_returned_cache(model) -> None:
+    ids = random_ids(1, 5)
+    whole = model.generate(ids, **GREEDY)
+    first = model.generate(ids, **GREEDY | {"max_new_tokens": 4}, return_dict_in_generate=True)
+    rest = model.generate(
+        first.sequences, **GREEDY | {"max_new_tokens": 8}, past_key_values=first.past_key_values
+    )
+    assert torch.equal(rest, whole)
+
+
+def test_streamer_gets_each_token(model) -> None:
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return "".join(f"<{int(i)}>" for i in ids)
+
+    printed: list[str] = []
+    streamer = TextStreamer(Tokenizer(), skip_prompt=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: printed.append(text)
+    ids = random_ids(1, 4)
+    out = model.generate(ids, **GREEDY, streamer=streamer)
+    assert "".join(printed) == Tokenizer().decode(out[0, 4:])
+
+
+def test_pipeline(model) -> None:
+    from retnet.data import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    wide = make_model("retention", torch.float32, vocab_size=len(tokenizer))
+    text = pipeline("text-generation", model=wide, tokenizer=tokenizer)
+    result = text("def ", max_new_tokens=5, do_sample=False)
+    assert result[0]["generated_text"].startswith("def ")
+
+
+def test_other_caches_are_refused(model) -> None:
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(random_ids(1, 3), **GREEDY, cache_implementation="static")
+
+
+def test_speculative_decoding_is_refused_clearly() -> None:
+    model = make_model("retention")
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        model.generate(random_ids(1, 3), **GREEDY, assistant_model=make_model("retention"))
+
+
+def test_the_private_hooks_that_we_override_exist() -> None:
+    """transformers may rename them: then this fails, not generation."""
+    cache_hook = inspect.signature(GenerationMixin._prepare_cache_for_generation)
+    assert list(cache_hook.parameters)[1:3] == ["generation_config", "model_kwargs"]
+    assert hasattr(GenerationMixin, "_prepare_position_ids_for_generation")

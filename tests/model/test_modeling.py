@@ -1,0 +1,364 @@
+"""The models in every combination of mode, split, padding, packing and cache."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from retnet import RetNetForCausalLM
+from retnet.model.cache import KVCache, RetentionCache
+from tests.model.conftest import PAD, VOCAB, make_model, random_ids
+
+MODES = ("parallel", "chunkwise", "recurrent")
+TOLERANCE = 1e-10
+MODELS = {mixer: make_model(mixer) for mixer in ("retention", "attention")}
+
+
+def logits(model, ids: Tensor, **arguments) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **arguments).logits
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Ids, perhaps with padding on either side and several documents in a row."""
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(2, 17))
+    batch = {"input_ids": random_ids(rows, length, seed=draw(st.integers(0, 1000)))}
+    padding = draw(st.sampled_from(["none", "left", "right"]))
+    if padding != "none":
+        column = torch.arange(length)
+        mask = torch.ones(rows, length, dtype=torch.int64)
+        for row in range(rows):
+            kept = draw(st.integers(0, length))
+            mask[row] = column >= length - kept if padding == "left" else column < kept
+        batch["attention_mask"] = mask
+        batch["input_ids"] = torch.where(mask == 1, batch["input_ids"], PAD)
+    if draw(st.booleans()):
+        changes = torch.tensor(
+            [[draw(st.integers(0, 4)) == 0 for _ in range(length)] for _ in range(rows)]
+        )
+        batch["segment_ids"] = changes.cumsum(1)
+    return batch
+
+
+def cut(batch: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    return {name: values[:, part] for name, values in batch.items()}
+
+
+def kept_rows(batch: dict[str, Tensor]) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), data=st.data())
+def test_every_pair_of_modes_at_every_split(batch: dict[str, Tensor], data: st.DataObject) -> None:
+    """Logits, states and gradients, to 1e-10."""
+    model = MODELS["retention"]
+    length = batch["input_ids"].shape[1]
+    split = data.draw(st.integers(1, length - 1))
+    first, second = data.draw(st.sampled_from(list(itertools.product(MODES, MODES))))
+    keep = kept_rows(batch)
+
+    def loss_and_gradients(logits: Tensor) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        weights = torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+        loss = ((logits * weights)[keep]).sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    whole = model(**batch, mode="recurrent", use_cache=True)
+    cache = model.new_cache()
+    parts = [
+        model(**cut(batch, slice(0, split)), past_key_values=cache, mode=first).logits,
+        model(**cut(batch, slice(split, None)), past_key_values=cache, mode=second).logits,
+    ]
+    together = torch.cat(parts, dim=1)
+    assert (together - whole.logits)[keep].abs().max() < TOLERANCE if keep.any() else True
+    for mine, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
+        assert (mine.state - theirs.state).abs().max() < TOLERANCE
+    assert torch.equal(cache.record, whole.past_key_values.record)
+    if keep.any():
+        for mine, theirs in zip(
+            loss_and_gradients(together), loss_and_gradients(whole.logits), strict=True
+        ):
+            assert (mine - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("mixer", ["retention", "attention"])
+@settings(max_examples=40, deadline=None)
+@given(batch=batches(), data=st.data())
+def test_each_document_gets_what_it_gets_alone(
+    mixer: str, batch: dict[str, Tensor], data: st.DataObject
+) -> None:
+    """Packing, padding and a cache in between change nothing."""
+    model = MODELS[mixer]
+    length = batch["input_ids"].shape[1]
+    splits = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=3)))
+    cache, parts = model.new_cache(), []
+    for begin, end in itertools.pairwise([0, *splits, length]):
+        parts.append(logits(model, **cut_ids(batch, begin, end), past_key_values=cache))
+    out = torch.cat(parts, dim=1)
+    keep = kept_rows(batch)
+    for row in range(out.shape[0]):
+        columns = keep[row].nonzero().flatten().tolist()
+        ids = batch.get("segment_ids")
+        for _, group in itertools.groupby(
+            columns, key=lambda c: 0 if ids is None else ids[row, c].item()
+        ):
+            document = list(group)
+            alone = logits(model, batch["input_ids"][row, document][None])[0]
+            assert (out[row, document] - alone).abs().max() < TOLERANCE
+
+
+def cut_ids(batch: dict[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+    part = cut(batch, slice(begin, end))
+    return {"ids": part.pop("input_ids"), **part}
+
+
+def test_position_ids_that_fall_back_begin_a_document(model) -> None:
+    ids = random_ids(1, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    out = logits(model, ids, position_ids=positions)
+    assert (out[:, :4] - logits(model, ids[:, :4])).abs().max() < TOLERANCE
+    assert (out[:, 4:] - logits(model, ids[:, 4:])).abs().max() < TOLERANCE
+
+
+def test_a_position_that_falls_back_after_a_cache(model) -> None:
+    ids = random_ids(1, 9)
+    cache = model.new_cache()
+    logits(model, ids[:, :4], past_key_values=cache, position_ids=torch.arange(4)[None])
+    out = logits(model, ids[:, 4:], past_key_values=cache, position_ids=torch.arange(5)[None])
+    assert (out - logits(model, ids[:, 4:])).abs().max() < TOLERANCE
+
+
+def test_a_text_shifted_by_ten_million_positions(model) -> None:
+    ids = random_ids(2, 12)
+    far = torch.arange(12)[None] + 10_000_000
+    plain = logits(model, ids)
+    assert (logits(model, ids, position_ids=far) - plain).abs().max() < 1e-6
+    cache = model.new_cache()  # through the state: the rest goes on from the cache
+    first = logits(model, ids[:, :5], position_ids=far[:, :5], past_key_values=cache)
+    rest = logits(model, ids[:, 5:], past_key_values=cache)
+    assert (torch.cat((first, rest), dim=1) - plain).abs().max() < 1e-6
+    assert cache.record[0].tolist() == [12, 10_000_012, 0]
+
+
+def test_positions_do_turn(model) -> None:
+    """A gap inside a text changes the result; otherwise the tests above would show nothing."""
+    ids = random_ids(1, 8)
+    gap = torch.tensor([[0, 1, 2, 3, 14, 15, 16, 17]])
+    assert (logits(model, ids, position_ids=gap) - logits(model, ids)).abs().max() > 1e-3
+
+
+def test_only_the_state_decays_by_unmasked_tokens(mixer: str) -> None:
+    model = MODELS[mixer]
+    ids = random_ids(1, 8)
+    holes = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1]])
+    out = logits(model, ids, attention_mask=holes)
+    alone = logits(model, ids[holes.bool()][None])
+    assert (out[holes.bool()] - alone[0]).abs().max() < TOLERANCE
+
+
+def test_a_mask_of_the_whole_past_is_accepted_and_others_are_not(model) -> None:
+    ids = random_ids(2, 8)
+    cache = model.new_cache()
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    first = logits(model, ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+    rest = logits(model, ids[:, 5:], attention_mask=mask, past_key_values=cache)
+    whole = logits(model, ids, attention_mask=mask)
+    assert (torch.cat((first, rest), dim=1) - whole)[mask.bool()].abs().max() < TOLERANCE
+    for wrong in (mask[:, :4], mask[:1], torch.ones(2, 9), torch.ones(2, 1, 8, 8)):
+        with pytest.raises(ValueError, match="attention_mask"):
+            model(ids, attention_mask=wrong)
+    with pytest.raises(ValueError, match="segment_ids"):
+        model(ids, segment_ids=mask[:, :3])
+
+
+def test_rows_of_nothing_but_padding_are_finite(model) -> None:
+    ids = random_ids(2, 4)
+    mask = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
+    cache = model.new_cache()
+    out = logits(model, ids, attention_mask=mask, past_key_values=cache)
+    assert torch.isfinite(out).all()
+    more = logits(model, ids, past_key_values=cache)
+    assert (more[0] - logits(model, ids[:1])[0]).abs().max() < TOLERANCE
+
+
+def test_one_token_and_empty_batches(model) -> None:
+    assert logits(model, random_ids(1, 1)).shape == (1, 1, VOCAB)
+    mask = torch.ones(1, 1, dtype=torch.int64)
+    one = random_ids(1, 1)
+    assert torch.equal(logits(model, one, attention_mask=mask), logits(model, one))
+    for shape in ((0, 3), (2, 0)):
+        with pytest.raises(ValueError, match="batch is empty"):
+            model(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_embeddings_in_place_of_ids(model) -> None:
+    ids = random_ids(2, 6)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(logits(model, None, inputs_embeds=embeddings), logits(model, ids))
+    with pytest.raises(ValueError, match="exactly one"):
+        model(ids, inputs_embeds=embeddings)
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+
+
+def test_logits_to_keep(model) -> None:
+    ids = random_ids(2, 6)
+    whole = logits(model, ids)
+    assert torch.allclose(logits(model, ids, logits_to_keep=2), whole[:, -2:])
+    chosen = torch.tensor([0, 3])
+    assert torch.allclose(logits(model, ids, logits_to_keep=chosen), whole[:, chosen])
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(ids, labels=ids, logits_to_keep=1)
+
+
+def test_use_cache_and_output_forms(model) -> None:
+    ids = random_ids(1, 4)
+    expected = RetentionCache if isinstance(model, RetNetForCausalLM) else KVCache
+    assert isinstance(model(ids).past_key_values, expected)
+    assert model(ids, use_cache=False).past_key_values is None
+    assert model.train()(ids).past_key_values is None
+    assert isinstance(model(ids, use_cache=True).past_key_values, expected)
+    model.eval().config.use_cache = False
+    assert model(ids).past_key_values is None
+    as_tuple = model(ids, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], model(ids).logits)
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    assert len(hidden) == model.config.num_hidden_layers + 1
+    assert torch.equal(model.lm_head(hidden[-1]), model(ids).logits)
+
+
+def test_a_cache_of_the_other_model_is_refused() -> None:
+    ids = random_ids(1, 4)
+    for one, other in itertools.permutations(MODELS.values(), 2):
+        with pytest.raises(TypeError, match="past_key_values"):
+            one(ids, past_key_values=other.new_cache())
+
+
+def test_modes() -> None:
+    ids = random_ids(1, 4)
+    with pytest.raises(ValueError, match=r"mode \('parallel'\) is for retention only"):
+        MODELS["attention"](ids, mode="parallel")
+    with pytest.raises(ValueError, match=r"mode \('fast'\)"):
+        MODELS["retention"](ids, mode="fast")
+
+
+def test_mode_none_is_the_form_that_suits_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = MODELS["retention"].model.layers[0].mixer
+    chunk = mixer.config.chunk_size
+    lengths = {1: "recurrent", 2: "parallel", chunk: "parallel", chunk + 1: "chunkwise"}
+    assert {length: mixer.choose_mode(length) for length in lengths} == lengths
+
+
+def test_causal(model) -> None:
+    ids = random_ids(1, 12)
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB
+    assert torch.allclose(logits(model, ids)[:, :7], logits(model, changed)[:, :7], atol=1e-14)
+
+
+def test_the_size_of_the_state_does_not_grow() -> None:
+    model = make_model("retention", torch.float32)
+    sizes = []
+    for length in (10, 5000):
+        cache = model(random_ids(1, length), use_cache=True).past_key_values
+        sizes.append(cache.num_bytes())
+    assert sizes[0] == sizes[1] == 2 * (2 * 16 * 32 * 4) + 3 * 8
+
+
+def test_a_copied_cache_forks_the_text(model) -> None:
+    ids = random_ids(1, 10)
+    cache = model.new_cache()
+    logits(model, ids[:, :6], past_key_values=cache)
+    fork = copy.deepcopy(cache)
+    one = logits(model, ids[:, 6:], past_key_values=cache)
+    two = logits(model, ids[:, 6:], past_key_values=fork)
+    assert torch.equal(one, two)
+    assert (one - logits(model, ids)[:, 6:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_checkpointing_changes_nothing(mixer: str, tied: bool) -> None:
+    model = make_model(mixer, tie_word_embeddings=tied).train()
+    ids = random_ids(2, 9)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(gradients(), plain, strict=True):
+        assert torch.allclose(a, b, atol=1e-14)
+    if mixer == "attention":
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            model(ids, past_key_values=model.new_cache())
+
+
+def test_dropout_acts_in_training_only(mixer: str) -> None:
+    model = make_model(mixer, dropout=0.5)
+    ids = random_ids(1, 6)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm": "rmsnorm"},
+        {"ffn": "swiglu"},
+        {"rotary_layout": "half"},
+        {"rotary_frequencies": "standard"},
+        {"rotary_base": 100.0},
+        {"norm_eps": 0.5},
+        {"intermediate_size": 48},
+        {"num_heads": 4},
+    ],
+)
+def test_each_variant_changes_the_output(mixer: str, change: dict) -> None:
+    if mixer == "attention" and next(iter(change)).startswith("rotary_"):
+        opposite = {"half": "interleaved", "standard": "linspace"}
+        change = {key: opposite.get(value, value) for key, value in change.items()}
+    ids = random_ids(1, 12)
+    assert not torch.allclose(
+        logits(make_model(mixer), ids), logits(make_model(mixer, **change), ids), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head_norm": "rmsnorm"},
+        {"head_norm": "none"},
+        {"head_norm_eps": 1.0},
+        {"decay": "log_linear"},
+        {"decay": 1.0},
+        {"gate": False},
+        {"value_size": 32},
+    ],
+)
+def test_each_switch_of_retention_changes_the_output(change: dict) -> None:
+    ids = random_ids(1, 12)
+    plain = logits(make_model("retention"), ids)
+    assert not torch.allclose(plain, logits(make_model("retention", **change), ids), atol=1e-6)
+
+
+def test_chunk_size_changes_nothing_but_speed() -> None:
+    ids = random_ids(1, 40)
+    outs = [logits(make_model("retention", chunk_size=c), ids) for c in (1, 7, 100)]
+    assert max((out - outs[0]).abs().max() for out in outs) < TOLERANCE
+
+
+def test_unused_arguments_of_trainers_are_accepted(model) -> None:
+    ids = random_ids(1, 4)
+    extra = {"output_attentions": False, "cache_position": torch.arange(4), "task_ids": None}
+    assert torch.equal(logits(model, ids, **extra), logits(model, ids))

@@ -1,0 +1,217 @@
+"""The three forms are one function: outputs, states and gradients agree whatever the shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from retnet.model import retention
+from retnet.model.decay import head_log_decay
+from retnet.model.retention import (
+    retention_chunkwise,
+    retention_parallel,
+    retention_recurrent,
+)
+
+TOLERANCE = 1e-10
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value."""
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    """Tensors of random shapes, perhaps with initial state, padding and several documents."""
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    length = draw(st.integers(1, 25))
+    key_dim, value_dim = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def flags(probability: float) -> Tensor:
+        return torch.rand(batch, length, generator=generator) < probability
+
+    decay = draw(st.sampled_from(["paper", "log_linear", 1.0, 0.9, 0.01]))
+    return {
+        "q": normal(batch, heads, length, key_dim),
+        "k": normal(batch, heads, length, key_dim),
+        "v": normal(batch, heads, length, value_dim),
+        "log_decay": head_log_decay(decay, heads),
+        "initial_state": normal(batch, heads, key_dim, value_dim) if draw(st.booleans()) else None,
+        "valid": flags(0.7) if draw(st.booleans()) else None,
+        "resets": flags(0.2) if draw(st.booleans()) else None,
+    }
+
+
+def run(form, case: dict, **options) -> tuple[Tensor, Tensor]:
+    names = ("q", "k", "v", "log_decay")
+    rest = {key: value for key, value in case.items() if key not in names}
+    return form(*(case[name] for name in names), **rest, **options)
+
+
+def run_with_gradients(form, case: dict, **options) -> list[Tensor]:
+    """Outputs, state, and the gradients of a fixed function of both."""
+    names = [n for n in ("q", "k", "v", "initial_state") if case[n] is not None]
+    leaves = {name: case[name].clone().requires_grad_() for name in names}
+    out, state = run(form, {**case, **leaves}, **options)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+        for x in (out, state)
+    )
+    return [out.detach(), state.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), chunk_size=st.integers(1, 40))
+def test_forms_agree_in_outputs_states_and_gradients(case: dict, chunk_size: int) -> None:
+    expected = run_with_gradients(retention_recurrent, case)
+    parallel = run_with_gradients(retention_parallel, case)
+    chunkwise = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
+    for other in (parallel, chunkwise):
+        for mine, definition in zip(other, expected, strict=True):
+            assert torch.isfinite(mine).all()
+            assert relative(mine, definition) < TOLERANCE
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), data=st.data())
+def test_any_split_with_any_form_gives_the_whole(case: dict, data: st.DataObject) -> None:
+    length = case["q"].shape[2]
+    split = data.draw(st.integers(0, length))
+    forms = [
+        (retention_parallel, {}),
+        (retention_recurrent, {}),
+        (retention_chunkwise, {"chunk_size": data.draw(st.integers(1, 9))}),
+    ]
+    out, state = run(retention_recurrent, case)
+    parts, carried = [], case["initial_state"]
+    for cut in (slice(0, split), slice(split, length)):
+        if cut.start == cut.stop:
+            continue
+        piece = {name: case[name][:, :, cut] for name in ("q", "k", "v")}
+        for name in ("valid", "resets"):
+            piece[name] = None if case[name] is None else case[name][:, cut]
+        form, options = data.draw(st.sampled_from(forms))
+        piece |= {"log_decay": case["log_decay"], "initial_state": carried}
+        part, carried = run(form, piece, **options)
+        parts.append(part)
+    assert relative(torch.cat(parts, dim=2), out) < TOLERANCE
+    assert relative(carried, state) < TOLERANCE
+
+
+def random_case(length: int, heads: int = 2, dtype: torch.dtype = torch.float64) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, length, d, generator=generator, dtype=torch.float64).to(dtype)
+        for d in (4, 4, 6)
+    )
+    empty = dict.fromkeys(("initial_state", "valid", "resets"))
+    return {"q": q, "k": k, "v": v, "log_decay": head_log_decay("paper", heads), **empty}
+
+
+def test_texts_longer_than_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "CHUNKS_PER_SPAN", 3)
+    case = random_case(50)
+    for chunk_size in (2, 4, 7):
+        mine = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
+        for a, b in zip(mine, run_with_gradients(retention_recurrent, case), strict=True):
+            assert relative(a, b) < TOLERANCE
+
+
+def test_equation_by_hand() -> None:
+    """o_n = sum_m g^(n-m) (q_n k_m) v_m, written out for three tokens."""
+    q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, 3, 1) for x in
+               ([1.0, 2.0, 3.0], [1.0, -1.0, 2.0], [1.0, 3.0, 5.0]))  # fmt: skip
+    out, state = retention_recurrent(q, k, v, torch.tensor([0.5], dtype=torch.float64).log())
+    assert out.flatten().tolist() == pytest.approx([1.0, 2 * (0.5 - 3.0), 3 * (0.25 - 1.5 + 10)])
+    assert state.item() == pytest.approx(0.25 - 1.5 + 10)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 100, 500])
+def test_float32_is_close_to_float64(chunk_size: int) -> None:
+    wide, narrow = random_case(300), random_case(300, dtype=torch.float32)
+    expected = run_with_gradients(retention_recurrent, wide)
+    for form, options in (
+        (retention_recurrent, {}),
+        (retention_parallel, {}),
+        (retention_chunkwise, {"chunk_size": chunk_size}),
+    ):
+        for a, b in zip(run_with_gradients(form, narrow, **options), expected, strict=True):
+            assert a.dtype == torch.float32
+            assert relative(a.double(), b) < 1e-4
+
+
+def test_low_precision_inputs_are_computed_in_float32() -> None:
+    """A bfloat16 sum of ones sticks at 256; the state must not."""
+    ones = torch.ones(1, 1, 2000, 1, dtype=torch.bfloat16)
+    for form, options in (
+        (retention_recurrent, {}),
+        (retention_parallel, {}),
+        (retention_chunkwise, {"chunk_size": 64}),
+    ):
+        out, state = form(ones, ones, ones, torch.zeros(1), **options)
+        assert out.dtype == state.dtype == torch.float32
+        assert state.item() == 2000
+
+
+@pytest.mark.parametrize("form", [retention_parallel, retention_chunkwise, retention_recurrent])
+def test_causal(form) -> None:
+    case = random_case(20)
+    options = {"chunk_size": 6} if form is retention_chunkwise else {}
+    out, _ = run(form, case, **options)
+    changed = {**case, "k": case["k"].clone(), "v": case["v"].clone()}
+    changed["k"][:, :, 13:] += 1
+    changed["v"][:, :, 13:] += 1
+    other, _ = run(form, changed, **options)
+    assert torch.equal(out[:, :, :13], other[:, :, :13])
+    assert not torch.allclose(out[:, :, 13:], other[:, :, 13:])
+
+
+def test_chunkwise_keeps_nothing_of_size_t_by_t_nor_a_state_per_token() -> None:
+    """What the backward pass keeps grows linearly with T."""
+
+    def kept(length: int) -> int:
+        case = random_case(length, dtype=torch.float32)
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        leaves = {n: case[n].clone().requires_grad_() for n in ("q", "k", "v")}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, _ = run(retention_chunkwise, {**case, **leaves}, chunk_size=16)
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    assert kept(2048) / kept(1024) < 2.1
+    state_per_token = 2048 * 2 * 2 * 4 * 6 * 4
+    assert kept(2048) < 5 * state_per_token
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": torch.zeros(2, 2, 5, 3)}, "must be"),
+        ({"log_decay": torch.zeros(3)}, "log_decay"),
+        ({"initial_state": torch.zeros(2, 2, 4, 4)}, "initial_state"),
+        ({"valid": torch.ones(2, 4, dtype=torch.bool)}, "valid"),
+        ({"resets": torch.ones(1, 5, dtype=torch.bool)}, "resets"),
+    ],
+)
+def test_shapes_that_do_not_fit(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(retention_parallel, {**random_case(5), **change})
+
+
+def test_no_tokens_and_no_chunk() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        run(retention_parallel, random_case(0))
+    with pytest.raises(ValueError, match="chunk_size"):
+        run(retention_chunkwise, random_case(5), chunk_size=0)

@@ -1,0 +1,139 @@
+"""The entry point: options reach the comparison, and mistakes end with exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import compare
+from retnet.cli import run
+from retnet.data import DataSpec, prepare_data
+from tests.generation.builders import MIXERS, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = folder / "corpus.jsonl"
+    rows = [{"text": f"row {i} " * (i % 7 + 3), "other": "x" * (i + 1)} for i in range(40)]
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    spec = DataSpec(
+        source=str(corpus),
+        validation_fraction=0.4,
+        tokenizer="bytes",
+        seq_len=16,
+        cache_dir=str(folder / "cache"),
+    )
+    record = prepare_data(spec).record
+    for mixer in MIXERS:
+        save_checkpoint(folder / mixer / "final", mixer, record=record)
+    save_checkpoint(folder / "second" / "final", seed=1)
+    return folder
+
+
+@pytest.fixture
+def main(runs: Path, capsys):
+    """Call the entry point on runs by name; returns exit code, stdout, stderr."""
+
+    def call(*argv: str, models: tuple[str, ...] = MIXERS) -> tuple[int, str, str]:
+        code = run(compare.main, [*(str(runs / name) for name in models), *argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_default_is_validation_data_and_speed(main, runs: Path, tmp_path: Path) -> None:
+    code, out, err = main("--contexts", "8", "24", "--json", str(tmp_path / "out.json"))
+    assert code == 0, err
+    assert f"validation data of {runs / 'corpus.jsonl'}" in out.replace("\n" + " " * 9, "")
+    assert "context 16, stride 16" in out
+    assert "bytes of state or cache" in out
+    assert max(map(len, out.splitlines())) <= 100
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["command"][0] == "compare.py"
+    assert [entry["context"] for entry in content["models"][1]["decoding"]] == [8, 24]
+    assert "scored" in err
+
+
+def test_speed_is_measured_after_128_and_4096_tokens_unless_told_otherwise(
+    main, monkeypatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "retnet.evaluation.comparison.decode_speed",
+        lambda models, contexts, **_: asked.append(tuple(contexts)) or [[] for _ in models],
+    )
+    assert main()[0] == 0
+    assert main("--no-speed")[0] == 0
+    assert asked == [(128, 4096)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--context", "8"],
+        ["--stride", "4"],
+        ["--carry-state"],
+        ["--text-field", "other"],
+        ["--dtype", "bfloat16"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_change_the_result(main, runs: Path, options: list[str]) -> None:
+    plain = ["--text", str(runs / "corpus.jsonl"), "--no-speed"]
+    models = ("retention", "second")
+    base, other = main(*plain, models=models), main(*plain, *options, models=models)
+    assert base[0] == other[0] == 0
+
+    def figures(out: str) -> list[str]:
+        return [line for line in out.splitlines() if line.startswith(("1 ", "2 "))]
+
+    assert figures(base[1]) != figures(other[1])
+
+
+def test_batch_size_changes_the_batches_only(main, monkeypatch) -> None:
+    from retnet.evaluation import comparison
+
+    sizes, score = [], comparison.score_documents
+
+    def recorded(*args, **kwargs):
+        sizes.append(kwargs["batch_size"])
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(comparison, "score_documents", recorded)
+    base, small = main("--no-speed"), main("--no-speed", "--batch-size", "1")
+    assert sizes == [None, None, 1, 1]
+    assert base[1] == small[1]
+
+
+def test_text_replaces_the_validation_data(main, tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("own text " * 9)
+    code, out, _ = main("--text", str(file), "--no-speed", models=("retention", "second"))
+    assert code == 0
+    assert "1 document, 81 bytes" in out
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (("retention",), [], "compares with nothing: name a second one"),
+        ((), [], "CHECKPOINT"),
+        (("retention", "second"), [], "--text FILE"),
+        (("second", "retention"), [], "--text FILE"),
+        (MIXERS, ["--carry-state"], "--carry-state needs a recurrent model"),
+        (MIXERS, ["--context", "9999"], "--context (9999) is longer than the text"),
+        (MIXERS, ["--context", "8", "--stride", "9"], "stride (9) must be from 1 to context (8)"),
+        (MIXERS, ["--context", "0"], "--context"),
+        (MIXERS, ["--contexts", "8", "--no-speed"], "not allowed with"),
+        (MIXERS, ["--text", "/nowhere/x.txt"], "--text (/nowhere/x.txt) does not exist"),
+        (MIXERS, ["--text-field", "other"], "--text-field (other) has no effect without --text"),
+        (MIXERS, ["--json", "/nowhere/out.json"], "--json (/nowhere/out.json)"),
+        (("retention", "atention"), [], "attention/final"),
+    ],
+)
+def test_mistakes(main, models: tuple[str, ...], options: list[str], message: str) -> None:
+    code, out, err = main("--no-speed", *options, models=models)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert message in err
