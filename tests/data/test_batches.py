@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from corpora import EOS, tokens_of
+from tests.data.corpora import EOS, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,0 +1,51 @@
+"""A corpus and a configuration small enough to train in a second."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = "the state of a head decays and every token adds its key and value to it again".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 documents of ragged length."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        words = rng.choices(WORDS, k=rng.randint(2, 60))
+        (folder / f"{i:02}.txt").write_text(" ".join(words) + f" {i}.\n")
+    return folder
+
+
+@pytest.fixture
+def options(corpus: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make any configuration tiny."""
+    return as_options(
+        {
+            "model.hidden_size": 16,
+            "model.num_hidden_layers": 1,
+            "model.num_heads": 2,
+            "model.chunk_size": 8,
+            "model.dropout": 0.1,
+            "data.source": corpus,
+            "data.tokenizer": "bytes",
+            "data.seq_len": 24,
+            "data.cache_dir": tmp_path / "cache",
+            "train.max_steps": 6,
+            "train.batch_size": 4,
+            "train.warmup_steps": 2,
+            "train.eval_every": 3,
+            "train.save_every": 2,
+            "train.sample_tokens": 4,
+            "train.log_every": 2,
+            "train.device": "cpu",
+            "train.out_dir": tmp_path / "run",
+        }
+    )
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]

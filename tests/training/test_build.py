@@ -1,0 +1,103 @@
+"""Configurations become models of the promised sizes."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from retnet.data import load_tokenizer
+from retnet.errors import UserError
+from retnet.training.build import build_model, load_initial_weights, model_config
+from retnet.training.config import flatten, load_config
+from retnet.training.report import count_parameters
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+SIZES = {"tiny": 4.2e6, "small": 25e6, "base": 125e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9}
+
+
+def parameters(path: Path, mixer: str) -> dict[str, int]:
+    config = load_config(path, [f"model.mixer={mixer}"])
+    vocab = {"bytes": 259, "bpe": config.data.vocab_size}.get(config.data.tokenizer, 50257)
+    with torch.device("meta"):
+        return count_parameters(build_model(model_config(config, vocab)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_both_models_of_a_recipe_have_the_same_size(path: Path) -> None:
+    retention, attention = (parameters(path, m)["total"] for m in ("retention", "attention"))
+    assert abs(retention - attention) < 0.01 * attention
+    for name, size in SIZES.items():
+        if path.stem.endswith(name):
+            assert abs(retention - size) < 0.15 * size
+
+
+def test_there_are_all_recipes() -> None:
+    names = {p.stem for p in CONFIGS}
+    assert {"tiny", "shakespeare-char", "wikitext2", "tinystories", "small", "base"} <= names
+    assert {"retnet-1.3b", "retnet-2.7b", "retnet-6.7b"} <= names
+
+
+def test_counts_by_part() -> None:
+    config = load_config(None, ["model.hidden_size=32", "model.num_hidden_layers=2"])
+    model = build_model(model_config(config, 100))
+    parts = count_parameters(model)
+    assert parts["total"] == sum(p.numel() for p in model.parameters())
+    assert parts["embedding"] == parts["output"] == 3200
+    assert parts["mixers"] == 2 * 8 * 32**2 and parts["feed-forward"] == 2 * 4 * 32**2
+    assert parts["norms"] == 5 * 2 * 32
+    tied = load_config(None, ["model.hidden_size=32", "model.tie_word_embeddings=true"])
+    assert count_parameters(build_model(model_config(tied, 100)))["output"] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 64), ("num_hidden_layers", 2), ("num_heads", 2), ("intermediate_size", 99),
+        ("norm", "rmsnorm"), ("ffn", "swiglu"), ("dropout", 0.25), ("tie_word_embeddings", True),
+        ("rotary_layout", "half"), ("rotary_frequencies", "standard"), ("value_size", 256),
+        ("head_norm", "none"), ("gate", False), ("decay", 0.75), ("chunk_size", 32),
+    ],
+)  # fmt: skip
+def test_every_key_of_the_section_reaches_the_model(key: str, value: object) -> None:
+    config = load_config(None, [f"model.{key}={str(value).lower()}"])
+    assert getattr(model_config(config, 300), key) == value
+    assert f"model.{key}" in flatten(config)
+
+
+def test_the_mixers_own_rotation() -> None:
+    for mixer, layout in (("retention", "interleaved"), ("attention", "half")):
+        config = load_config(None, [f"model.mixer={mixer}"])
+        assert model_config(config, 300).rotary_layout == layout
+
+
+def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(None, ["model.mixer=attention", "model.decay=0.9"])
+    with caplog.at_level(logging.WARNING):
+        model_config(config, 300)
+    assert "model.decay: no effect with model.mixer=attention" in caplog.text
+
+
+def test_values_that_make_no_model_name_the_key() -> None:
+    with pytest.raises(UserError, match=r"model\.hidden_size \(250\) must be divisible"):
+        model_config(load_config(None, ["model.hidden_size=250"]), 300)
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1"])
+    torch.manual_seed(0)
+    first = build_model(model_config(config, 300))
+    first.save_pretrained(tmp_path / "a")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "a")
+    second = build_model(model_config(config, 300))
+    load_initial_weights(second, str(tmp_path / "a"))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    wider = load_config(None, ["model.hidden_size=32", "model.num_hidden_layers=1"])
+    with pytest.raises(UserError, match=r"model\.init_from .* is another model"):
+        load_initial_weights(build_model(model_config(wider, 300)), str(tmp_path / "a"))
+    with pytest.raises(UserError, match="does not exist"):
+        load_initial_weights(second, str(tmp_path / "nothing"))
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="can't be read"):
+        load_initial_weights(second, str(tmp_path / "a"))
