@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, positive_int, run
+from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, positive_int, run
 from retnet.errors import UserError
 from retnet.generation import (
     Sampling,
@@ -26,8 +26,6 @@ from retnet.generation import (
     stream_text,
     text_output,
 )
-
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 def build_parser() -> ArgumentParser:
@@ -94,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
             print_samples(prompt, pieces, arguments.num_samples)
         except KeyboardInterrupt:
             print(flush=True)
-            code = INTERRUPTED
+            code = EXIT_INTERRUPTED
         print(usage.summary(), file=sys.stderr)
     return code
 

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from retnet.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -55,3 +56,6 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from retnet.errors import UserError
+from retnet.generation import DATA_RECORD
 from retnet.training.build import Model
 
 CHECKPOINTS = "checkpoints"
@@ -40,7 +41,6 @@ BEST = "best"
 FINAL = "final"
 OPTIMIZER = "optimizer.safetensors"
 TRAINING_STATE = "training_state.json"
-DATA_RECORD = "data.json"
 _TEMPORARY = ".unfinished-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -1,8 +1,5 @@
 """What a run says of itself before it begins: size, memory, data, windows, device."""
 
-import logging
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +9,6 @@ from retnet.model.configuration import DecoderConfig
 from retnet.model.decay import head_windows
 from retnet.training.build import Model, build_model
 from retnet.training.config import Config
-
-logger = logging.getLogger(__name__)
 
 GIB = 2**30
 PARTS = {
@@ -101,13 +96,13 @@ def describe_run(
         seq_len=config.data.seq_len,
         gradient_checkpointing=spec.gradient_checkpointing,
     )
-    memory_detail = ", ".join(f"{name} {_gib(n)}" for name, n in memory.items())
+    memory_detail = ", ".join(f"{name} {_size(n)}" for name, n in memory.items())
     per_step = batches.global_batch * config.data.seq_len
     seen = per_step * spec.max_steps
     train, validation = data.train, data.validation
     lines = [
         f"model       {config.model.mixer}, {parts['total']:,} parameters ({detail})",
-        f"memory      about {_gib(sum(memory.values()))} in each process ({memory_detail})",
+        f"memory      about {_size(sum(memory.values()))} in each process ({memory_detail})",
         f"corpus      {train.num_tokens:,} training tokens in {train.num_documents:,} documents, "
         f"{validation.num_tokens:,} validation tokens in {validation.num_documents:,}; "
         f"{len(data.tokenizer):,} entries in the vocabulary",
@@ -126,5 +121,6 @@ def describe_run(
     return lines
 
 
-def _gib(count: Any) -> str:
-    return f"{count / GIB:.2f} GiB"
+def _size(count: float) -> str:
+    unit, name = (GIB, "GiB") if count >= GIB / 10 else (GIB / 1024, "MiB")
+    return f"{count / unit:.{1 if unit < GIB else 2}f} {name}"

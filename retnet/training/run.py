@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from retnet.data import PreparedData, TrainingBatches, prepare_data
@@ -114,6 +115,7 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     precision = spec.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",

@@ -4,6 +4,7 @@ metrics.jsonl has one line for each optimizer step, in order; an evaluation's fi
 line of its step. Nothing here prompts or waits for a network.
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retnet.errors import UserError
 from retnet.training.config import Config, flatten
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,9 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if not config.train.trackers:
         return
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
     run = Path(str(config.train.out_dir))
     mode = os.environ.get("WANDB_MODE", "offline")
     accelerator.init_trackers(

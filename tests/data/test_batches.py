@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tests.data.corpora import EOS, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.data import TokenFile, TrainingBatches, ValidationBatches
 from retnet.errors import UserError
+from tests.data.corpora import EOS, tokens_of
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 SEQ_LEN = st.integers(1, 17)

@@ -6,7 +6,25 @@ from typing import Any
 
 import pytest
 
-WORDS = "the state of a head decays and every token adds its key and value to it again".split()
+WORDS = ["state", "head", "decays", "every", "token", "adds", "its", "key", "and", "value", "again"]
+    "the",
+    "state",
+    "of",
+    "a",
+    "head",
+    "decays",
+    "and",
+    "every",
+    "token",
+    "adds",
+    "its",
+    "key",
+    "and",
+    "value",
+    "to",
+    "it",
+    "again",
+]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,44 @@
+# make demo: train a RetNet and a Transformer, generate, compare.   make test: the test suite.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test test-all check format clean
+
+demo: $(VENV)/.installed
+	$(PY) train.py configs/tiny.yaml
+	$(PY) train.py configs/tiny.yaml model.mixer=attention
+	$(PY) compare.py runs/tiny-retention runs/tiny-attention
+	$(PY) generate.py runs/tiny-retention --prompt "def " --max-new-tokens 200 --temperature 0.7
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not slow and not gpu" --cov=retnet --cov-report=term:skip-covered --cov-fail-under=90
+
+test-all: $(VENV)/.installed-dev
+	$(PY) -m pytest
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy retnet
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: PYTHON ($(PYTHON)) is older than 3.11: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(PY)
+	@echo "installing requirements.txt into $(VENV) (about a minute)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,50 @@
+"""Imports between the packages point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LEAVES = {"errors", "cli"}
+MAY_IMPORT = {
+    "model": set(),
+    "data": LEAVES,
+    "generation": LEAVES | {"model"},
+    "evaluation": LEAVES | {"model", "data", "generation"},
+    "training": LEAVES | {"model", "data", "generation", "evaluation"},
+    "experiments": LEAVES | {"model", "data", "generation", "evaluation", "training"},
+}
+
+
+def imported_parts(file: Path) -> set[str]:
+    """First words after "retnet." in a file's absolute imports."""
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [node.module or ""]
+            if node.module == "retnet":
+                modules = [f"retnet.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in modules if name.startswith("retnet.")}
+    return parts
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package: str) -> None:
+    files = sorted(Path("retnet", package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert imported_parts(file) <= MAY_IMPORT[package] | {package}, file
+
+
+def test_the_model_folder_can_travel_alone() -> None:
+    """Remote code: flat relative imports only, nothing else of the package."""
+    for file in Path("retnet/model").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, file
+                assert node.level == 0 or "." not in (node.module or ""), file
+                assert not (node.module or "").startswith("retnet"), file

@@ -1,0 +1,112 @@
+"""Checkpoints are complete or absent, small parts exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from retnet import RetNetForCausalLM
+from retnet.data import load_tokenizer
+from retnet.errors import UserError
+from retnet.training.build import build_model, model_config
+from retnet.training.checkpoint import (
+    Progress,
+    Snapshot,
+    list_checkpoints,
+    load_checkpoint_state,
+    prune_checkpoints,
+    remove_unfinished,
+    save_checkpoint,
+    step_folder,
+)
+from retnet.training.config import load_config
+from retnet.training.optimizer import build_optimizer
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def trained(request):
+    """A model and an optimizer that took two steps."""
+    tied = f"model.tie_word_embeddings={str(request.param).lower()}"
+    config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1", tied])
+    model = build_model(model_config(config, 259))
+    optimizer = build_optimizer(model, config.train)
+    for _ in range(2):
+        ids = torch.randint(0, 259, (2, 8))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return config, model, optimizer
+
+
+SNAPSHOT = Snapshot(load_tokenizer("bytes"), {"source": "somewhere"})
+
+
+def test_weights_moments_and_progress_come_back(trained, tmp_path: Path) -> None:
+    config, model, optimizer = trained
+    progress = Progress(step=2, best_loss=1.5, best_step=1, seconds=3.0, global_batch=2)
+    save_checkpoint(tmp_path / "c", model, model, optimizer, progress, SNAPSHOT)
+    other = build_model(model_config(config, 259))
+    fresh = build_optimizer(other, config.train)
+    assert load_checkpoint_state(tmp_path / "c", other, fresh) == progress
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, fresh.state[b][key])
+    if config.model.tie_word_embeddings:
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_the_folder_alone_suffices(trained, tmp_path: Path) -> None:
+    _, model, optimizer = trained
+    save_checkpoint(tmp_path / "c", model, model, optimizer, Progress(), SNAPSHOT)
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "data.json", "optimizer.safetensors", "training_state.json",
+    }  # fmt: skip
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path / "c").eval()
+    ids = torch.arange(5)[None]
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    assert json.loads((tmp_path / "c" / "data.json").read_text()) == {"source": "somewhere"}
+
+
+def test_a_checkpoint_without_moments_is_not_gone_on_from(trained, tmp_path: Path) -> None:
+    _, model, optimizer = trained
+    save_checkpoint(tmp_path / "c", model, model, None, Progress(), SNAPSHOT)
+    with pytest.raises(UserError, match=r"has no optimizer\.safetensors"):
+        load_checkpoint_state(tmp_path / "c", model, optimizer)
+
+
+def test_an_interrupted_write_is_no_checkpoint(
+    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, optimizer = trained
+    folder = step_folder(tmp_path, 1)
+    save_checkpoint(folder, model, model, optimizer, Progress(step=1), SNAPSHOT)
+
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("retnet.training.checkpoint.save_file", fail)
+    for target in (step_folder(tmp_path, 2), folder):
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(target, model, model, optimizer, Progress(step=2), SNAPSHOT)
+    assert list_checkpoints(tmp_path) == [folder]
+    assert json.loads((folder / "training_state.json").read_text())["step"] == 1
+    remove_unfinished(tmp_path)
+    assert [p.name for p in folder.parent.iterdir()] == ["step_1"]
+
+
+def test_a_folder_is_replaced_as_a_whole(trained, tmp_path: Path) -> None:
+    _, model, _ = trained
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "best", model, model, None, Progress(step=step), SNAPSHOT)
+    assert json.loads((tmp_path / "best" / "training_state.json").read_text())["step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 9, 10, 11):
+        step_folder(tmp_path, step).mkdir(parents=True)
+    prune_checkpoints(tmp_path, keep=3)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_9", "step_10", "step_11"]

@@ -1,0 +1,319 @@
+"""train.py as a user runs it."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from retnet import cli
+from retnet.generation import load_checkpoint
+from retnet.training import loop
+from retnet.training.config import load_config
+from retnet.training.report import count_parameters
+from tests.training.conftest import as_options
+
+TINY = "configs/tiny.yaml"
+WALL_CLOCK = ("perf/", "seconds")
+
+
+def run(options: list[str], **changes: object) -> int:
+    extra = as_options({key.replace("__", "."): value for key, value in changes.items()})
+    return cli.run(train.main, [TINY, *options, *extra])
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(WALL_CLOCK)}
+        for line in lines
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_whole_run(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "best", "final",
+    }  # fmt: skip
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [("val/loss" in row) for row in rows] == [False, False, True] * 2
+    assert rows[0]["train/loss"] == pytest.approx(math.log(259), abs=0.1)
+    assert rows[-1]["val/perplexity"] == pytest.approx(math.exp(rows[-1]["val/loss"]))
+    assert load_config(folder / "config.yaml").data.seq_len == 24
+
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.path == folder / "final"
+    assert checkpoint.model.config.max_position_embeddings == 24
+    assert checkpoint.model.config.eos_token_id == checkpoint.tokenizer.eos_token_id
+    printed = capsys.readouterr().err
+    total = sum(p.numel() for p in checkpoint.model.parameters())
+    assert f"retention, {total:,} parameters" in printed
+    assert count_parameters(checkpoint.model)["total"] == total
+    for words in ("memory      about", "corpus      ", "6 steps of 96 tokens: 576 tokens",
+                  "heads: 32, 64 tokens", "cpu, fp32, 1 process", f"run folder  {folder}",
+                  "step 6/6  loss", "tokens/s", "left", "  | ", "bits per byte"):  # fmt: skip
+        assert words in printed, words
+
+
+def test_a_finished_run_says_so(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(options) == 0
+    assert "is finished (6 steps): nothing to do" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_going_on_is_the_uninterrupted_run(options, tmp_path: Path, monkeypatch) -> None:
+    """Weights, moments and metrics are equal to the bit, dropout on, across an epoch end."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(options, train__out_dir=whole, train__max_steps=56, train__keep=30) == 0
+    real = loop.Trainer._step
+
+    def dies(self, step, stop):
+        if step == self.dies_at:
+            raise RuntimeError("power cut")
+        return real(self, step, stop)
+
+    monkeypatch.setattr(loop.Trainer, "_step", dies)
+    for step in (3, 3, 11, 53):
+        monkeypatch.setattr(loop.Trainer, "dies_at", step, raising=False)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(options, train__out_dir=parts, train__max_steps=56, train__keep=30)
+    monkeypatch.setattr(loop.Trainer, "dies_at", None)
+    assert run(options, train__out_dir=parts, train__max_steps=56, train__keep=30) == 0
+    assert metrics(whole)[-1]["data/epoch"] > 1
+    assert metrics(parts) == metrics(whole)
+    for name in ("model", "optimizer"):
+        a, b = (load_file(x / f"checkpoints/step_56/{name}.safetensors") for x in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def test_a_request_to_stop_saves_and_the_run_goes_on(options, tmp_path: Path, capsys) -> None:
+    assert run(options, train__out_dir=tmp_path / "whole") == 0
+    real = loop.Trainer._log
+
+    def interrupted(self, values, *rest):
+        real(self, values, *rest)
+        if values["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_log", interrupted)
+        assert run(options) == 143
+    assert "stopped after step 3" in capsys.readouterr().err
+    assert run(options) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_accumulation_gives_the_losses_of_the_large_batch(options, tmp_path: Path) -> None:
+    losses = []
+    for batch, steps in ((4, 1), (2, 2), (1, 4)):
+        folder = tmp_path / f"b{batch}"
+        changes = {"train__batch_size": batch, "train__gradient_accumulation_steps": steps}
+        assert run([*options, "model.dropout=0"], train__out_dir=folder, **changes) == 0
+        losses.append([row["train/loss"] for row in metrics(folder)])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.learning_rate", 0.1), ("train.schedule", "linear"), ("train.warmup_steps", 0),
+        ("train.final_learning_rate", 1.0), ("train.weight_decay", 5.0), ("train.beta1", 0.1),
+        ("train.beta2", 0.1), ("train.grad_clip", 0.01), ("train.seed", 1),
+        ("model.dropout", 0.5), ("data.reset_state_at_documents", "false"),
+    ],
+)  # fmt: skip
+def test_each_option_changes_the_run(options, tmp_path: Path, key: str, value: object) -> None:
+    long = [*options, "data.seq_len=64", "train.grad_clip=0.1"]
+    assert run(long) == 0
+    assert run([*long, f"{key}={value}", f"train.out_dir={tmp_path / 'other'}"]) == 0
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "other/final")
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "key", ["train.gradient_checkpointing=true", "train.fused_optimizer=false"]
+)
+def test_options_of_speed_and_memory_change_nothing_else(options, tmp_path: Path, key: str) -> None:
+    assert run(options) == 0
+    assert run([*options, key, f"train.out_dir={tmp_path / 'other'}"]) == 0
+    a, b = metrics(tmp_path / "run"), metrics(tmp_path / "other")
+    for one, other in zip(a, b, strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
+
+
+def test_bf16(options, tmp_path: Path, capsys) -> None:
+    assert run(options, train__precision="bf16") == 0
+    assert "cpu, bf16" in capsys.readouterr().err
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "run/final").values())
+
+
+def test_evaluation_options(options, tmp_path: Path, capsys) -> None:
+    changes = {"train__eval_max_tokens": 50, "train__sample_prompt": "the "}
+    assert run(options, **changes, train__eval_every=2) == 0
+    printed = capsys.readouterr().err
+    counts = [int(n) for n in re.findall(r"\((\d+) tokens\)", printed)]
+    assert len(counts) == 3 and all(40 < n < 50 for n in counts)
+    assert printed.count("validation loss") == 4  # three evaluations and the last line
+    assert "  | the " in printed
+    assert run(options, train__sample_tokens=0, train__out_dir=tmp_path / "b") == 0
+    assert "  | " not in capsys.readouterr().err
+
+
+def test_init_from(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    changes = {"train__out_dir": tmp_path / "more", "model__init_from": tmp_path / "run"}
+    assert run(options, **changes, train__learning_rate=1e-9) == 0
+    assert f"weights from {tmp_path / 'run/final'}" in capsys.readouterr().err
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "more/final")
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_trackers_write_local_files(options, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert run([*options, "train.trackers=[tensorboard,wandb]"]) == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert "wandb sync" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.resume": "never"}, "already holds a run"),
+        ({"train.learning_rate": 0.5}, "train.learning_rate (0.003 -> 0.5)"),
+        ({"model.hidden_size": 32}, "model.hidden_size (16 -> 32)"),
+        ({"train.resume": "/nowhere"}, "train.resume (/nowhere)"),
+        ({"train.batch_size": 2, "train.max_steps": 8}, "must stay 4"),
+    ],
+)
+def test_a_folder_with_another_run(options, capsys, changes: dict, words: str) -> None:
+    assert run(options) == 0
+    capsys.readouterr()
+    assert cli.run(train.main, [TINY, *options, *as_options(changes)]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and words in error
+
+
+def test_more_steps_go_on(options, tmp_path: Path) -> None:
+    assert run(options, train__schedule="constant") == 0
+    assert run(options, train__schedule="constant", train__max_steps=8) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_named_checkpoint(options, tmp_path: Path) -> None:
+    assert run(options) == 0
+    start = tmp_path / "run/checkpoints/step_4"
+    assert run(options, train__out_dir=tmp_path / "b", train__resume=start) == 0
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "b/final")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(options, tmp_path: Path, capsys) -> None:
+    original = loop.Trainer._step
+
+    def poisoned(self, step, stop):
+        if step == 4:
+            with torch.no_grad():
+                self.bare_model.model.embed_tokens.weight[:] = float("nan")
+        return original(self, step, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", poisoned)
+        assert run(options) == 3
+    assert "step 5: loss nan" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert report["step"] == 5 and report["rows"] == [16, 19]
+    assert (tmp_path / "run/checkpoints/step_4").is_dir()
+    assert not (tmp_path / "run/final").exists()
+
+
+def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    assert "ln(vocabulary)" not in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retnet.model.initialization.LOGIT_STD", 20.0)
+        patch.setattr("retnet.model.initialization.min", max, raising=False)
+        assert run(options, train__out_dir=tmp_path / "wild") == 0
+    assert "ln(vocabulary)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(options, capsys) -> None:
+    assert run(options, train__device="cuda") == 2
+    assert "train.device (cuda)" in capsys.readouterr().err
+
+
+def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})
+    monkeypatch.setattr("retnet.training.run.Accelerator", lambda **_: SingleProcess())
+    assert run(options) == 2
+    assert "WORLD_SIZE (2) is set, but accelerate runs 1 process" in capsys.readouterr().err
+
+
+class SingleProcess:
+    """What accelerate would give if it overlooked the environment."""
+
+    num_processes = 1
+
+
+def test_two_runs_in_one_folder(options, tmp_path: Path, capsys) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run/.lock"):
+        assert run(options) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+
+
+def test_compile_without_a_compiler(options, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert run(options, train__compile="true") == 2
+    assert "train.compile (true) needs a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compile_computes_the_same(options, tmp_path: Path) -> None:
+    assert run([*options, "model.dropout=0"]) == 0
+    other = [*options, "model.dropout=0", "train.compile=true", f"train.out_dir={tmp_path / 'b'}"]
+    assert run(other) == 0
+    for one, two in zip(metrics(tmp_path / "run"), metrics(tmp_path / "b"), strict=True):
+        assert one["train/loss"] == pytest.approx(two["train/loss"], abs=1e-4)
+
+
+def test_as_a_process(options) -> None:
+    """--help and an error, by exit code and stream."""
+    command = [sys.executable, "train.py", TINY, "model.hiden_size=3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_help_and_print_config(capsys) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "train.learning_rate: float = 0.002" in printed and "model.mixer" in printed
+    assert cli.run(train.main, [TINY, "--print-config", "train.seed=9"]) == 0
+    assert "seed: 9" in capsys.readouterr().out
