@@ -6,25 +6,7 @@ from typing import Any
 
 import pytest
 
-WORDS = ["state", "head", "decays", "every", "token", "adds", "its", "key", "and", "value", "again"]
-    "the",
-    "state",
-    "of",
-    "a",
-    "head",
-    "decays",
-    "and",
-    "every",
-    "token",
-    "adds",
-    "its",
-    "key",
-    "and",
-    "value",
-    "to",
-    "it",
-    "again",
-]
+WORDS = ["state", "head", "decays", "every", "token", "adds", "its", "key", "and", "value"]
 
 
 @pytest.fixture(scope="session")
