@@ -174,7 +174,7 @@ def test_evaluation_options(options, tmp_path: Path, capsys) -> None:
     assert run(options, **changes, train__eval_every=2) == 0
     printed = capsys.readouterr().err
     counts = [int(n) for n in re.findall(r"\((\d+) tokens\)", printed)]
-    assert len(counts) == 3 and all(40 < n < 50 for n in counts)
+    assert len(counts) == 3 and all(40 < n < 50 for n in counts), counts
     assert printed.count("validation loss") == 4  # three evaluations and the last line
     assert "  | the " in printed
     assert run(options, train__sample_tokens=0, train__out_dir=tmp_path / "b") == 0
