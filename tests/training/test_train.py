@@ -176,7 +176,7 @@ def test_evaluation_options(options, tmp_path: Path, capsys) -> None:
     counts = [int(n) for n in re.findall(r"\((\d+) tokens\)", printed)]
     assert len(counts) == 3 and all(40 < n < 50 for n in counts), counts
     assert printed.count("validation loss") == 4  # three evaluations and the last line
-    assert "  | the " in printed
+    assert "  | the" in printed
     assert run(options, train__sample_tokens=0, train__out_dir=tmp_path / "b") == 0
     assert "  | " not in capsys.readouterr().err
 
