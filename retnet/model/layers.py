@@ -1,6 +1,5 @@
 """The parts of a block: norms, retention as a mixer, the feed-forward network."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .cache import RetentionLayer
 from .configuration import DecoderConfig, RetNetConfig
 from .decay import head_log_decay
+from .precision import full_precision
 from .retention import retention_chunkwise, retention_parallel, retention_recurrent
 from .rotary import rotary_angles, rotate, rotation
 from .sequence import TokenInfo, describe_tokens
@@ -46,13 +46,6 @@ def rotary_cos_sin(config: DecoderConfig, positions: Tensor, like: Tensor) -> tu
         base=config.rotary_base,
     )
     return rotation(angles, torch.promote_types(like.dtype, torch.float32), like.device)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast switched off: positions, decays, states and head norms are never below float32."""
-    if device.type == "meta":  # which knows no autocast
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:

@@ -1,12 +1,24 @@
-"""The training objective: cross entropy of the next token of the same document."""
+"""The training objective: cross entropy of the next token of the same document.
+
+``causal_lm_loss`` is the plain form, on given logits. ``linear_cross_entropy`` takes the output
+layer along and never holds the logits of all tokens: it goes chunk by chunk, and makes the
+gradients on the way, while a chunk's probabilities are still in the cache.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .precision import full_precision
 from .sequence import describe_tokens
 
 IGNORE_INDEX = -100
+MIN_TOKENS_PER_CHUNK = 256  # fewer make the matrix products slow
+LOGITS_PER_CHUNK = 2**20  # 4 MiB of float32, which a CPU's cache holds
+LOGITS_PER_CHUNK_GPU = 2**25
 
 
 def causal_lm_loss(
@@ -23,11 +35,76 @@ def causal_lm_loss(
     total = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+    return total / _divisor(targets, num_items)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """``causal_lm_loss(hidden @ weight.T, ...)`` without all the logits at once.
+
+    Args:
+        hidden: [B, T, d].
+        weight: [vocab_size, d] of the output layer, which has no bias.
+        targets: int64 [B, T], -100 to ignore.
+        num_items: As in ``causal_lm_loss``.
+    """
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(narrow), weight.to(narrow)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
+        return causal_lm_loss(F.linear(hidden, weight), targets, num_items)
+    per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU
+    chunk = max(MIN_TOKENS_PER_CHUNK, per_chunk // weight.shape[0])
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk)
+    return total / _divisor(targets, num_items)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of [N, d] tokens; the gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        with full_precision(hidden.device):
+            for begin in range(0, hidden.shape[0], chunk):
+                part, labels = hidden[begin : begin + chunk], targets[begin : begin + chunk, None]
+                counted = labels != IGNORE_INDEX
+                labels = labels.clamp(min=0)
+                logits = (part @ weight.T).to(wide)
+                normaliser = logits.logsumexp(1, keepdim=True)
+                total += ((normaliser - logits.gather(1, labels)) * counted).sum()
+                # d loss / d logits = softmax - one-hot, in place of the logits
+                slope = logits.sub_(normaliser).exp_()
+                slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
+                slope = slope.mul_(counted).to(hidden.dtype)
+                if hidden_grad is not None:
+                    torch.mm(slope, weight, out=hidden_grad[begin : begin + chunk])
+                if weight_grad is not None:
+                    weight_grad += slope.T @ part
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * slope
+        if weight_grad is not None:
+            weight_grad = (weight_grad * slope).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def _divisor(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
     if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    elif isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / num_items
+        return (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items
 
 
 def shift_targets(

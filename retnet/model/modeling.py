@@ -16,7 +16,7 @@ from .cache import DecoderCache, KVCache, RetentionCache
 from .configuration import DecoderConfig, RetNetConfig, TransformerConfig
 from .initialization import initialize
 from .layers import MODES, FeedForward, MixerInputs, MultiScaleRetention, make_norm
-from .loss import causal_lm_loss, shift_targets
+from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
 from .sequence import TokenInfo, describe_tokens
 
 
@@ -239,6 +239,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         mode: str | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = True,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -264,6 +265,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 takes None only.
             shift_labels: int64 [B, T], labels already shifted: compared as they are.
             num_items_in_batch: What the summed loss is divided by; the number of targets if None.
+            return_logits: False computes the loss alone, chunk by chunk, in less memory and time;
+                the output's logits are then None.
             output_hidden_states: Also return the T x d activations before and after each block.
             return_dict: False for a tuple.
 
@@ -290,15 +293,23 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits = self.lm_head(hidden)
         loss = None
         if labels is not None or shift_labels is not None:
-            if logits.shape[1] != outputs.last_hidden_state.shape[1]:
+            if hidden.shape[1] != outputs.last_hidden_state.shape[1]:
                 raise ValueError("labels need all logits: leave out logits_to_keep")
             if shift_labels is None:
                 assert labels is not None
                 shift_labels = shift_targets(labels, attention_mask, segment_ids, position_ids)
-            loss = causal_lm_loss(logits, shift_labels, num_items_in_batch)
+        if return_logits:
+            logits = self.lm_head(hidden)
+            if shift_labels is not None:
+                loss = causal_lm_loss(logits, shift_labels, num_items_in_batch)
+        elif shift_labels is not None:
+            logits = None
+            weight = self.lm_head.weight
+            loss = linear_cross_entropy(hidden, weight, shift_labels, num_items_in_batch)
+        else:
+            raise ValueError("return_logits (False) leaves nothing to return without labels")
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from retnet.model.loss import causal_lm_loss, shift_targets
-from tests.model.conftest import random_ids
+from retnet.model import loss as loss_module
+from retnet.model.loss import causal_lm_loss, linear_cross_entropy, shift_targets
+from tests.model.conftest import make_model, random_ids
 
 
 def test_labels_are_shifted_and_ignored(model) -> None:
@@ -46,3 +48,83 @@ def test_the_loss_is_in_nats_and_float32() -> None:
     loss = causal_lm_loss(logits, torch.tensor([[1, 2, -100]]))
     assert loss.dtype == torch.float32
     assert abs(loss.item() - math.log(5)) < 1e-6
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "MIN_TOKENS_PER_CHUNK", 5)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, 9, (2, 6), generator=generator)
+    targets[0, 2] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(3)])
+def test_the_chunked_loss_is_the_plain_one(small_chunks, num_items) -> None:
+    hidden, weight, targets = case()
+    plain = causal_lm_loss(hidden @ weight.T, targets, num_items)
+    chunked = linear_cross_entropy(hidden, weight, targets, num_items)
+    assert torch.allclose(plain, chunked, rtol=1e-12)
+    for a, b in zip(
+        *(torch.autograd.grad(x * 3, (hidden, weight)) for x in (plain, chunked)), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-13)
+
+
+def test_gradcheck_of_the_chunked_loss(small_chunks) -> None:
+    hidden, weight, targets = case()
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight)
+    )
+
+
+def test_the_chunked_loss_in_bfloat16_and_autocast(small_chunks) -> None:
+    hidden, weight, targets = case(torch.float32)
+    plain = causal_lm_loss(hidden @ weight.T, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_cross_entropy(hidden, weight, targets)
+    assert mixed.dtype == torch.float32
+    assert 0 < abs(mixed.item() - plain.item()) < 0.02
+    for a, b in zip(
+        *(torch.autograd.grad(x, (hidden, weight)) for x in (plain, mixed)), strict=True
+    ):
+        assert a.dtype == b.dtype == torch.float32
+        assert (a - b).abs().max() < 0.02
+    with torch.no_grad():
+        narrow = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert narrow.item() == pytest.approx(mixed.item(), abs=1e-3)
+
+
+def test_the_loss_alone(model, small_chunks) -> None:
+    ids = random_ids(2, 9)
+    whole, alone = model(ids, labels=ids), model(ids, labels=ids, return_logits=False)
+    assert alone.logits is None
+    assert torch.allclose(whole.loss, alone.loss, rtol=1e-12)
+    for a, b in zip(
+        *(torch.autograd.grad(x.loss, list(model.parameters())) for x in (whole, alone)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-12)
+    with pytest.raises(ValueError, match="return_logits"):
+        model(ids, return_logits=False)
+
+
+def test_the_chunked_loss_keeps_no_logits() -> None:
+    """What the backward pass keeps: nothing of size tokens x vocabulary."""
+    model = make_model("retention", torch.float32, vocab_size=3000)
+    ids = random_ids(2, 200)
+    sizes = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(ids, labels=ids, return_logits=False)
+    assert max(sizes) < 400 * 3000 / 4
