@@ -269,7 +269,14 @@ def evaluate_batches(
                 for name in ("input_ids", "segment_ids")
                 if name in batch
             }
-            nll = token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+            # divided by 1: the sum; made chunk by chunk, so that no logits of all tokens are held
+            nll = model(
+                **inputs,
+                shift_labels=labels,
+                num_items_in_batch=1,
+                return_logits=False,
+                use_cache=False,
+            ).loss.double()
             total = nll if total is None else total + nll
             targets += int((batch["shift_labels"] != IGNORED).sum())
     return (0.0 if total is None else total.item()), targets

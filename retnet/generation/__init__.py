@@ -3,6 +3,7 @@
 from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoint, load_checkpoint
 from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import ENDED, Usage, decode_one, generate, prefill, synchronize
+from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
@@ -11,6 +12,7 @@ from retnet.generation.stream import TextStream, sample_text, stopping_criteria,
 __all__ = [
     "DATA_RECORD",
     "ENDED",
+    "MANIFEST",
     "Checkpoint",
     "Sampler",
     "Sampling",
@@ -21,6 +23,7 @@ __all__ = [
     "decode_utf8",
     "encode_prompt",
     "find_checkpoint",
+    "find_damage",
     "generate",
     "load_checkpoint",
     "loading_arguments",
@@ -32,4 +35,5 @@ __all__ = [
     "stream_text",
     "synchronize",
     "text_output",
+    "write_manifest",
 ]

@@ -23,6 +23,7 @@ from transformers.utils.logging import (
 )
 
 from retnet.errors import UserError
+from retnet.generation.integrity import MANIFEST, find_damage
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 
@@ -136,12 +137,26 @@ def load_checkpoint(
     folder = find_checkpoint(path)
     _check_model_type(folder, trust_remote_code)
     _check_weights(folder)
+    check_weights_unchanged(folder)
     model = _load_model(folder, dtype, trust_remote_code)
     model.to(torch.device(device))  # type: ignore[arg-type]
     tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
     record_file = folder / DATA_RECORD
     record = _read_json(record_file) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
+
+
+def check_weights_unchanged(folder: Path) -> None:
+    """Raise a ``UserError`` when the weights are not those that the folder's manifest describes.
+
+    The other files are text that one may want to edit; a folder without a manifest is accepted.
+    """
+    damage = find_damage(folder, only=(WEIGHTS,)) if (folder / MANIFEST).is_file() else None
+    if damage is not None:
+        raise UserError(
+            f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
+            "you changed the weights yourself"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

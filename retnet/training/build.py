@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from retnet.errors import UserError
 from retnet.generation import find_checkpoint
+from retnet.generation.checkpoint import check_weights_unchanged
 from retnet.model import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -75,6 +76,7 @@ def load_initial_weights(model: Model, init_from: str) -> Path:
         raise UserError(
             f"model.init_from ({init_from}) has no {file.name}: take another checkpoint"
         )
+    check_weights_unchanged(folder)
     try:
         weights = load_file(file)
     except SafetensorError as error:

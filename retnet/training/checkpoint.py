@@ -5,6 +5,8 @@
     data.json              how the validation data was made
     optimizer.safetensors  AdamW's moments, by parameter name (not in best/ and final/)
     training_state.json    step, best validation loss
+    carried.safetensors    the states that the next windows begin with (train.carry_state only)
+    manifest.json          sizes and checksums of the above
 
 A folder is written under a temporary name, synced and renamed, so a folder with the final name is
 complete. Nothing is pickled. States are gathered by ``torch.distributed.checkpoint``, which gives
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -33,15 +36,17 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from retnet.errors import UserError
-from retnet.generation import DATA_RECORD
+from retnet.generation import DATA_RECORD, write_manifest
 from retnet.training.build import Model
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
 OPTIMIZER = "optimizer.safetensors"
+CARRIED = "carried.safetensors"
 TRAINING_STATE = "training_state.json"
 _TEMPORARY = ".unfinished-"
+_REPLACED = ".unfinished-old-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -91,6 +96,7 @@ def save_checkpoint(
     progress: Progress,
     snapshot: Snapshot,
     *,
+    carried: dict[str, Tensor] | None = None,
     main_process: bool = True,
 ) -> None:
     """Write a checkpoint; every process must call this, the main one writes.
@@ -102,7 +108,11 @@ def save_checkpoint(
         optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
         progress: Saved with it.
         snapshot: Tokenizer and data record.
+        carried: States carried from window to window, where there are any.
         main_process: Whether this process writes.
+
+    Raises:
+        OSError: It can't be written; nothing has changed then.
     """
     weights = get_model_state_dict(model, options=_WHOLE)
     moments = None
@@ -117,6 +127,8 @@ def save_checkpoint(
         _write_json(new / TRAINING_STATE, asdict(progress))
         if moments is not None:
             save_file(_flatten_moments(moments), new / OPTIMIZER)
+            if carried is not None:
+                save_file(carried, new / CARRIED)
 
 
 def load_checkpoint_state(
@@ -150,14 +162,29 @@ def load_checkpoint_state(
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints."""
     for folder in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what an interrupted write left behind."""
+    """Tidy up after an interrupted write: remove its parts, put back what it was replacing."""
     for parent in (run, run / CHECKPOINTS):
-        for folder in parent.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for old in parent.glob(f"{_REPLACED}*"):
+            folder = parent / old.name.removeprefix(_REPLACED)
+            if not folder.exists():
+                old.rename(folder)
+        for rest in parent.glob(f"{_TEMPORARY}*"):
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole: whoever reads it finds the old text or the new."""
+    new = path.with_name(_TEMPORARY + path.name)
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    new.replace(path)
 
 
 def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -171,27 +198,43 @@ def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``folder`` when it is complete and on disk."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.parent / f"{_TEMPORARY}{folder.name}"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    yield new
-    for file in new.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-        _sync(file)
-    _sync(new)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        write_manifest(new)
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            sync(file)
+        sync(new)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
+        if isinstance(error, SafetensorError):  # how safetensors reports a failed write
+            raise OSError(str(error)) from error
+        raise
     if folder.exists():
-        old = folder.parent / f"{_TEMPORARY}old-{folder.name}"
+        old = folder.parent / f"{_REPLACED}{folder.name}"
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old)
     else:
         new.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _sync(path: Path) -> None:
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; one half removed is never seen under its name."""
+    rest = folder.parent / f"{_TEMPORARY}removed-{folder.name}"
+    shutil.rmtree(rest, ignore_errors=True)
+    folder.rename(rest)
+    shutil.rmtree(rest)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -134,7 +134,9 @@ class Trainer:
             # gradients are exchanged between processes once, with the last micro-batch
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 inputs = {k: v.to(self.accelerator.device) for k, v in batch.items()}
-                part = self.model(**inputs, num_items_in_batch=targets, use_cache=False).loss
+                part = self.model(
+                    **inputs, num_items_in_batch=targets, return_logits=False, use_cache=False
+                ).loss
                 # DDP averages over processes; the targets were counted over all of them
                 self.accelerator.backward(part * self.accelerator.num_processes)
             loss += part.detach()

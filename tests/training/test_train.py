@@ -81,7 +81,7 @@ def test_a_finished_run_says_so(options, tmp_path: Path, capsys) -> None:
 def test_going_on_is_the_uninterrupted_run(options, tmp_path: Path, monkeypatch) -> None:
     """Weights, moments and metrics are equal to the bit, dropout on, across an epoch end."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(options, train__out_dir=whole, train__max_steps=56, train__keep=30) == 0
+    assert run(options, train__out_dir=whole, train__max_steps=68, train__keep=40) == 0
     real = loop.Trainer._step
 
     def dies(self, step, stop):
@@ -90,16 +90,16 @@ def test_going_on_is_the_uninterrupted_run(options, tmp_path: Path, monkeypatch)
         return real(self, step, stop)
 
     monkeypatch.setattr(loop.Trainer, "_step", dies)
-    for step in (3, 3, 11, 53):
+    for step in (3, 3, 11, 65):
         monkeypatch.setattr(loop.Trainer, "dies_at", step, raising=False)
         with pytest.raises(RuntimeError, match="power cut"):
-            run(options, train__out_dir=parts, train__max_steps=56, train__keep=30)
+            run(options, train__out_dir=parts, train__max_steps=68, train__keep=40)
     monkeypatch.setattr(loop.Trainer, "dies_at", None)
-    assert run(options, train__out_dir=parts, train__max_steps=56, train__keep=30) == 0
+    assert run(options, train__out_dir=parts, train__max_steps=68, train__keep=40) == 0
     assert metrics(whole)[-1]["data/epoch"] > 1
     assert metrics(parts) == metrics(whole)
     for name in ("model", "optimizer"):
-        a, b = (load_file(x / f"checkpoints/step_56/{name}.safetensors") for x in (whole, parts))
+        a, b = (load_file(x / f"checkpoints/step_68/{name}.safetensors") for x in (whole, parts))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
