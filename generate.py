@@ -46,6 +46,7 @@ def build_parser() -> ArgumentParser:
     add("--seed", type=int, help="sample i draws with seed + i - 1 (0)")
     add("--num-samples", type=positive_int, default=1, help="continuations, made as one batch (1)")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--compile", action="store_true", help="compile the step first: for thousands of tokens")
     add_loading_options(parser)
     return parser
 
@@ -85,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
         num_samples=arguments.num_samples,
         stop=arguments.stop,
         usage=usage,
+        compile=arguments.compile,
     )
     code = 0
     with text_output():

@@ -4,6 +4,8 @@
 the next one, ``generate`` is the loop for one prompt and for a batch, whatever the mixer.
 """
 
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.model.cache import DecoderCache
 from retnet.model.modeling import DecoderForCausalLM
@@ -105,6 +108,28 @@ def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -
     return _last_logits(model, tokens[:, None], cache)
 
 
+def compile_step(model: DecoderForCausalLM) -> DecoderForCausalLM:
+    """The model with a compiled forward pass, for ``decode_one``.
+
+    Lengths are dynamic from the start, so the growing number of tokens seen compiles nothing anew.
+
+    Raises:
+        UserError: There is no C++ compiler to do it with.
+    """
+    check_compiler(model.device, "--compile")
+    return torch.compile(model, dynamic=True, fullgraph=True)  # type: ignore[return-value]
+
+
+def check_compiler(device: torch.device, key: str) -> None:
+    """Raise a ``UserError`` that names ``key`` where torch.compile finds no C++ compiler."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"{key} needs a C++ compiler and finds none ({', '.join(names)}): install one, or "
+            "leave it out"
+        )
+
+
 def _last_logits(model: DecoderForCausalLM, input_ids: Tensor, cache: DecoderCache) -> Tensor:
     output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = output.logits[:, -1]
@@ -121,6 +146,7 @@ def generate(
     num_samples: int = 1,
     stopping: Sequence[StoppingCriteria] = (),
     usage: Usage | None = None,
+    compile: bool = False,
 ) -> Iterator[list[int]]:
     """Continue prompts of equal length, one token of every row at a time.
 
@@ -135,6 +161,8 @@ def generate(
         stopping: A row ends with the token at which one of them says so. They see the new tokens
             only, [B, n].
         usage: Filled in while the loop runs.
+        compile: Compile the decode step (``torch.compile``, some 20 s on a CPU): pays for thousands
+            of tokens.
 
     Yields:
         The new token of each row, B of them, ``ENDED`` for a row that has ended.
@@ -143,6 +171,7 @@ def generate(
     device, length = input_ids.device, input_ids.shape[1]
     started = time.perf_counter()
     cache = model.new_cache(max_length=length + max_new_tokens)
+    step = compile_step(model) if compile else model
     logits = prefill(model, input_ids, cache)
     synchronize(device)
     usage.prompt_tokens, usage.prefill_seconds = length, time.perf_counter() - started
@@ -160,7 +189,7 @@ def generate(
     for position in range(length, length + max_new_tokens):
         started = time.perf_counter()
         if position > length:
-            logits = decode_one(model, ids[:, position - 1], cache)
+            logits = decode_one(step, ids[:, position - 1], cache)
         ids[:, position] = sampler(ids[:, :position], logits)
         tokens = ids[:, position].masked_fill(ended, ENDED)
         ended = ended | criteria(ids[:, length : position + 1], logits)

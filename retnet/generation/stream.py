@@ -124,6 +124,7 @@ def stream_text(
     num_samples: int = 1,
     stop: Sequence[str] = (),
     usage: Usage | None = None,
+    compile: bool = False,
 ) -> Iterator[list[str]]:
     """Continue a prompt and hand out the text as it is made.
 
@@ -136,6 +137,7 @@ def stream_text(
         num_samples: Continuations of the prompt, made as one batch.
         stop: A sample ends before the first of these in its new text.
         usage: Filled in while the loop runs.
+        compile: See ``generate``.
 
     Yields:
         The new text of each sample, ``num_samples`` strings, after every token and at the end.
@@ -152,6 +154,7 @@ def stream_text(
         num_samples=num_samples,
         stopping=criteria,
         usage=usage,
+        compile=compile,
     ):
         yield [
             "" if token == ENDED else stream.push(token)

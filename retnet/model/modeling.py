@@ -6,6 +6,7 @@ share everything but the mixer, its memory and its initialisation.
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -134,6 +135,10 @@ class DecoderModel(DecoderPreTrainedModel):
             cache.record = tokens.record
             cache.length += hidden.shape[1]
         hidden = self.norm(hidden)
+        if tokens.latest is not None and hidden.shape[1] > 1:
+            # padding repeats the token before it: generate reads on from the last column
+            index = tokens.latest.clamp(min=0)[..., None]
+            hidden = hidden.gather(1, index.expand_as(hidden))
         if all_hidden is not None:
             all_hidden[-1] = hidden
         return BaseModelOutputWithPast(
@@ -237,7 +242,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
         mode: str | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
         output_hidden_states: bool | None = None,
@@ -263,7 +267,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 the ones before.
             mode: "parallel", "chunkwise", "recurrent" or None, the fastest right one; attention
                 takes None only.
-            shift_labels: int64 [B, T], labels already shifted: compared as they are.
+            shift_labels: int64 [B, T], labels already shifted: compared as they are. (Among the
+                keywords, because transformers' Trainer takes every named "label" for required.)
             num_items_in_batch: What the summed loss is divided by; the number of targets if None.
             return_logits: False computes the loss alone, chunk by chunk, in less memory and time;
                 the output's logits are then None.
@@ -276,6 +281,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError: Arguments that do not fit together; the message names them.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -331,6 +337,18 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """generate's hook: new tokens belong to the document that the prompt ends with."""
+        updated = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, **kwargs
+        )
+        segment_ids = updated.pop("segment_ids", None)
+        if segment_ids is not None and updated.get("past_key_values") is None:
+            updated["segment_ids"] = torch.cat((segment_ids, segment_ids[:, -1:]), dim=1)
+        return updated
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """generate's hook: the cache and the mask know the positions; a user's own ids pass."""

@@ -197,7 +197,8 @@ def _chunkwise_span(
         time = time[:, :1]
     scores = q @ k.mT * _decay_matrix(log_decay, time, document)
     out = scores @ v + (q * since_start[..., None]) @ before
-    return out.flatten(2, 3)[:, :, :length], states[:, :, -1]
+    # a copy: as a view, the last state would keep those of all chunks alive
+    return out.flatten(2, 3)[:, :, :length], states[:, :, -1].contiguous()
 
 
 def _promote(

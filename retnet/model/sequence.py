@@ -25,12 +25,15 @@ class TokenInfo:
         resets: bool [B, T], True where a document begins that is not the row's first; None when the
             call said nothing of documents.
         record: int64 [B, 3] after this call: tokens seen, next position, last segment.
+        latest: int64 [B, T], the column of the last valid token up to each (itself, if valid), -1
+            before the first; None when there was no mask.
     """
 
     positions: Tensor
     valid: Tensor | None
     resets: Tensor | None
     record: Tensor
+    latest: Tensor | None = None
 
 
 def empty_record(batch_size: int, device: torch.device) -> Tensor:
@@ -109,7 +112,7 @@ def describe_tokens(
         ),
         dim=1,
     )
-    return TokenInfo(positions, valid, resets, record)
+    return TokenInfo(positions, valid, resets, record, None if valid is None else latest)
 
 
 def _plain(shape: tuple[int, int], device: torch.device, record: Tensor | None) -> TokenInfo:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import EosTokenCriteria
 
+from retnet.errors import UserError
 from retnet.generation import ENDED, Sampler, Sampling, Usage, decode_one, generate, prefill
 from tests.generation.builders import MIXERS, tiny_model
 
@@ -125,3 +126,28 @@ def test_usage_counts_tokens_time_and_state(mixer: str) -> None:
 
 def test_no_tokens_asked_for_gives_none(mixer: str) -> None:
     assert list(generate(tiny_model(mixer), prompts(1), max_new_tokens=0)) == []
+
+
+def test_compiled_equals_eager(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole, and once: the number of tokens seen does not recompile anything."""
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        traced.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: real(m, backend=backend, **kw))
+    torch._dynamo.reset()
+    model = tiny_model(mixer)
+    plain = collect(model, prompts(2), 12)
+    assert not traced
+    assert collect(model, prompts(2), 12, compile=True).equal(plain)
+    assert len(traced) == 1
+
+
+def test_no_compiler(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
+        collect(tiny_model(mixer), prompts(1), 2, compile=True)

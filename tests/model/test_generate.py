@@ -2,10 +2,11 @@
 
 import copy
 import inspect
+import threading
 
 import pytest
 import torch
-from transformers import GenerationMixin, TextStreamer, pipeline
+from transformers import GenerationMixin, TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.model.conftest import PAD, make_model, random_ids
 
@@ -120,3 +121,92 @@ def test_the_private_hooks_that_we_override_exist() -> None:
     cache_hook = inspect.signature(GenerationMixin._prepare_cache_for_generation)
     assert list(cache_hook.parameters)[1:3] == ["generation_config", "model_kwargs"]
     assert hasattr(GenerationMixin, "_prepare_position_ids_for_generation")
+
+
+def right_padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=PAD)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 4}, {"use_cache": False}])
+def test_right_padded_batches_are_single_prompts(model, how: dict) -> None:
+    batch = right_padded(PROMPTS)
+    together = model.generate(**batch, **GREEDY, **how)[:, batch["input_ids"].shape[1] :]
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(prompt[None], **GREEDY, **how)[0, len(prompt) :]
+        assert torch.equal(together[row], alone)
+
+
+def test_beams_return_several_different_texts(model) -> None:
+    batch = left_padded(PROMPTS)
+    how = GREEDY | {"num_beams": 4, "num_return_sequences": 3}
+    together = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :].unflatten(0, (3, 3))
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.generate(prompt[None], **how)[:, len(prompt) :]
+        assert torch.equal(together[row], alone)
+        assert len(alone.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_goes_on_with_the_last_document(model, use_cache: bool) -> None:
+    ids = random_ids(2, 10)
+    segments = torch.tensor([[0] * 4 + [1] * 6] * 2)
+    out = model.generate(ids, **GREEDY, segment_ids=segments, use_cache=use_cache)
+    alone = model.generate(ids[:, 4:], **GREEDY)
+    assert torch.equal(out[:, 10:], alone[:, 6:])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_from_shifted_positions_and_from_embeddings(model, use_cache: bool) -> None:
+    ids = random_ids(2, 10)
+    whole = model.generate(ids, **GREEDY)
+    far = (torch.arange(10) + 10_000_000).expand(2, -1)
+    shifted = model.generate(ids, **GREEDY, position_ids=far, use_cache=use_cache)
+    assert torch.equal(shifted, whole)
+    embeddings = model.get_input_embeddings()(ids)
+    out = model.generate(inputs_embeds=embeddings, **GREEDY, use_cache=use_cache)
+    assert torch.equal(out, whole[:, 10:])
+
+
+def test_text_iterator_streamer(model) -> None:
+    from retnet.data import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    wide = make_model("retention", torch.float32, vocab_size=len(tokenizer))
+    inputs = tokenizer("def ", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    arguments = dict(**inputs, **GREEDY, streamer=streamer)
+    thread = threading.Thread(target=wide.generate, kwargs=arguments)
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    out = wide.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    assert streamed == tokenizer.decode(out, skip_special_tokens=True)
+
+
+def test_pipeline_with_a_batch_of_prompts(mixer: str) -> None:
+    from retnet.data import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    model = make_model(mixer, torch.float64, vocab_size=len(tokenizer))
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["def a():", "x", "import torch"]
+    how = {"max_new_tokens": 8, "do_sample": False}
+    together = text(prompts, batch_size=3, **how)
+    assert together == [text(prompt, **how) for prompt in prompts]
+
+
+def test_sampling_in_a_batch_goes_on_from_a_copied_prefix(model) -> None:
+    """One prefix, read once, repeated for several prompts that begin with it."""
+    ids = random_ids(1, 6).expand(3, -1)
+    ids = torch.cat((ids, random_ids(3, 4, seed=9)), dim=1)
+    with torch.no_grad():
+        prefix = model(ids[:1, :6], use_cache=True).past_key_values
+    prefix.batch_repeat_interleave(3)
+    outs = []
+    for cache in (None, copy.deepcopy(prefix)):
+        torch.manual_seed(1)
+        outs.append(
+            model.generate(ids, do_sample=True, max_new_tokens=9, past_key_values=cache, top_k=9)
+        )
+    assert torch.equal(*outs)

@@ -215,3 +215,16 @@ def test_no_tokens_and_no_chunk() -> None:
         run(retention_parallel, random_case(0))
     with pytest.raises(ValueError, match="chunk_size"):
         run(retention_chunkwise, random_case(5), chunk_size=0)
+
+
+def test_the_state_owns_no_more_memory_than_it_needs() -> None:
+    """A view of all chunks' states would keep them alive in every cache."""
+    case = random_case(100)
+    for form, options in (
+        (retention_parallel, {}),
+        (retention_recurrent, {}),
+        (retention_chunkwise, {"chunk_size": 8}),
+    ):
+        _, state = run(form, case, **options)
+        assert state.is_contiguous()
+        assert state.untyped_storage().nbytes() == state.numel() * state.element_size()

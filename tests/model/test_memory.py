@@ -1,0 +1,50 @@
+"""Prefill takes memory linear in the length of the text."""
+
+import pytest
+import torch
+
+from tests.model.conftest import make_model, random_ids
+from tests.model.recorders import LargestTensor
+
+
+def largest(model, length: int, **arguments) -> int:
+    """Bytes of the largest tensor that a forward pass makes."""
+    ids = random_ids(1, length)
+    with torch.no_grad(), LargestTensor() as recorder:
+        model(ids, logits_to_keep=1, **{k: make(ids) for k, make in arguments.items()})
+    return recorder.bytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"attention_mask": torch.ones_like}, {"segment_ids": lambda ids: ids // 30}],
+    ids=["plain", "mask", "documents"],
+)
+def test_no_tensor_of_a_prefill_grows_faster_than_the_text(arguments: dict) -> None:
+    model = make_model("retention", torch.float32, chunk_size=16)
+    config = model.config
+    short, long = (largest(model, length, **arguments) for length in (1024, 4096))
+    assert long <= 4.1 * short
+    head_values = config.value_size // config.num_heads
+    a_state_per_token = 4 * 4096 * config.num_heads * config.head_dim * head_values
+    assert long < a_state_per_token / 4
+    assert long < 4 * 4096 * 4096 / 4
+
+
+def test_decoding_makes_no_tensor_that_grows_with_the_text() -> None:
+    model = make_model("retention", torch.float32)
+    sizes = []
+    for length in (16, 2048):
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(random_ids(1, length), past_key_values=cache)
+            with LargestTensor() as recorder:
+                model(random_ids(1, 1), past_key_values=cache)
+        sizes.append(recorder.bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_the_parallel_form_would_be_found() -> None:
+    """The recorder sees [T, T]: otherwise the tests above would show nothing."""
+    model = make_model("retention", torch.float32, chunk_size=2048)
+    assert largest(model, 1024) >= 4 * 1024**2
