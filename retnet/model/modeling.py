@@ -137,8 +137,8 @@ class DecoderModel(DecoderPreTrainedModel):
         hidden = self.norm(hidden)
         if tokens.latest is not None and hidden.shape[1] > 1:
             # padding repeats the token before it: generate reads on from the last column
-            index = tokens.latest.clamp(min=0)[..., None]
-            hidden = hidden.gather(1, index.expand_as(hidden))
+            columns = tokens.latest.clamp(min=0)[..., None]
+            hidden = hidden.gather(1, columns.expand_as(hidden))
         if all_hidden is not None:
             all_hidden[-1] = hidden
         return BaseModelOutputWithPast(
@@ -253,7 +253,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T].
             attention_mask: 0/1 [B, T] (or [B, past + T]); 0 is padding, on any side. Decay and
-                positions count unmasked tokens.
+                positions count unmasked tokens; logits at padding repeat those before it.
             position_ids: int64 [B, T]; only rotate. A value not above the one before begins a new
                 document.
             past_key_values: Memory of the earlier calls, from the output of one or ``new_cache``;

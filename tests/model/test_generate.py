@@ -60,6 +60,9 @@ def test_prefill_in_chunks(model) -> None:
     for batch in (left_padded(PROMPTS), {"input_ids": random_ids(2, 9)}):
         whole = model.generate(**batch, **GREEDY)
         assert torch.equal(model.generate(**batch, **GREEDY, prefill_chunk_size=3), whole)
+        beams = GREEDY | {"num_beams": 3}
+        whole = model.generate(**batch, **beams)
+        assert torch.equal(model.generate(**batch, **beams, prefill_chunk_size=3), whole)
 
 
 def test_a_prefix_is_read_once(model) -> None:

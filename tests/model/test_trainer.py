@@ -74,7 +74,7 @@ def test_trainer_with_accumulation_is_trainer_with_the_large_batch(
         tmp_path,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
-        gradient_checkpointing=checkpointing,
+        activation_checkpointing=checkpointing,
     )
     assert losses(parts) == pytest.approx(losses(large), abs=2e-4)
     for a, b in zip(parts.model.parameters(), large.model.parameters(), strict=True):
@@ -122,7 +122,7 @@ def test_lora(mixer: str, tmp_path, merged: bool) -> None:
     assert torch.equal(adapted(input_ids=ids).logits, plain)
     trainer = Trainer(
         model=adapted,
-        args=arguments(tmp_path, gradient_checkpointing=True),
+        args=arguments(tmp_path, activation_checkpointing=True),
         train_dataset=ragged(),
         data_collator=collate,
     )
@@ -144,6 +144,23 @@ def test_lora(mixer: str, tmp_path, merged: bool) -> None:
     assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5)
     text = loaded.generate(input_ids=ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert text.shape == (2, 14)
+
+
+def test_prompt_tuning(mixer: str) -> None:
+    """PEFT puts learned embeddings before the text: inputs_embeds, and a longer mask and labels."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapted = peft.get_peft_model(make_model(mixer, torch.float32), config).eval()
+    batch = collate([{"input_ids": random_ids(1, n)[0]} for n in (9, 9)])
+    out = adapted(**batch)
+    assert out.logits.shape[:2] == (2, 12)
+    out.loss.backward()
+    assert adapted.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
+    batch.pop("labels")
+    text = adapted.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    for length in range(9, 14):
+        uncached = adapted(input_ids=text[:, :length]).logits[:, -1].argmax(-1)
+        assert torch.equal(text[:, length], uncached)
 
 
 @pytest.mark.slow

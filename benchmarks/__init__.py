@@ -1,0 +1,1 @@
+"""Measurements beside the package: parity, and other implementations."""
