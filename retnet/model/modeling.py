@@ -109,6 +109,8 @@ class DecoderModel(DecoderPreTrainedModel):
                 f"the batch is empty, its shape is {list(hidden.shape[:2])}: give at least one row "
                 "of at least one token"
             )
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions (True) is not available: no form computes them all")
         cache = self._memory(past_key_values, use_cache)
         self._check_mode(mode)
         tokens = describe_tokens(

@@ -362,3 +362,8 @@ def test_unused_arguments_of_trainers_are_accepted(model) -> None:
     ids = random_ids(1, 4)
     extra = {"output_attentions": False, "cache_position": torch.arange(4), "task_ids": None}
     assert torch.equal(logits(model, ids, **extra), logits(model, ids))
+
+
+def test_attentions_are_refused_not_left_out(model) -> None:
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(random_ids(1, 4), output_attentions=True)
