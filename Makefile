@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(PY) train.py configs/tiny.yaml
 	$(PY) train.py configs/tiny.yaml model.mixer=attention
 	$(PY) compare.py runs/tiny-retention runs/tiny-attention
-	$(PY) generate.py runs/tiny-retention --prompt "def " --max-new-tokens 200 --temperature 0.7
+	printf 'class Parser:\n    def __init__(self' | $(PY) generate.py runs/tiny-retention - --temperature 0.7
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow and not gpu" --cov=retnet --cov-report=term:skip-covered --cov-fail-under=90
