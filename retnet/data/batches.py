@@ -35,21 +35,28 @@ class _Windows:
         self._reset = reset_at_documents
         self._padding = int(tokens.manifest.get("pad_token_id", 0))
 
-    def batch(self, starts: np.ndarray, end: int) -> dict[str, Tensor]:
-        """The rows [B, T] that begin at ``starts``; nothing from token ``end`` on is read."""
+    def batch(
+        self, starts: np.ndarray, end: int, *, name_documents: bool = False
+    ) -> dict[str, Tensor]:
+        """The rows [B, T] that begin at ``starts``; nothing from token ``end`` on is read.
+
+        With ``name_documents`` the segment ids are always there and are the documents' numbers in
+        the file, so that a document has the same in all its windows.
+        """
         positions = starts[:, None] + np.arange(self._seq_len + 1)  # [B, T + 1]
         inside = positions < end
         positions = np.minimum(positions, end - 1)
         rows = np.where(inside, self._tokens.tokens[positions], self._padding).astype(np.int64)
         documents = np.searchsorted(self._tokens.document_starts, positions, side="right")
-        documents -= documents[:, :1]  # relative to the row's first
+        if not name_documents:
+            documents -= documents[:, :1]  # relative to the row's first
         counted = inside[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         batch = {
             "input_ids": torch.from_numpy(rows[:, :-1].copy()),
             "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORED)),
         }
         segments = documents[:, :-1].astype(np.int64)
-        if self._reset and segments.any():
+        if name_documents or (self._reset and segments.any()):
             batch["segment_ids"] = torch.from_numpy(segments)
         return batch
 
@@ -112,9 +119,13 @@ class TrainingBatches:
             [B, T], where boundaries matter and some row holds one.
         """
         first = (micro_step * self._world_size + self._rank) * self._batch_size
-        rows = step * self.global_batch + first + np.arange(self._batch_size)
-        starts = [self._start(*divmod(int(row), self.windows_per_epoch)) for row in rows]
+        starts = self.window_starts(step)[first : first + self._batch_size]
         return self._windows.batch(np.array(starts), self._num_tokens)
+
+    def window_starts(self, step: int) -> list[int]:
+        """The first token of every row of a step, over all processes and micro-steps."""
+        rows = range(step * self.global_batch, (step + 1) * self.global_batch)
+        return [self._start(*divmod(row, self.windows_per_epoch)) for row in rows]
 
     def epoch(self, step: int) -> float:
         """How often the training text has been seen before ``step``."""

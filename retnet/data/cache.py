@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
@@ -28,6 +29,7 @@ TRAIN: Final = "train"
 VALIDATION: Final = "validation"
 TOKENIZER: Final = "tokenizer"
 TEMPORARY = ".unfinished-"
+STREAMING = ".streaming-"
 ABANDONED_S = 24 * 3600
 
 
@@ -109,15 +111,50 @@ def unfinished(entry: Path) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        raise UserError(
-            f"data.cache_dir ({entry.parent}) cannot be written ({error.strerror or error}): "
-            "free space there, or name another folder"
-        ) from error
+        raise _not_writable(entry.parent, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+@contextmanager
+def resumable(entry: Path) -> Iterator[Path]:
+    """A folder beside ``entry`` that stays when the block is interrupted, for the next attempt.
+
+    Raises:
+        UserError: The cache folder cannot be written, or another process is at work there.
+    """
+    folder = entry.with_name(f"{STREAMING}{entry.name}")
+    lock = FileLock(f"{folder}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"data.cache_dir ({entry.parent}): another process is preparing the same text: wait"
+        ) from error
+    except OSError as error:
+        raise _not_writable(entry.parent, error) from error
+    try:
+        yield folder
+        shutil.rmtree(folder)
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)  # the text must change, and then nothing fits
+        raise
+    except OSError as error:
+        raise _not_writable(entry.parent, error) from error
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.cache_dir ({folder}) cannot be written ({error.strerror or error}): "
+        "free space there, or name another folder"
+    )
 
 
 def publish(complete: Path, entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData:

@@ -43,6 +43,7 @@ class HubSource:
     hub_config: str | None
     split: str
     revision: str | None  # commit on the Hub; None for a local folder
+    streaming: bool = False  # read from the Hub row by row rather than downloaded as a whole
 
     @property
     def name(self) -> str:
@@ -204,7 +205,7 @@ def _load(source: HubSource) -> Any:
         if builder.name == "text":
             # The library's default is a row a line; here a text file is one document.
             builder = _builder(source, sample_by="document")
-        if source.is_folder:
+        if source.is_folder or source.streaming:
             return builder.as_streaming_dataset(split=source.split)
         builder.download_and_prepare()
         return builder.as_dataset(split=source.split)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import re
-from collections import deque
+import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,21 +21,27 @@ from retnet.data.cache import (
     PreparedData,
     open_entry,
     publish,
+    resumable,
     save_record,
     unfinished,
 )
-from retnet.data.progress import Phase, phase
+from retnet.data.progress import phase
 from retnet.data.sources import Source, open_source, open_validation, reopen_source
 from retnet.data.spec import BPE, DataSpec
 from retnet.data.split import DocumentsHash, SplitRule, Survey, choose_split, survey_documents
-from retnet.data.token_file import TokenFileWriter
+from retnet.data.streaming import (
+    as_stream,
+    stream_fingerprint,
+    stream_split,
+    stream_tokenizer,
+    write_stream,
+)
 from retnet.data.tokenizer import (
-    encode_documents,
     load_tokenizer,
-    max_token_id,
     tokenizer_hash,
     train_bpe,
 )
+from retnet.data.writing import count, read_documents_of, write_tokens
 from retnet.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +65,8 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
     spec.validate()
     source = open_source(spec)
     validation = open_validation(spec, source)
+    if spec.streaming:
+        source, validation = as_stream(source), as_stream(validation) if validation else None
     tokenizer = None
     if spec.tokenizer != BPE:
         tokenizer = load_tokenizer(spec.tokenizer, vocab_limit=vocab_limit)
@@ -66,15 +75,16 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
             f"data.vocab_size ({spec.vocab_size}) is beyond the model's vocabulary of "
             f"{vocab_limit}: set it to at most that"
         )
-    fingerprints = _fingerprints(source, validation)
+    fingerprints = _fingerprints(spec, source, validation)
     name = _entry_name(spec, source, validation, fingerprints, tokenizer)
     entry = Path(spec.cache_dir).expanduser() / name
     prepared = open_entry(entry, tokenizer)
     if prepared is None:
-        with unfinished(entry) as folder:
+        with resumable(entry) if spec.streaming else unfinished(entry) as folder:
             complete = folder / "complete"
-            _build(complete, spec, source, validation, tokenizer)
-            if _fingerprints(source, validation) != fingerprints:
+            build = _build_stream if spec.streaming else _build
+            build(complete, spec, source, validation, tokenizer)
+            if _fingerprints(spec, source, validation) != fingerprints:
                 raise UserError(
                     f"data.source ({spec.source}) changed while it was being read: start again"
                 )
@@ -97,10 +107,12 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
     """
     given = record["validation_source"]
     source = reopen_source(given or record["source"])
+    if "documents_read" in record:
+        source = as_stream(source)
     rule = SplitRule.from_record(record["split"])
     total = DocumentsHash()
     documents = []
-    for text in _read(source):
+    for text in islice(read_documents_of(source), None if given else record.get("documents_read")):
         part = text if given else rule.divide(text)[1]
         if part:
             documents.append(part)
@@ -115,8 +127,13 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
     return documents
 
 
-def _fingerprints(source: Source, validation: Source | None) -> list[str | None]:
-    return [source.fingerprint(), validation.fingerprint() if validation else None]
+def _fingerprints(spec: DataSpec, source: Source, validation: Source | None) -> list[str | None]:
+    take = stream_fingerprint if spec.streaming else _content
+    return [take(source), take(validation) if validation else None]
+
+
+def _content(source: Source) -> str:
+    return source.fingerprint()
 
 
 def _entry_name(
@@ -135,7 +152,7 @@ def _entry_name(
         "tokenizer": tokenizer_hash(tokenizer) if tokenizer else [BPE, spec.vocab_size],
         "tokenizers": tokenizers.__version__,
         "max_tokens": spec.max_tokens,
-    }
+    } | ({"streaming": True} if spec.streaming else {})
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     label = re.sub(r"[^\w.-]+", "-", Path(spec.source).name).strip("-.")[:40] or "text"
     return f"{label}-{key}"
@@ -158,21 +175,16 @@ def _build(
     trained = tokenizer is None
     if tokenizer is None:
         with phase("training the tokenizer", total=survey.num_bytes) as counter:
-            texts = _count(_side(source, rule, TRAIN), counter)
+            texts = count(_side(source, rule, TRAIN), counter)
             tokenizer = train_bpe(texts, spec.vocab_size)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "source": source.to_record(),
-        "validation_source": validation.to_record() if validation else None,
-        "split": rule.to_record(),
-        "corpus_sha256": survey.sha256,
-        "tokenizer": spec.tokenizer,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-    }
-    held_back = _side(source, rule, VALIDATION) if validation is None else _read(validation)
+    record = _describe(spec, source, validation, rule, tokenizer)
+    record["corpus_sha256"] = survey.sha256
+    held_back = (
+        _side(source, rule, VALIDATION) if validation is None else read_documents_of(validation)
+    )
     train = _side(source, rule, TRAIN)
     for side, texts, max_tokens in ((TRAIN, train, spec.max_tokens), (VALIDATION, held_back, None)):
-        facts = _write(folder / side, texts, tokenizer, max_tokens, f"tokenising {side}")
+        facts = write_tokens(folder / side, texts, tokenizer, max_tokens, f"tokenising {side}")
         if facts["documents"] == 0:
             raise UserError(
                 f"data.validation_fraction ({spec.validation_fraction}) of data.source "
@@ -186,80 +198,62 @@ def _build(
     save_record(folder, record)
 
 
+def _build_stream(
+    folder: Path,
+    spec: DataSpec,
+    source: Source,
+    validation: Source | None,
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> None:
+    """Fill ``folder``, or go on where an earlier attempt was interrupted."""
+    folder.mkdir(exist_ok=True)
+    rule = stream_split(spec, validation)
+    tokenizer = tokenizer or stream_tokenizer(folder, spec, source, rule)
+    record = _describe(spec, source, validation, rule, tokenizer)
+    record |= write_stream(folder, spec, source, rule, tokenizer)
+    if validation is not None:
+        shutil.rmtree(folder / VALIDATION, ignore_errors=True)
+        texts = read_documents_of(validation)
+        facts = write_tokens(folder / VALIDATION, texts, tokenizer, None, "tokenising validation")
+        if facts["documents"] == 0:
+            raise UserError(f"data.validation ({spec.validation}) is empty: name a file with text")
+        record["validation_sha256"] = facts.pop("sha256")
+        record[VALIDATION] = facts
+    check_window(record[TRAIN]["tokens"], spec.seq_len)
+    save_record(folder, record)
+
+
+def _describe(
+    spec: DataSpec,
+    source: Source,
+    validation: Source | None,
+    rule: SplitRule,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Any]:
+    """The part of the record that is known before the documents are written."""
+    return {
+        "format": FORMAT,
+        "source": source.to_record(),
+        "validation_source": validation.to_record() if validation else None,
+        "split": rule.to_record(),
+        "tokenizer": spec.tokenizer,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+    }
+
+
 def _survey(source: Source, key: str) -> Survey:
     with phase(f"reading {source.name}") as counter:
-        survey = survey_documents(text.encode() for text in _count(_read(source), counter))
+        survey = survey_documents(
+            text.encode() for text in count(read_documents_of(source), counter)
+        )
     if not survey.num_bytes:
         raise UserError(f"{key} ({source.name}) is empty: name a file with text")
     return survey
 
 
-def _read(source: Source) -> Iterator[str]:
-    """The documents with text in them, checked to be encodable."""
-    for number, text in enumerate(source.documents(), start=1):
-        if not text:
-            continue
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{source.name} document {number} holds half a surrogate pair at character "
-                f"{error.start}, which is not text: repair or remove the document"
-            ) from error
-        yield text
-
-
 def _side(source: Source, rule: SplitRule, side: Side) -> Iterator[str]:
     """One side's documents."""
-    for text in _read(source):
+    for text in read_documents_of(source):
         part = rule.divide(text)[0 if side == TRAIN else 1]
         if part:
             yield part
-
-
-def _count(texts: Iterator[str], counter: Phase) -> Iterator[str]:
-    for text in texts:
-        counter.advance(len(text.encode()))
-        yield text
-
-
-def _write(
-    folder: Path,
-    texts: Iterator[str],
-    tokenizer: PreTrainedTokenizerFast,
-    max_tokens: int | None,
-    title: str,
-) -> dict[str, Any]:
-    """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
-    waiting: deque[int] = deque()  # sizes of the documents that the encoder holds
-    total = DocumentsHash()
-
-    def measured() -> Iterator[str]:
-        for text in texts:
-            encoded = text.encode()
-            waiting.append(len(encoded))
-            total.add(encoded)
-            yield text
-
-    with phase(title) as counter, TokenFileWriter(folder, max_token_id(tokenizer)) as writer:
-        for ids in encode_documents(tokenizer, measured()):
-            num_bytes = waiting.popleft()
-            if max_tokens is not None and writer.num_tokens + len(ids) > max_tokens:
-                kept = max_tokens - writer.num_tokens
-                if kept:
-                    writer.add(ids[:kept], round(num_bytes * kept / len(ids)))
-                break
-            writer.add(ids, num_bytes)
-            counter.advance(num_bytes)
-        facts = {
-            "documents": writer.num_documents,
-            "bytes": writer.num_bytes,
-            "tokens": writer.num_tokens,
-            "sha256": total.hexdigest(),
-        }
-        writer.finish(
-            sha256=total.hexdigest(),
-            tokenizer_sha256=tokenizer_hash(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return facts

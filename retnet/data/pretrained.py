@@ -1,6 +1,7 @@
 """Tokenizers that others trained: a local folder, the local cache of the Hub, or the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -37,7 +38,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     folder = Path(name).expanduser()
     if folder.is_dir():
         try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return _from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # missing, damaged and unknown files each raise another kind
             raise UserError(
                 f"data.tokenizer ({name}) is a folder without a tokenizer that can be read "
@@ -48,16 +49,21 @@ def _load(name: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer ({name}) is not a folder: name the folder that holds tokenizer.json"
         )
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return _from_pretrained(name, local_files_only=True)
     except Exception:  # not in the local cache; the Hub decides
         revision = hub_revision(name, "model", f"data.tokenizer ({name})")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return _from_pretrained(name, revision=revision)
     except Exception as error:
         raise UserError(
             f"data.tokenizer ({name}) cannot be loaded from the Hub "
             f"({' '.join(str(error).split())}): name a repository with tokenizer.json"
         ) from error
+
+
+def _from_pretrained(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    # Without a word on remote code transformers would ask on the terminal whether to run it.
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def _provide(

@@ -50,6 +50,11 @@ class DataSpec:
     vocab_size: int = _option(4096, "entries of a trained bpe tokenizer, special tokens included")
     seq_len: int = _option(256, "tokens in a training window")
     max_tokens: int | None = _option(None, "use at most this many training tokens; null uses all")
+    streaming: bool = _option(
+        False,
+        "read the text once, as a stream that a killed run takes up again: for large corpora and "
+        "Hub data sets that shall not be downloaded; see data.max_tokens",
+    )
     reset_state_at_documents: bool = _option(
         True, "nothing of a document reaches the next one in the same window"
     )

@@ -5,12 +5,13 @@ with it is known to be damaged.
 """
 
 import json
+import os
 import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +21,7 @@ TOKENS, STARTS, SIZES, MANIFEST = (
     "document_bytes.npy",
     "manifest.json",
 )
+PART = "{}.part"  # of a file that is being written
 FORMAT = 1
 BLOCK_BYTES = 1 << 22
 
@@ -82,16 +84,41 @@ class TokenFile:
 
 
 class TokenFileWriter:
-    """Write a token file document by document; nothing but the starts and sizes stays in memory."""
+    """Write a token file document by document; nothing but the starts and sizes stays in memory.
 
-    def __init__(self, folder: Path, max_token_id: int) -> None:
-        """Start a token file in ``folder``, which is made, for ids up to ``max_token_id``."""
-        folder.mkdir(parents=True)
+    After ``commit`` a writer that was killed can be followed by one that goes on from there.
+    """
+
+    def __init__(
+        self, folder: Path, max_token_id: int, committed: dict[str, int] | None = None
+    ) -> None:
+        """Start or go on with a token file.
+
+        Args:
+            folder: Is made where the file is started.
+            max_token_id: The largest id to come.
+            committed: What the last ``commit`` returned; what came after it is discarded.
+        """
         self._folder = folder
         self._dtype = np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
         self._starts, self._sizes = array("q"), array("q")
-        self._stream = (folder / TOKENS).open("wb")
+        self._committed = 0
         self.num_tokens = 0
+        if committed is None:
+            folder.mkdir(parents=True)
+            self._stream: BinaryIO = (folder / TOKENS).open("wb")
+            return
+        self.num_tokens, self._committed = committed["tokens"], committed["documents"]
+        for name, values in (
+            (PART.format(STARTS), self._starts),
+            (PART.format(SIZES), self._sizes),
+        ):
+            with (folder / name).open("r+b") as stream:
+                stream.truncate(self._committed * values.itemsize)
+                values.fromfile(stream, self._committed)
+        self._stream = (folder / TOKENS).open("r+b")
+        self._stream.truncate(self.num_tokens * self._dtype.itemsize)
+        self._stream.seek(0, os.SEEK_END)
 
     def __enter__(self) -> "TokenFileWriter":
         return self
@@ -125,6 +152,26 @@ class TokenFileWriter:
         self._sizes.append(num_bytes)
         self._stream.write(ids.astype(self._dtype).tobytes())
         self.num_tokens += len(ids)
+
+    def commit(self) -> dict[str, int]:
+        """Have everything so far on disk; returns what a later writer needs to go on."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        for name, values in (
+            (PART.format(STARTS), self._starts),
+            (PART.format(SIZES), self._sizes),
+        ):
+            with (self._folder / name).open("ab") as stream:
+                values[self._committed :].tofile(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._committed = self.num_documents
+        return {"tokens": self.num_tokens, "documents": self.num_documents}
+
+    def forget(self) -> None:
+        """Remove what only a later writer would need."""
+        for name in (STARTS, SIZES):
+            (self._folder / PART.format(name)).unlink(missing_ok=True)
 
     def finish(self, **facts: Any) -> None:
         """Write what belongs beside the tokens, the manifest (with ``facts``) last."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.model import RetNetForCausalLM
+from retnet.model.cache import DecoderCache
 from retnet.model.modeling import DecoderForCausalLM
 
 IGNORED = -100
@@ -248,13 +249,16 @@ def _score_carried(
 
 
 def evaluate_batches(
-    model: DecoderForCausalLM, batches: Iterable[dict[str, Tensor]]
+    model: DecoderForCausalLM,
+    batches: Iterable[dict[str, Tensor]],
+    cache: DecoderCache | None = None,
 ) -> tuple[float, int]:
     """Total negative log-likelihood of batches that bring their targets along.
 
     Args:
         model: A language model; put into evaluation mode while this runs.
         batches: ``input_ids`` and ``shift_labels`` [B, T], perhaps ``segment_ids``.
+        cache: Given where each batch continues the rows of the one before; None begins anew.
 
     Returns:
         The sum in nats and the number of targets.
@@ -275,6 +279,7 @@ def evaluate_batches(
                 shift_labels=labels,
                 num_items_in_batch=1,
                 return_logits=False,
+                past_key_values=cache,
                 use_cache=False,
             ).loss.double()
             total = nll if total is None else total + nll

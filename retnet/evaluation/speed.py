@@ -35,12 +35,23 @@ class Timing:
         low: First quartile.
         high: Third quartile.
         rounds: How many were counted.
+        seconds: Of each of them, in order.
     """
 
     median: float
     low: float
     high: float
     rounds: int
+    seconds: tuple[float, ...] = ()
+
+    def ratio(self, other: "Timing") -> float:
+        """How often ``other`` fits into this, the median over the rounds they ran side by side.
+
+        Both slow down together when the machine does, so this is steadier than the ratio of two
+        medians.
+        """
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(own / theirs for own, theirs in pairs)
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,10 @@ def interleaved(
 
 
 def _timing(seconds: list[float]) -> Timing:
-    if len(seconds) == 1:
-        return Timing(seconds[0], seconds[0], seconds[0], 1)
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(median, low, high, len(seconds))
+    low = median = high = seconds[0]
+    if len(seconds) > 1:
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(median, low, high, len(seconds), tuple(seconds))
 
 
 def decode_speed(

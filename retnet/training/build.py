@@ -38,23 +38,27 @@ def model_config(
         UserError: Values that make no model.
     """
     spec = config.model
-    keys: dict[str, Any] = {
-        key: value
-        for key, value in vars(spec).items()
-        if key not in ("mixer", "init_from") and value is not None
-    }
     retention = spec.mixer == "retention"
-    if not retention:
-        without_effect = [k for k in RETENTION_KEYS if getattr(spec, k) != getattr(ModelSpec, k)]
-        if without_effect:
-            names = ", ".join(f"model.{key}" for key in without_effect)
-            logger.warning("%s: no effect with model.mixer=attention", names)
-        keys = {key: value for key, value in keys.items() if key not in RETENTION_KEYS}
+    left_out = {"mixer", "init_from", *(() if retention else RETENTION_KEYS)}
+    keys: dict[str, Any] = {
+        key: value for key, value in vars(spec).items() if key not in left_out and value is not None
+    }
     keys |= {"vocab_size": vocab_size, "max_position_embeddings": config.data.seq_len}
     try:
         return (RetNetConfig if retention else TransformerConfig)(**keys, **(special_ids or {}))
     except ValueError as error:
-        raise UserError("; ".join(f"model.{part}" for part in str(error).split("; "))) from error
+        parts = str(error).split("; ")
+        named = [f"model.{part}" if part.split()[0] in vars(spec) else part for part in parts]
+        raise UserError("; ".join(named)) from error
+
+
+def warn_without_effect(spec: ModelSpec) -> None:
+    """Log which keys of the section mean nothing to its mixer."""
+    if spec.mixer == "attention":
+        useless = [k for k in RETENTION_KEYS if getattr(spec, k) != getattr(ModelSpec, k)]
+        if useless:
+            names = ", ".join(f"model.{key}" for key in useless)
+            logger.warning("%s: no effect with model.mixer=attention", names)
 
 
 def build_model(config: DecoderConfig) -> Model:

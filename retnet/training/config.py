@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -84,6 +84,9 @@ class TrainSpec:
     resume: str = _option(
         "auto", "auto: go on from the run folder's newest checkpoint; never; or a checkpoint folder"
     )
+    carry_state: bool = _option(
+        False, "a window begins with the state that the window before in its document ended with"
+    )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU when there is one")
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "of matrix products; auto: bf16 on GPUs that have it, else fp32"
@@ -113,6 +116,7 @@ class Config:
     train: TrainSpec = field(default_factory=TrainSpec)
 
 
+MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
 # keys that may differ when a run goes on: they do not change what was computed so far
 RESUMABLE_KEYS = (
@@ -150,7 +154,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
     config.data.validate()
-    problems = _train_problems(config.train)
+    problems = [*_train_problems(config.train), *_contradictions(config)]
     if problems:
         raise UserError("; ".join(problems))
     if config.train.out_dir is None:
@@ -173,34 +177,6 @@ def flatten(config: Config) -> dict[str, Any]:
         for section, values in dataclasses.asdict(config).items()
         for key, value in values.items()
     }
-
-
-def describe_keys() -> Iterator[str]:
-    """One line for each key: name, type, default, meaning."""
-    for section in dataclasses.fields(Config):
-        for option in dataclasses.fields(cast(Any, section.type)):
-            default = option.default
-            if default is dataclasses.MISSING:
-                default = cast(Any, option.default_factory)()
-            name = f"{section.name}.{option.name}"
-            shown = (
-                "null"
-                if default is None
-                else str(default).lower()
-                if isinstance(default, bool)
-                else default
-                if default != ""
-                else '""'
-            )
-            yield f"  {name}: {_type_name(option.type)} = {shown}\n      {option.metadata['help']}"
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " | ".join(get_args(kind))
-    if isinstance(kind, type) and not get_args(kind):
-        return kind.__name__
-    return str(kind).replace("None", "null")
 
 
 def _read_yaml(path: Path) -> Any:
@@ -255,8 +231,10 @@ def _train_problems(train: TrainSpec) -> list[str]:
         if getattr(train, key) < 1:
             problems.append(f"train.{key} ({getattr(train, key)}) must be at least 1")
     for key in ("warmup_steps", "sample_tokens", "seed", "weight_decay"):
-        if getattr(train, key) < 0:
+        if not getattr(train, key) >= 0:
             problems.append(f"train.{key} ({getattr(train, key)}) must be at least 0")
+    if train.seed >= MAX_SEED:
+        problems.append(f"train.seed ({train.seed}) must be below 2^32 ({MAX_SEED})")
     if train.eval_max_tokens is not None and train.eval_max_tokens < 1:
         problems.append(f"train.eval_max_tokens ({train.eval_max_tokens}) must be at least 1")
     if not 0 < train.learning_rate < 10:
@@ -286,3 +264,16 @@ def _train_problems(train: TrainSpec) -> list[str]:
                 "as in train.trackers=[wandb]"
             )
     return problems
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Values that are right on their own and not together."""
+    if not config.train.carry_state:
+        return
+    name = "train.carry_state (true)"
+    if config.model.mixer != "retention":
+        yield f"{name} needs a state to carry: set model.mixer=retention"
+    if not config.data.reset_state_at_documents:
+        yield f"{name} keeps documents apart: set data.reset_state_at_documents=true"
+    if config.train.gradient_checkpointing:
+        yield f"{name} can't be had with train.gradient_checkpointing: set it to false"

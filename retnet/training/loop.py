@@ -1,15 +1,14 @@
-"""The training loop. In each step: update -> evaluate -> sample -> save -> log.
+"""The training loop. In each step: update -> evaluate -> sample -> log -> save.
 
 Everything random is a function of (seed, step, micro-step, rank), so a run that goes on from a
-checkpoint is the run that was never interrupted.
+checkpoint is the run that was never interrupted. A step is logged before it is saved: a checkpoint
+then never knows of a step that metrics.jsonl lacks.
 """
 
-import json
-import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,32 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from retnet.data import PreparedData, TrainingBatches, ValidationBatches
-from retnet.evaluation import evaluate_batches
-from retnet.generation import sample_text
+from retnet.data import CarriedBatches, PreparedData, TrainingBatches
+from retnet.errors import UserError
 from retnet.training.build import Model
+from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import (
     BEST,
     CHECKPOINTS,
     FINAL,
     Progress,
     Snapshot,
+    list_checkpoints,
     prune_checkpoints,
     save_checkpoint,
     step_folder,
 )
 from retnet.training.config import Config
+from retnet.training.health import SpikeWatch, check_first_loss, describe_divergence, stop_diverged
 from retnet.training.optimizer import learning_rate
 from retnet.training.signals import StopRequest
 from retnet.training.tracking import Console, MetricsFile
-
-logger = logging.getLogger(__name__)
+from retnet.training.validation import sample_lines, validate
 
 EXIT_DIVERGED = 3
-DIVERGED = "diverged.json"
-FIRST_LOSS_MARGIN = 0.5
-
-
-class DivergedError(RuntimeError):
-    """Loss or gradient are not finite; the weights are those of the last good step."""
 
 
 @dataclass
@@ -61,6 +57,7 @@ class Trainer:
         data: Tokens and tokenizer.
         batches: This process's training rows.
         progress: Where the run stands.
+        carried: The states between windows; None without train.carry_state.
     """
 
     config: Config
@@ -69,13 +66,16 @@ class Trainer:
     bare_model: Model
     optimizer: Any
     data: PreparedData
-    batches: TrainingBatches
+    batches: TrainingBatches | CarriedBatches
     progress: Progress = field(default_factory=Progress)
+    carried: CarriedState | None = None
 
     def __post_init__(self) -> None:
         self.spec = self.config.train
         self.run_folder = Path(str(self.spec.out_dir))
         self.snapshot = Snapshot(self.data.tokenizer, self.data.record)
+        self._metrics: MetricsFile | None = None
+        self._console: Console | None = None
 
     def run(self, stop: StopRequest) -> bool:
         """Train until ``max_steps`` or a request to stop.
@@ -85,33 +85,37 @@ class Trainer:
 
         Raises:
             DivergedError: Loss or gradient are not finite.
+            UserError: The run folder can't be written any more.
         """
-        main = self.accelerator.is_main_process
-        metrics = MetricsFile(self.run_folder, self.progress.step) if main else None
-        console = Console(
-            done=self.progress.step, total=self.spec.max_steps, every=self.spec.log_every
-        ) if main else None  # fmt: skip
-        saved = self.progress.step
+        if self.accelerator.is_main_process:
+            with self._writing():
+                self._metrics = MetricsFile(self.run_folder, self.progress.step)
+            done, total = self.progress.step, self.spec.max_steps
+            self._console = Console(done=done, total=total, every=self.spec.log_every)
         try:
-            while self.progress.step < self.spec.max_steps:
-                values = self._step(self.progress.step, stop)
-                if values is None:
-                    if self.progress.step > saved:
-                        self._save(step_folder(self.run_folder, self.progress.step))
-                    return False
-                self.progress.step += 1
-                step, last = self.progress.step, self.progress.step == self.spec.max_steps
-                if step % self.spec.eval_every == 0 or last:
-                    values |= self._evaluate(console)
-                if step % self.spec.save_every == 0 or last:
-                    self._save(step_folder(self.run_folder, step))
-                    saved = step
-                self._log(values, metrics, console)
+            return self._run(stop, SpikeWatch(self._metrics.losses if self._metrics else ()))
         finally:
-            if metrics is not None:
-                metrics.close()
-            if console is not None:
-                console.close()
+            if self._metrics is not None and self._console is not None:
+                self._metrics.close()
+                self._console.close()
+
+    def _run(self, stop: StopRequest, watch: SpikeWatch) -> bool:
+        saved = self.progress.step
+        while self.progress.step < self.spec.max_steps:
+            values = self._step(self.progress.step, stop)
+            if values is None:
+                if self.progress.step > saved:
+                    self._save(step_folder(self.run_folder, self.progress.step))
+                return False
+            self.progress.step += 1
+            step, last = self.progress.step, self.progress.step == self.spec.max_steps
+            watch.check(step, values["train/loss"])
+            if step % self.spec.eval_every == 0 or last:
+                values |= self._evaluate()
+            self._log(values)
+            if step % self.spec.save_every == 0 or last:
+                self._save(step_folder(self.run_folder, step))
+                saved = step
         self._save(self.run_folder / FINAL, resumable=False)
         return True
 
@@ -119,8 +123,8 @@ class Trainer:
         """One optimizer step; None, and nothing changed, when asked to stop on the way."""
         began = time.perf_counter()
         self.model.train()
-        micro_steps = self.spec.gradient_accumulation_steps
-        micro_batches = [self.batches.batch(step, micro_step) for micro_step in range(micro_steps)]
+        micro_steps = range(self.spec.gradient_accumulation_steps)
+        micro_batches = [self.batches.batch(step, micro_step) for micro_step in micro_steps]
         waited = time.perf_counter() - began
         targets = torch.stack([(b["shift_labels"] != -100).sum() for b in micro_batches]).sum()
         targets = self._sum_over_processes(targets.to(self.accelerator.device))
@@ -130,20 +134,14 @@ class Trainer:
                 self.optimizer.zero_grad()
                 return None
             self._seed(step, micro_step)
-            last = micro_step == micro_steps - 1
+            last = micro_step == micro_steps[-1]
             # gradients are exchanged between processes once, with the last micro-batch
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                inputs = {k: v.to(self.accelerator.device) for k, v in batch.items()}
-                part = self.model(
-                    **inputs, num_items_in_batch=targets, return_logits=False, use_cache=False
-                ).loss
-                # DDP averages over processes; the targets were counted over all of them
-                self.accelerator.backward(part * self.accelerator.num_processes)
-            loss += part.detach()
+                loss += self._backward(batch, micro_step, targets)
         loss_value = self._sum_over_processes(loss).item()
         norm = self._clip()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
-            self._report_divergence(step, loss_value, norm)
+            self._stop_diverged(step, loss_value, norm)
         if self._asked_to_stop(stop):
             self.optimizer.zero_grad()
             return None
@@ -152,10 +150,12 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.carried is not None:
+            self.carried.commit()
         seconds = time.perf_counter() - began
         self.progress.seconds += seconds
         if step == 0 and not self.config.model.init_from:
-            self._check_first_loss(loss_value)
+            check_first_loss(loss_value, self.bare_model.config.vocab_size)
         return {
             "step": step + 1,
             "train/loss": loss_value,
@@ -165,6 +165,23 @@ class Trainer:
             "perf/tokens_per_s": self.batches.global_batch * self.config.data.seq_len / seconds,
             "perf/data_wait_share": waited / seconds,
         }
+
+    def _backward(self, batch: dict[str, Tensor], micro_step: int, targets: Tensor) -> Tensor:
+        """Add a micro-batch's gradients; returns its share of the step's loss."""
+        inputs = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+        cache = None if self.carried is None else self.carried.begin(micro_step)
+        loss = self.model(
+            **inputs,
+            past_key_values=cache,
+            num_items_in_batch=targets,
+            return_logits=False,
+            use_cache=False,
+        ).loss
+        # DDP averages over processes; the targets were counted over all of them
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        if self.carried is not None and cache is not None:
+            self.carried.end(cache)
+        return loss.detach()
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:
         """Whether any process was asked to; all of them must answer alike."""
@@ -187,109 +204,67 @@ class Trainer:
         torch.manual_seed(seed)
 
     def _clip(self) -> float:
-        limit = self.spec.grad_clip if self.spec.grad_clip is not None else math.inf
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        """Limit the gradient's norm and return what it was; one not finite stays as it is."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        value = float(norm)
+        if self.spec.grad_clip is not None and math.isfinite(value):
+            clip_grads_with_norm_(parameters, self.spec.grad_clip, norm)
+        return value
 
-    def _check_first_loss(self, loss: float) -> None:
-        expected = math.log(self.bare_model.config.vocab_size)
-        if abs(loss - expected) > FIRST_LOSS_MARGIN:
-            logger.warning(
-                "the first loss is %.3f, but ln(vocabulary) is %.3f: fresh weights should know "
-                "nothing; look at the initialisation and the labels",
-                loss,
-                expected,
-            )
+    def _stop_diverged(self, step: int, loss: float, norm: float) -> None:
+        report = describe_divergence(self.bare_model, self.batches, step, loss, norm)
+        with self._writing():
+            raise stop_diverged(self.run_folder, report, write=self.accelerator.is_main_process)
 
-    def _report_divergence(self, step: int, loss: float, norm: float) -> None:
-        norms = {
-            name: None if parameter.grad is None else parameter.grad.norm().item()
-            for name, parameter in self.bare_model.named_parameters()
-        }
-        first = step * self.batches.global_batch
-        report = {
-            "step": step + 1,
-            "loss": loss,
-            "grad_norm": norm,
-            "rows": [first, first + self.batches.global_batch - 1],
-            "grad_norms": norms,
-        }
-        if self.accelerator.is_main_process:
-            (self.run_folder / DIVERGED).write_text(json.dumps(report, indent=2) + "\n")
-        raise DivergedError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; the step was not taken, see "
-            f"{self.run_folder / DIVERGED}. Go on from an older checkpoint with a lower "
-            "train.learning_rate or train.grad_clip"
-        )
-
-    def _evaluate(self, console: Console | None) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Perplexity on the validation tokens, a sample, and the best checkpoint."""
-        batches = ValidationBatches(
-            self.data.validation,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.spec.batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            max_tokens=self.spec.eval_max_tokens,
-            reset_at_documents=self.config.data.reset_state_at_documents,
+        values, targets = validate(
+            self.bare_model, self.data.validation, self.config, self.accelerator
         )
-        with self.accelerator.autocast():
-            nll, targets = evaluate_batches(self.bare_model, batches)
-        both = torch.tensor([nll, targets], dtype=torch.float64, device=self.accelerator.device)
-        nll, targets = self._sum_over_processes(both).tolist()
-        loss = nll / targets
-        values = {
-            "val/loss": loss,
-            "val/perplexity": math.exp(loss),
-            "val/bits_per_byte": nll / math.log(2) / batches.num_bytes,
-        }
-        if console is not None:
-            console.say(
+        loss = values["val/loss"]
+        if self._console is not None:
+            self._console.say(
                 f"step {self.progress.step}: validation loss {loss:.4f}, perplexity "
                 f"{values['val/perplexity']:.2f}, {values['val/bits_per_byte']:.4f} bits per byte "
-                f"({int(targets):,} tokens)"
+                f"({targets:,} tokens)"
             )
-            for line in self._sample():
-                console.say(line)
-        if self.progress.best_loss is None or loss < self.progress.best_loss:
+            tokenizer = self.data.tokenizer
+            for line in sample_lines(self.bare_model, tokenizer, self.spec, self.accelerator):
+                self._console.say(line)
+        if loss < (math.inf if self.progress.best_loss is None else self.progress.best_loss):
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self._save(self.run_folder / BEST, resumable=False)
         return values
 
-    def _sample(self) -> Iterator[str]:
-        if not self.spec.sample_tokens:
-            return
-        # its lengths vary: compiling it would cost more than it gives
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            text = sample_text(
-                self.bare_model,
-                self.data.tokenizer,
-                self.spec.sample_prompt,
-                max_new_tokens=self.spec.sample_tokens,
-                seed=self.spec.seed,
-            )
-        for line in (self.spec.sample_prompt + text).splitlines():
-            yield f"  | {line}"
-
     def _save(self, folder: Path, *, resumable: bool = True) -> None:
-        save_checkpoint(
-            folder,
-            self.model,
-            self.bare_model,
-            self.optimizer.optimizer if resumable else None,
-            self.progress,
-            self.snapshot,
-            main_process=self.accelerator.is_main_process,
-        )
-        if self.accelerator.is_main_process and folder.parent.name == CHECKPOINTS:
-            prune_checkpoints(self.run_folder, self.spec.keep)
+        carried = None
+        if resumable and self.carried is not None:
+            carried = self.carried.gather(self.accelerator)
+        with self._writing():
+            if self._metrics is not None:
+                self._metrics.sync()
+            save_checkpoint(
+                folder,
+                self.model,
+                self.bare_model,
+                self.optimizer.optimizer if resumable else None,
+                self.progress,
+                self.snapshot,
+                carried=carried,
+                main_process=self.accelerator.is_main_process,
+            )
+            if self.accelerator.is_main_process and folder.parent.name == CHECKPOINTS:
+                prune_checkpoints(self.run_folder, self.spec.keep)
         self.accelerator.wait_for_everyone()
 
-    def _log(
-        self, values: dict[str, float], metrics: MetricsFile | None, console: Console | None
-    ) -> None:
-        if metrics is not None and console is not None:
-            metrics.write(values)
-            console.step(
+    def _log(self, values: dict[str, float]) -> None:
+        if self._metrics is not None and self._console is not None:
+            with self._writing():
+                self._metrics.write(values)
+            self._console.step(
                 int(values["step"]),
                 values["train/loss"],
                 values["optim/lr"],
@@ -297,3 +272,19 @@ class Trainer:
             )
         if self.spec.trackers:
             self.accelerator.log(values, step=int(values["step"]))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a failed write into the one line that says what is left and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            whole = [f"{CHECKPOINTS}/{folder.name}" for folder in list_checkpoints(self.run_folder)]
+            left = (
+                f"{whole[-1]} is the newest whole checkpoint" if whole else "it has no checkpoint"
+            )
+            raise UserError(
+                f"train.out_dir ({self.run_folder}) can't be written at step {self.progress.step} "
+                f"({error.strerror or error}), {left}: make it writable and free space there, and "
+                "the same command goes on"
+            ) from error

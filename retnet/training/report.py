@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from retnet.data import PreparedData, TrainingBatches
+from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.model import RetNetConfig
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decay import head_windows
@@ -37,7 +38,7 @@ def estimate_memory(
     seq_len: int,
     gradient_checkpointing: bool = False,
 ) -> dict[str, int]:
-    """Bytes that training takes in float32, found by a dry run on the meta device.
+    """Bytes that training takes in float32, found by a dry run without memory or arithmetic.
 
     Args:
         model_config: The model.
@@ -47,9 +48,9 @@ def estimate_memory(
 
     Returns:
         Bytes of "weights", "gradients", "optimizer" and "activations" (what the backward pass needs
-        of one micro-batch, and the gradient of the logits).
+        of one micro-batch).
     """
-    with torch.device("meta"):
+    with FakeTensorMode():  # tensors of the real device, so that it takes the real kernels
         model = build_model(model_config).train()
         tokens = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         if gradient_checkpointing:
@@ -66,13 +67,13 @@ def estimate_memory(
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            logits = model(tokens, shift_labels=tokens).logits
+            model(tokens, shift_labels=tokens, return_logits=False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
-        "activations": sum(saved.values()) + logits.numel() * 4,
+        "activations": sum(saved.values()),
     }
 
 
@@ -80,7 +81,7 @@ def describe_run(
     config: Config,
     model: Model,
     data: PreparedData,
-    batches: TrainingBatches,
+    batches: TrainingBatches | CarriedBatches,
     *,
     device: str,
     precision: str,

@@ -3,26 +3,52 @@
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
-from retnet.data import PreparedData, TrainingBatches, prepare_data
+from retnet.data import (
+    CarriedBatches,
+    PreparedData,
+    TokenFile,
+    TrainingBatches,
+    prepare_data,
+)
 from retnet.errors import UserError
-from retnet.training.build import Model, build_model, load_initial_weights, model_config
+from retnet.generation import find_checkpoint
+from retnet.model import RetNetForCausalLM
+from retnet.training.build import (
+    Model,
+    build_model,
+    load_initial_weights,
+    model_config,
+    warn_without_effect,
+)
+from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import FINAL, Progress, load_checkpoint_state, step_folder
 from retnet.training.config import Config, TrainSpec
-from retnet.training.loop import EXIT_DIVERGED, DivergedError, Trainer
+from retnet.training.health import DivergedError
+from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.report import describe_run
-from retnet.training.run_folder import open_run_folder, plan_start
+from retnet.training.run_folder import (
+    Start,
+    lock_run_folder,
+    open_run_folder,
+    plan_start,
+    run_lock,
+)
 from retnet.training.signals import stop_on_signals
-from retnet.training.tracking import format_seconds, start_trackers
+from retnet.training.tracking import check_trackers, format_seconds, start_trackers
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def train(config: Config) -> int:
@@ -35,23 +61,58 @@ def train(config: Config) -> int:
     Raises:
         UserError: The configuration, the data or the run folder don't allow it.
     """
-    start = plan_start(config)
-    run = Path(str(config.train.out_dir))
-    if start.finished:
-        logger.info(
-            "the run in %s is finished (%d steps): nothing to do. A longer run: train.max_steps; "
-            "another one: train.out_dir",
-            run,
-            config.train.max_steps,
-        )
-        return 0
+    check_trackers(config)
+    warn_without_effect(config.model)
+    model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
+    if config.model.init_from:
+        find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
     if not accelerator.is_main_process:
         logging.getLogger("retnet").setLevel(logging.WARNING)
+    lock = run_lock(config)
+
+    def plan() -> Start:
+        lock_run_folder(lock)
+        return plan_start(config)
+
+    try:
+        start = _decided_by_main(accelerator, plan)
+        if start.finished:
+            logger.info(
+                "the run in %s is finished (%d steps): nothing to do. A longer run: "
+                "train.max_steps; another one: train.out_dir",
+                config.train.out_dir,
+                config.train.max_steps,
+            )
+            return 0
+        trainer = _set_up(config, accelerator, start)
+        _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock))
+        start_trackers(accelerator, config)
+        return _run(trainer)
+    finally:
+        accelerator.end_training()
+        lock.release(force=True)
+
+
+def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """What the main process finds out, in all processes; its UserError too."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
+    """The trainer as it stands at the start, after saying what it is."""
     with accelerator.main_process_first():  # the others find the token files made
         data = prepare_data(config.data)
     trainer = build_trainer(config, accelerator, data)
-    lock = open_run_folder(config) if accelerator.is_main_process else None
     if start.checkpoint is not None:
         _go_on(trainer, start.checkpoint)
     elif config.model.init_from:
@@ -67,16 +128,11 @@ def train(config: Config) -> int:
         processes=accelerator.num_processes,
     ):
         logger.info("%s", line)
-    start_trackers(accelerator, config)
-    try:
-        return _run(trainer, run)
-    finally:
-        accelerator.end_training()
-        if lock is not None:
-            lock.release()
+    return trainer
 
 
-def _run(trainer: Trainer, run: Path) -> int:
+def _run(trainer: Trainer) -> int:
+    run = trainer.run_folder
     with stop_on_signals() as stop:
         try:
             finished = trainer.run(stop)
@@ -91,11 +147,12 @@ def _run(trainer: Trainer, run: Path) -> int:
             step_folder(run, progress.step),
         )
         return stop.exit_code
+    best = progress.best_loss
     logger.info(
-        "finished %d steps in %s; best validation loss %.4f at step %s; weights in %s",
+        "finished %d steps in %s; best validation loss %s at step %s; weights in %s",
         progress.step,
         format_seconds(progress.seconds),
-        progress.best_loss,
+        "none" if best is None else f"{best:.4f}",
         progress.best_step,
         run / FINAL,
     )
@@ -135,6 +192,7 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     """Model, optimizer and batches of a run, nothing loaded yet."""
     spec = config.train
     tokenizer = data.tokenizer
+    batches = _build_batches(config, accelerator, data.train)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     network = model_config(config, len(tokenizer), ids)
     set_seed(spec.seed)
@@ -145,18 +203,31 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
         _check_compiler(accelerator.device)
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, build_optimizer(bare_model, spec))
-    batches = TrainingBatches(
-        data.train,
-        seq_len=config.data.seq_len,
-        batch_size=spec.batch_size,
-        seed=spec.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=spec.gradient_accumulation_steps,
-        reset_at_documents=config.data.reset_state_at_documents,
-    )
     progress = Progress(global_batch=batches.global_batch)
-    return Trainer(config, accelerator, model, bare_model, optimizer, data, batches, progress)
+    carried = None
+    if spec.carry_state:
+        assert isinstance(bare_model, RetNetForCausalLM)  # the configuration was checked
+        carried = CarriedState(bare_model, spec.gradient_accumulation_steps)
+    return Trainer(
+        config, accelerator, model, bare_model, optimizer, data, batches, progress, carried
+    )
+
+
+def _build_batches(
+    config: Config, accelerator: Accelerator, tokens: TokenFile
+) -> TrainingBatches | CarriedBatches:
+    cut = {
+        "seq_len": config.data.seq_len,
+        "batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "accumulation": config.train.gradient_accumulation_steps,
+    }
+    if config.train.carry_state:
+        return CarriedBatches(tokens, **cut)
+    reset = config.data.reset_state_at_documents
+    return TrainingBatches(tokens, **cut, reset_at_documents=reset)
 
 
 def _go_on(trainer: Trainer, checkpoint: Path) -> None:
@@ -168,6 +239,8 @@ def _go_on(trainer: Trainer, checkpoint: Path) -> None:
             f"step in {checkpoint}"
         )
     trainer.progress = progress
+    if trainer.carried is not None:
+        trainer.carried.load(checkpoint, trainer.accelerator)
     logger.info("going on from %s (step %d)", checkpoint, progress.step)
 
 

@@ -1,16 +1,31 @@
 """The folder of a run: what is there already, and whether it may be used."""
 
+import json
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from retnet.errors import UserError
-from retnet.training.checkpoint import FINAL, TRAINING_STATE, list_checkpoints, remove_unfinished
+from retnet.generation import find_damage
+from retnet.training.checkpoint import (
+    CHECKPOINTS,
+    FINAL,
+    TRAINING_STATE,
+    list_checkpoints,
+    remove_unfinished,
+    replace_text,
+)
 from retnet.training.config import RESUMABLE_KEYS, Config, flatten, load_config, to_yaml
+from retnet.training.health import DIVERGED
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+SET_ASIDE = "set-aside-"
 
 
 @dataclass(frozen=True)
@@ -30,15 +45,11 @@ def plan_start(config: Config) -> Start:
     run = Path(str(config.train.out_dir))
     if run.exists() and not run.is_dir():
         raise UserError(f"train.out_dir ({run}) is a file: name a folder")
+    check_writable(config)
     resume = config.train.resume
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise UserError(
-                f"train.resume ({resume}) must be auto, never, or a checkpoint folder that exists"
-            )
-        return Start(folder)
     checkpoints = list_checkpoints(run)
+    if resume not in ("auto", "never"):
+        return _named_start(Path(resume), run)
     if resume == "never":
         if checkpoints or (run / FINAL).exists():
             raise UserError(
@@ -48,17 +59,57 @@ def plan_start(config: Config) -> Start:
         return Start()
     if (run / CONFIG).is_file():
         _check_same_configuration(config, run)
-    steps = [int(folder.name.removeprefix("step_")) for folder in checkpoints]
-    if (run / FINAL / TRAINING_STATE).is_file() and steps and steps[-1] >= config.train.max_steps:
+    if _finished_steps(run) >= config.train.max_steps:
         return Start(finished=True)
-    return Start(checkpoints[-1] if checkpoints else None)
+    return Start(_newest_whole(run))
 
 
-def open_run_folder(config: Config) -> FileLock:
-    """Create the folder, keep others out of it, and write the configuration.
+def run_lock(config: Config) -> FileLock:
+    """The lock of a run folder, not held yet; it can be taken several times."""
+    return FileLock(Path(str(config.train.out_dir)) / LOCK)
 
-    Returns:
-        The held lock; released when the process ends.
+
+def check_writable(config: Config) -> None:
+    """Raise a ``UserError`` when the run folder can't be made; nothing is left of the attempt."""
+    run = Path(str(config.train.out_dir))
+    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            folder.rmdir()
+    except OSError as error:
+        raise _not_writable(run, error) from error
+
+
+def lock_run_folder(lock: FileLock) -> None:
+    """Keep others out of a run folder if it exists; it is free again when the process ends.
+
+    Raises:
+        UserError: Another process trains there, or the folder can't be written.
+    """
+    run = Path(lock.lock_file).parent
+    if not run.is_dir():
+        return
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"train.out_dir ({run}) is in use by another run: wait for it, or set another folder"
+        ) from error
+    except OSError as error:
+        raise _not_writable(run, error) from error
+
+
+def open_run_folder(config: Config, start: Start, lock: FileLock) -> None:
+    """Create the folder where there is none, tidy it up, and write the configuration.
+
+    Checkpoints that are newer than the start, because they are damaged or of a course that is not
+    followed, are set aside under another name.
+
+    Args:
+        config: The run.
+        start: Where it begins.
+        lock: Of the folder.
 
     Raises:
         UserError: Another process trains there, or the folder can't be written.
@@ -66,19 +117,82 @@ def open_run_folder(config: Config) -> FileLock:
     run = Path(str(config.train.out_dir))
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK)
-        lock.acquire(timeout=0)
+        lock_run_folder(lock)
         remove_unfinished(run)
-        (run / CONFIG).write_text(to_yaml(config))
-    except Timeout as error:
-        raise UserError(
-            f"train.out_dir ({run}) is in use by another run: wait for it, or set another folder"
-        ) from error
+        (run / DIVERGED).unlink(missing_ok=True)
+        _set_aside_newer(run, start)
+        replace_text(run / CONFIG, to_yaml(config))
     except OSError as error:
+        raise _not_writable(run, error) from error
+
+
+def _set_aside_newer(run: Path, start: Start) -> None:
+    """Rename the checkpoints that are newer than the one to go on from."""
+    checkpoints = list_checkpoints(run)
+    names = [folder.name for folder in checkpoints]
+    if start.checkpoint is None or start.checkpoint.name not in names:
+        return
+    for folder in checkpoints[names.index(start.checkpoint.name) + 1 :]:
+        aside = folder.with_name(SET_ASIDE + folder.name)
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+        logger.warning("%s is not gone on from: it is kept as %s", folder, aside.name)
+
+
+def _named_start(checkpoint: Path, run: Path) -> Start:
+    """From the checkpoint that ``train.resume`` names."""
+    if not checkpoint.is_dir():
         raise UserError(
-            f"train.out_dir ({run}) can't be written ({error.strerror}): set another folder"
-        ) from error
-    return lock
+            f"train.resume ({checkpoint}) must be auto, never, or a checkpoint folder that exists"
+        )
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise UserError(
+            f"train.resume ({checkpoint}) is no whole checkpoint, {damage}: name another one, or "
+            "use auto, which takes the newest whole one"
+        )
+    own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
+    if not own and list_checkpoints(run):
+        raise UserError(
+            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
+            "another: set another train.out_dir"
+        )
+    return Start(checkpoint)
+
+
+def _newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None in a folder without any."""
+    checkpoints = list_checkpoints(run)
+    damages: list[str] = []
+    for folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            for line in damages:
+                logger.warning("%s: going back to %s", line, folder.name)
+            return folder
+        damages.append(f"checkpoint ({folder}) is damaged, {damage}")
+    if damages:
+        raise UserError(
+            f"{'; '.join(damages)}; and there is no whole one: restore one, or remove {run} to "
+            "start again"
+        )
+    return None
+
+
+def _finished_steps(run: Path) -> int:
+    """The steps after which the run in a folder was finished; 0 when it is not."""
+    try:
+        return int(json.loads((run / FINAL / TRAINING_STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _not_writable(run: Path, error: OSError) -> UserError:
+    return UserError(
+        f"train.out_dir ({run}) can't be written ({error.strerror or error}): set another folder, "
+        "or make it writable"
+    )
 
 
 def _check_same_configuration(config: Config, run: Path) -> None:

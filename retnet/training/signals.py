@@ -1,4 +1,4 @@
-"""Ctrl-C and what schedulers send: stop after saving, at once the second time."""
+"""Ctrl-C and what schedulers send: stop after saving, at once at a second Ctrl-C."""
 
 import signal
 from collections.abc import Iterator
@@ -23,14 +23,16 @@ class StopRequest:
         return EXIT_BY_SIGNAL + (self.signal or 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        # torchrun passes a Ctrl-C on as SIGTERM: only a second Ctrl-C is a person in a hurry
+        if self.signal is None:
+            self.signal = number
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; the second raises KeyboardInterrupt."""
+    """Turn the first SIGINT or SIGTERM into a request; a later SIGINT raises KeyboardInterrupt."""
     request = StopRequest()
     previous = {n: signal.signal(n, request._handle) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -4,6 +4,7 @@ metrics.jsonl has one line for each optimizer step, in order; an evaluation's fi
 line of its step. Nothing here prompts or waits for a network.
 """
 
+import errno
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retnet.errors import UserError
+from retnet.training.checkpoint import replace_text
 from retnet.training.config import Config, flatten
 
 logger = logging.getLogger(__name__)
@@ -25,10 +27,15 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """The run's metrics.jsonl, opened to go on after ``step`` completed steps."""
+    """The run's metrics.jsonl, opened to go on after ``step`` completed steps.
+
+    Attributes:
+        losses: Training losses of the steps that are in the file already.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS
+        self.losses: list[float] = []
         kept = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -39,14 +46,24 @@ class MetricsFile:
                 if entry["step"] > step:
                     break
                 kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
+                self.losses.append(entry["train/loss"])
+        replace_text(self.path, "".join(kept))
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one step."""
-        self._file.write(json.dumps(values) + "\n")
+        """Append one step.
+
+        Raises:
+            OSError: The line is not in the file, because the disk is full or the file is gone.
+        """
+        line = json.dumps(values).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.path.stat()  # what is written into a removed file is lost
+
+    def sync(self) -> None:
+        """Have all lines on disk, before a checkpoint that counts on them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -102,6 +119,13 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def check_trackers(config: Config) -> None:
+    """Raise a ``UserError`` when a tracker of ``train.trackers`` is not installed."""
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
+
+
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """Start the trackers of ``train.trackers``; they write into the run folder.
 
@@ -110,9 +134,6 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if not config.train.trackers:
         return
-    for tracker in config.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
     run = Path(str(config.train.out_dir))
     mode = os.environ.get("WANDB_MODE", "offline")
     accelerator.init_trackers(

@@ -36,6 +36,7 @@ def options(corpus: Path, tmp_path: Path) -> list[str]:
             "data.cache_dir": tmp_path / "cache",
             "train.max_steps": 6,
             "train.batch_size": 4,
+            "train.learning_rate": 3e-3,
             "train.warmup_steps": 2,
             "train.eval_every": 3,
             "train.save_every": 2,

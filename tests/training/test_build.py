@@ -8,7 +8,12 @@ import torch
 
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
-from retnet.training.build import build_model, load_initial_weights, model_config
+from retnet.training.build import (
+    build_model,
+    load_initial_weights,
+    model_config,
+    warn_without_effect,
+)
 from retnet.training.config import flatten, load_config
 from retnet.training.report import count_parameters
 
@@ -74,7 +79,7 @@ def test_the_mixers_own_rotation() -> None:
 def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
     config = load_config(None, ["model.mixer=attention", "model.decay=0.9"])
     with caplog.at_level(logging.WARNING):
-        model_config(config, 300)
+        warn_without_effect(config.model)
     assert "model.decay: no effect with model.mixer=attention" in caplog.text
 
 

@@ -63,6 +63,7 @@ def test_the_folder_alone_suffices(trained, tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "c").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "data.json", "optimizer.safetensors", "training_state.json",
+        "manifest.json",
     }  # fmt: skip
     loaded = RetNetForCausalLM.from_pretrained(tmp_path / "c").eval()
     ids = torch.arange(5)[None]

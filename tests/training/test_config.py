@@ -1,20 +1,23 @@
 """Keys, defaults, overrides, and the answer to each mistake."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from retnet.data import DataSpec
 from retnet.errors import UserError
 from retnet.training.config import (
+    RESUMABLE_KEYS,
     Config,
     ModelSpec,
     TrainSpec,
-    describe_keys,
     flatten,
     load_config,
     to_yaml,
 )
+from retnet.training.keys import describe_keys
 
 
 def test_defaults_file_arguments(tmp_path) -> None:
@@ -107,3 +110,9 @@ def test_files_that_are_no_configuration(tmp_path) -> None:
 def test_all_problems_at_once() -> None:
     with pytest.raises(UserError, match=r"train\.keep \(0\).*train\.seed \(-1\)"):
         load_config(None, ["train.keep=0", "train.seed=-1"])
+
+
+def test_the_documentation_lists_the_keys_that_may_change() -> None:
+    text = Path("docs/training.md").read_text()
+    paragraph = next(part for part in text.split("\n\n") if part.startswith("`train.max_steps`"))
+    assert re.findall(r"`([a-z_.]+)`", paragraph) == list(RESUMABLE_KEYS)

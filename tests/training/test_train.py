@@ -78,6 +78,7 @@ def test_a_finished_run_says_so(options, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow  # test_kill.py does the same with processes that are really killed
 def test_going_on_is_the_uninterrupted_run(options, tmp_path: Path, monkeypatch) -> None:
     """Weights, moments and metrics are equal to the bit, dropout on, across an epoch end."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -1,0 +1,239 @@
+"""data.streaming: a large corpus read once into token files, in bounded memory.
+
+Documents go by one after the other: each is hashed, given to a side by its hash, tokenised and
+appended. Now and then everything so far is committed. A later attempt reads the committed documents
+again, to check that they are the same, and goes on behind them; they are not tokenised again.
+Memory holds one batch of documents and 16 bytes for each document. Reading stops when
+``data.max_tokens`` training tokens are there.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data.cache import TOKENIZER, TRAIN, VALIDATION
+from retnet.data.hub import HubSource
+from retnet.data.progress import Phase, phase
+from retnet.data.sources import FileSource, Source
+from retnet.data.spec import DataSpec
+from retnet.data.split import HASH_RANGE, DocumentsHash, SplitRule
+from retnet.data.token_file import TokenFileWriter
+from retnet.data.tokenizer import encode_documents, max_token_id, train_bpe
+from retnet.data.writing import finish_tokens, read_documents_of
+from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+SIDES = (TRAIN, VALIDATION)
+BATCH_CHARACTERS = 1 << 22
+COMMIT_BYTES = 1 << 26
+TOKENIZER_BYTES = 1 << 25  # of training text that a bpe tokenizer is trained on
+
+
+def as_stream(source: Source) -> Source:
+    """The source, not downloaded as a whole."""
+    return replace(source, streaming=True) if isinstance(source, HubSource) else source
+
+
+def stream_fingerprint(source: Source) -> str:
+    """A hash of names, sizes and times of the files: their content would take a read of all."""
+    if isinstance(source, FileSource):
+        files = list(source.files)
+    elif isinstance(source, HubSource) and source.is_folder:
+        files = sorted(path for path in Path(source.location).rglob("*") if path.is_file())
+    else:
+        return source.fingerprint()
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([source.name, facts]).encode()).hexdigest()
+
+
+def stream_split(spec: DataSpec, validation: Source | None) -> SplitRule:
+    """Whole documents by hash: a rule that needs no look at the rest of the text."""
+    if validation is not None:
+        return SplitRule("given")
+    fraction = spec.validation_fraction
+    return SplitRule("documents", fraction, int(fraction * HASH_RANGE))
+
+
+def stream_tokenizer(
+    folder: Path, spec: DataSpec, source: Source, rule: SplitRule
+) -> PreTrainedTokenizerFast:
+    """The bpe tokenizer of an earlier attempt, or one trained on the first 32 MiB."""
+    if (folder / TOKENIZER).is_dir():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder / TOKENIZER))
+
+    def first(counter: Phase) -> Iterator[str]:
+        for text in read_documents_of(source):
+            part = rule.divide(text)[0]
+            if part:
+                yield part
+                counter.advance(len(part.encode()))
+            if counter.num_bytes >= TOKENIZER_BYTES:
+                return
+
+    with phase("training the tokenizer", total=TOKENIZER_BYTES) as counter:
+        tokenizer = train_bpe(first(counter), spec.vocab_size)
+    unfinished = folder / f"{TOKENIZER}.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder / TOKENIZER)
+    return tokenizer
+
+
+class _Hashes:
+    """The hashes of all documents and of each side, so far."""
+
+    def __init__(self, rule: SplitRule) -> None:
+        self._rule = rule
+        self.all, self.sides = DocumentsHash(), {side: DocumentsHash() for side in SIDES}
+        self.documents = 0
+
+    def side(self, text: str) -> str:
+        return TRAIN if self._rule.divide(text)[0] else VALIDATION
+
+    def add(self, text: str, side: str) -> int:
+        """Append a document of a side; returns its UTF-8 bytes."""
+        encoded = text.encode()
+        self.all.add(encoded)
+        self.sides[side].add(encoded)
+        self.documents += 1
+        return len(encoded)
+
+
+def write_stream(
+    folder: Path,
+    spec: DataSpec,
+    source: Source,
+    rule: SplitRule,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Any]:
+    """Tokenise both sides (only training where validation is given) into ``folder``.
+
+    Returns:
+        The record's entries about the documents: counts and hashes.
+
+    Raises:
+        UserError: A side is empty.
+    """
+    documents = read_documents_of(source)
+    hashes, committed = _take_up(folder, documents, rule)
+    if committed is None:  # nothing yet, or the text is another
+        for side in SIDES:
+            shutil.rmtree(folder / side, ignore_errors=True)
+        documents, hashes = read_documents_of(source), _Hashes(rule)
+    sides = SIDES[:1] if rule.kind == "given" else SIDES
+    largest = max_token_id(tokenizer)
+    writers = {
+        side: TokenFileWriter(folder / side, largest, committed[side] if committed else None)
+        for side in sides
+    }
+    try:
+        with phase(f"tokenising {source.name}") as counter:
+            last_commit = 0
+            for batch in _batches(documents):
+                full = _append(batch, writers, hashes, tokenizer, spec.max_tokens, counter)
+                if full:
+                    break
+                if counter.num_bytes - last_commit >= COMMIT_BYTES:
+                    last_commit = counter.num_bytes
+                    _commit(folder, writers, hashes)
+        facts: dict[str, Any] = {"documents_read": hashes.documents}
+        facts["corpus_sha256"] = hashes.all.hexdigest()
+        for side, writer in writers.items():
+            if not writer.num_documents:
+                raise UserError(
+                    f"data.source ({spec.source}), read up to data.max_tokens "
+                    f"({spec.max_tokens}), leaves the {side} side empty: streaming holds whole "
+                    "documents back, so use more of them, or name a text in data.validation"
+                )
+            facts[f"{side}_sha256"] = hashes.sides[side].hexdigest()
+            facts[side] = {
+                "documents": writer.num_documents,
+                "bytes": writer.num_bytes,
+                "tokens": writer.num_tokens,
+            }
+            finish_tokens(writer, tokenizer, facts[f"{side}_sha256"])
+        (folder / PROGRESS).unlink(missing_ok=True)
+        for writer in writers.values():
+            writer.forget()
+    finally:
+        for writer in writers.values():
+            writer.__exit__(None, None, None)
+    return facts
+
+
+def _take_up(
+    folder: Path, documents: Iterator[str], rule: SplitRule
+) -> tuple[_Hashes, dict[str, Any] | None]:
+    """Read past the committed documents; None where there are none or they are others now."""
+    hashes = _Hashes(rule)
+    if not (folder / PROGRESS).is_file():
+        return hashes, None
+    committed = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    with phase("reading what is tokenised already") as counter:
+        for text in islice(documents, committed["documents_read"]):
+            counter.advance(hashes.add(text, hashes.side(text)))
+    if hashes.all.hexdigest() != committed["sha256"]:
+        logger.warning("the text is not what it was at the last attempt: tokenising it anew")
+        return hashes, None
+    return hashes, committed
+
+
+def _append(
+    batch: list[str],
+    writers: dict[str, TokenFileWriter],
+    hashes: _Hashes,
+    tokenizer: PreTrainedTokenizerFast,
+    max_tokens: int | None,
+    counter: Phase,
+) -> bool:
+    """Tokenise and write a batch; returns whether there are enough training tokens now."""
+    sided = [(text, hashes.side(text)) for text in batch]
+    encoded = {
+        name: encode_documents(tokenizer, [text for text, side in sided if side == name])
+        for name in writers
+    }
+    for text, side in sided:
+        ids, num_bytes = next(encoded[side]), hashes.add(text, side)
+        counter.advance(num_bytes)
+        left = len(ids)
+        if side == TRAIN and max_tokens is not None:
+            left = min(left, max_tokens - writers[side].num_tokens)
+        writers[side].add(ids[:left], round(num_bytes * left / len(ids)))
+        if side == TRAIN and writers[side].num_tokens == max_tokens:
+            return True
+    return False
+
+
+def _commit(folder: Path, writers: dict[str, TokenFileWriter], hashes: _Hashes) -> None:
+    progress: dict[str, Any] = {side: writer.commit() for side, writer in writers.items()}
+    progress |= {"documents_read": hashes.documents, "sha256": hashes.all.hexdigest()}
+    new = folder / f"{PROGRESS}.part"
+    with new.open("w", encoding="utf-8") as stream:
+        json.dump(progress, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(folder / PROGRESS)
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

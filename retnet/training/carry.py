@@ -1,0 +1,82 @@
+"""train.carry_state: a window begins with the state that its row's window before ended with.
+
+The state is detached, so gradients stay within a window while memory reaches beyond it. There is
+one cache for each micro-step, because each has rows (lanes) of its own.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from retnet.errors import UserError
+from retnet.model import RetNetForCausalLM
+from retnet.model.cache import DecoderCache
+from retnet.training.checkpoint import CARRIED
+
+
+class CarriedState:
+    """The states of this process's rows after the last completed optimizer step."""
+
+    def __init__(self, model: RetNetForCausalLM, micro_steps: int) -> None:
+        self._caches = [model.new_cache() for _ in range(micro_steps)]
+        self._next: list[DecoderCache] = []
+
+    def begin(self, micro_step: int) -> DecoderCache:
+        """The memory to run a micro-step with; a copy, as the step may be abandoned."""
+        if micro_step == 0:
+            self._next = []
+        return copy.deepcopy(self._caches[micro_step])
+
+    def end(self, cache: DecoderCache) -> None:
+        """Take the memory back after the micro-step."""
+        cache.detach()
+        self._next.append(cache)
+
+    def commit(self) -> None:
+        """The optimizer step is complete."""
+        self._caches = self._next
+
+    def gather(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The states of all rows of the global batch, to be saved; every process must call this."""
+        tensors: dict[str, Tensor] = {"length": torch.tensor([self._caches[0].length])}
+        for name in self._names():
+            parts = [accelerator.gather(_get(cache, name)) for cache in self._caches]
+            tensors[name] = torch.cat(parts).cpu().contiguous()
+        return tensors
+
+    def load(self, folder: Path, accelerator: Accelerator) -> None:
+        """Take this process's rows of what a checkpoint holds.
+
+        Raises:
+            UserError: The checkpoint is of a run without train.carry_state.
+        """
+        file = folder / CARRIED
+        if not file.is_file():
+            raise UserError(
+                f"checkpoint ({folder}) has no {CARRIED}, it was made without train.carry_state: "
+                "set it to false, or use the weights alone with model.init_from"
+            )
+        stored = {name: x.to(accelerator.device) for name, x in load_file(file).items()}
+        world_size, rank = accelerator.num_processes, accelerator.process_index
+        for micro_step, cache in enumerate(self._caches):
+            cache.length = int(stored["length"])
+            part = micro_step * world_size + rank
+            for name in self._names():
+                rows = stored[name].chunk(len(self._caches) * world_size)[part]
+                if name == "record":
+                    cache.record = rows.clone()
+                else:
+                    cache.layers[int(name.split(".")[1])].state = rows.clone()
+
+    def _names(self) -> list[str]:
+        return ["record", *(f"layers.{i}" for i in range(len(self._caches[0].layers)))]
+
+
+def _get(cache: DecoderCache, name: str) -> Tensor:
+    tensor = cache.record if name == "record" else cache.layers[int(name.split(".")[1])].state
+    assert tensor is not None  # nothing is saved before the first step
+    return tensor.contiguous()

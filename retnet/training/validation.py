@@ -1,0 +1,73 @@
+"""What a run measures of itself between steps: validation loss and a sample."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
+from retnet.evaluation import evaluate_batches
+from retnet.generation import sample_text
+from retnet.training.build import Model
+from retnet.training.config import Config, TrainSpec
+
+
+def validate(
+    model: Model, tokens: TokenFile, config: Config, accelerator: Accelerator
+) -> tuple[dict[str, float], int]:
+    """Perplexity on the validation tokens, the same in every process.
+
+    With ``train.carry_state`` each window begins with the state of the one before.
+
+    Returns:
+        The values for the metrics (nats per token, perplexity, bits per byte) and the number of
+        targets.
+    """
+    spec = config.train
+    cut = {
+        "seq_len": config.data.seq_len,
+        "batch_size": spec.batch_size,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "max_tokens": spec.eval_max_tokens,
+    }
+    if spec.carry_state:
+        batches: ValidationBatches = CarriedValidationBatches(tokens, **cut)
+    else:
+        reset = config.data.reset_state_at_documents
+        batches = ValidationBatches(tokens, **cut, reset_at_documents=reset)
+    with accelerator.autocast():
+        cache = model.new_cache() if spec.carry_state else None
+        nll, targets = evaluate_batches(model, batches, cache)
+    both = torch.tensor([nll, targets], dtype=torch.float64, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        both = accelerator.reduce(both, reduction="sum")
+    nll, targets = both.tolist()
+    loss = nll / targets
+    values = {
+        "val/loss": loss,
+        "val/perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
+        "val/bits_per_byte": nll / math.log(2) / batches.num_bytes,
+    }
+    return values, int(targets)
+
+
+def sample_lines(
+    model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec, accelerator: Accelerator
+) -> Iterator[str]:
+    """The lines of a sample text, for the console."""
+    if not spec.sample_tokens:
+        return
+    # its lengths vary: compiling it would cost more than it gives
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        text = sample_text(
+            model,
+            tokenizer,
+            spec.sample_prompt,
+            max_new_tokens=spec.sample_tokens,
+            seed=spec.seed,
+        )
+    for line in (spec.sample_prompt + text).splitlines():
+        yield f"  | {line}"

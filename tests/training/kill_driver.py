@@ -1,0 +1,75 @@
+"""Runs train.py in forked children that are killed with SIGKILL; see test_kill.py.
+
+Called as a program: the first argument is the Python expression of a list of attempts, each
+``(name of a kill below or None, or seconds to live, arguments of train.py)``; prints the exit
+status of each. The interpreter is started once, each attempt is a fork of it.
+"""
+
+import ast
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import train
+from retnet import cli
+from retnet.data import prepare
+from retnet.training import checkpoint, loop, validation
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: Any, name: str, number: int, *, after: bool = False) -> None:
+    """Die when ``owner.name`` is called for the ``number``-th time (or when that call returns)."""
+    real: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            die()
+        result = real(*args, **kwargs)
+        if calls == number:
+            die()
+        return result
+
+    setattr(owner, name, counted)
+
+
+KILLS: dict[str, Callable[[], None]] = {
+    "data": lambda: at_call(prepare, "check_window", 1),
+    "accumulation": lambda: at_call(loop.Trainer, "_seed", 4),
+    "evaluation": lambda: at_call(validation, "evaluate_batches", 1, after=True),
+    "writing": lambda: at_call(checkpoint, "save_file", 1),
+    "before renaming": lambda: at_call(checkpoint, "write_manifest", 2, after=True),
+    "pruning": lambda: at_call(checkpoint, "_remove", 1),
+    "saved": lambda: at_call(loop, "save_checkpoint", 2, after=True),
+    "logged": lambda: at_call(loop.Trainer, "_log", 4, after=True),
+}
+
+
+def attempt(kill: str | float | None, arguments: list[str]) -> int:
+    """Run train.py in a child; returns its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        if isinstance(kill, str):
+            KILLS[kill]()
+        os._exit(cli.run(train.main, arguments))
+    timer = None
+    if isinstance(kill, float):
+        timer = threading.Timer(kill, os.kill, (child, signal.SIGKILL))
+        timer.start()
+    _, status = os.waitpid(child, 0)
+    if timer is not None:
+        timer.cancel()
+    return os.waitstatus_to_exitcode(status)
+
+
+if __name__ == "__main__":
+    for kill, arguments in ast.literal_eval(sys.argv[1]):
+        print(attempt(kill, arguments), flush=True)

@@ -1,0 +1,78 @@
+"""However a global batch is divided among processes and micro-batches, the run is the same."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import as_options
+from tests.training.test_train import TINY, metrics, run
+
+STEPS = 50
+
+
+def launch(arguments: list[str]) -> str:
+    """Run train.py in 2 processes over gloo; returns standard error."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [sys.executable, *torchrun, "train.py", TINY, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def losses(folder: Path) -> list[float]:
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["train/loss"] for row in rows]
+
+
+@pytest.mark.parametrize("carry", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_processes_and_accumulation_give_the_same_losses(
+    options, tmp_path: Path, carry: str
+) -> None:
+    """And a run saved with one goes on with another: 1 x 8, 2 processes x 4, 2 rows x 4 times."""
+    keys = {"model.dropout": 0, "train.max_steps": STEPS, "train.eval_every": 25,
+            "train.save_every": 25, "train.carry_state": carry}  # fmt: skip
+    common = [*options, *as_options(keys)]
+    layouts = {"one": (8, 1), "two": (4, 1), "accumulated": (2, 4)}
+
+    def arguments(layout: str, folder: Path) -> list[str]:
+        batch, micro_steps = layouts[layout]
+        own = {"train.batch_size": batch, "train.gradient_accumulation_steps": micro_steps,
+               "train.out_dir": folder}  # fmt: skip
+        return [*common, *as_options(own)]
+
+    def first_half(layout: str, name: str) -> Path:
+        """A run folder as it was after 25 steps."""
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / layout, folder)
+        shutil.rmtree(folder / "final")
+        shutil.rmtree(folder / "checkpoints/step_50")
+        return folder
+
+    assert run(arguments("one", tmp_path / "one")) == 0
+    assert run(arguments("accumulated", tmp_path / "accumulated")) == 0
+    assert "fp32, 2 processes" in launch(arguments("two", tmp_path / "two"))
+    names = ["accumulated", "two"]
+    for before, layout in (("two", "accumulated"), ("accumulated", "one"), ("one", "two")):
+        names.append(f"{before} then {layout}")
+        folder = first_half(before, names[-1])
+        if layout != "two":
+            assert run(arguments(layout, folder)) == 0
+        elif carry == "true":  # in the slow variant only: it takes as long as all the others
+            launch(arguments(layout, folder))
+    expected = losses(tmp_path / "one")
+    assert len(expected) == STEPS
+    for name in names[: 5 if carry == "true" else 4]:
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
+    ends = [metrics(tmp_path / name)[-1]["val/loss"] for name in ("one", "two")]
+    if carry == "false":  # with it, validation has a lane for each row, which begins cold
+        assert ends[0] == pytest.approx(ends[1], abs=1e-5)
