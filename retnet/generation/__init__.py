@@ -2,7 +2,15 @@
 
 from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoint, load_checkpoint
 from retnet.generation.console import print_samples, text_output
-from retnet.generation.decode import ENDED, Usage, decode_one, generate, prefill, synchronize
+from retnet.generation.decode import (
+    ENDED,
+    Usage,
+    check_compiler,
+    decode_one,
+    generate,
+    prefill,
+    synchronize,
+)
 from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
@@ -19,6 +27,7 @@ __all__ = [
     "TextStream",
     "Usage",
     "add_loading_options",
+    "check_compiler",
     "decode_one",
     "decode_utf8",
     "encode_prompt",

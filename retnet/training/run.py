@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from retnet.data import (
     prepare_data,
 )
 from retnet.errors import UserError
-from retnet.generation import find_checkpoint
+from retnet.generation import check_compiler, find_checkpoint
 from retnet.model import RetNetForCausalLM
 from retnet.training.build import (
     Model,
@@ -200,7 +199,7 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
-        _check_compiler(accelerator.device)
+        check_compiler(accelerator.device, "train.compile (true)")
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, build_optimizer(bare_model, spec))
     progress = Progress(global_batch=batches.global_batch)
@@ -242,15 +241,6 @@ def _go_on(trainer: Trainer, checkpoint: Path) -> None:
     if trainer.carried is not None:
         trainer.carried.load(checkpoint, trainer.accelerator)
     logger.info("going on from %s (step %d)", checkpoint, progress.step)
-
-
-def _check_compiler(device: torch.device) -> None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"train.compile (true) needs a C++ compiler and finds none ({', '.join(names)}): "
-            "install one, or set train.compile=false"
-        )
 
 
 def _device_name(device: torch.device) -> str:
