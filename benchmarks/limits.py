@@ -1,0 +1,80 @@
+"""What no implementation can beat on this machine, measured in the same rounds.
+
+Training needs at least the matrix products of its linear layers, decoding at least one look at
+every weight, and one look at and one write to every state.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.contenders import Prepare
+
+
+def linear_products(model: nn.Module, tokens: int) -> Prepare:
+    """The products of all linear layers, forward and backward, and nothing else.
+
+    Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, into memory that is
+    reserved before. Tied embeddings count once, as the output layer.
+
+    Args:
+        model: Whose layers, device and dtype.
+        tokens: N.
+    """
+    weights = [x.weight.detach() for x in model.modules() if isinstance(x, nn.Linear)]
+    widths = {size for weight in weights for size in weight.shape}
+    first = weights[0]
+    rows = {width: torch.randn(tokens, width).to(first) for width in widths}
+    results = {width: torch.empty_like(x) for width, x in rows.items()}
+    gradients = [torch.empty_like(weight) for weight in weights]
+
+    def work() -> None:
+        for weight in weights:
+            torch.mm(rows[weight.shape[1]], weight.T, out=results[weight.shape[0]])
+        for weight, gradient in zip(weights, gradients, strict=True):
+            outer, inner = weight.shape
+            torch.mm(rows[outer], weight, out=results[inner])
+            torch.mm(rows[outer].T, rows[inner], out=gradient)
+
+    return lambda: work
+
+
+def linear_flops(model: nn.Module, tokens: int) -> int:
+    """Floating-point operations of ``linear_products``."""
+    layers = [x for x in model.modules() if isinstance(x, nn.Linear)]
+    return 6 * tokens * sum(layer.weight.numel() for layer in layers)
+
+
+def decode_bytes(model: nn.Module, state_bytes: int) -> int:
+    """Bytes that one decoding step moves: weights read, states read and written.
+
+    The embedding is a look-up of one row; tied to the output layer, it is read as that.
+
+    Args:
+        model: Its linear layers and norms are counted.
+        state_bytes: Of all layers.
+    """
+    embeddings = {id(x.weight) for x in model.modules() if isinstance(x, nn.Embedding)}
+    embeddings -= {id(x.weight) for x in model.modules() if isinstance(x, nn.Linear)}
+    weights = [x for x in model.parameters() if id(x) not in embeddings]
+    return sum(x.numel() * x.element_size() for x in weights) + 2 * state_bytes
+
+
+def reading(num_bytes: int, device: torch.device, times: int) -> Prepare:
+    """Read a block of memory ``times`` times, as fast as it goes: its sum, by all threads.
+
+    A block that fits a cache is read from there, as weights that fit are.
+    """
+    block = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
+    total = torch.empty((), device=device)
+
+    def work() -> Tensor:
+        for _ in range(times):
+            torch.sum(block, dim=0, out=total)
+        return total
+
+    def prepare() -> Callable[[], object]:
+        return work
+
+    return prepare

@@ -1,0 +1,144 @@
+"""What this repository set out to reach, row by row, and whether a run reached it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from benchmarks.contenders import COMPILED
+from benchmarks.decoding import (
+    BARE,
+    GENERATE,
+    LOOP,
+    LOOP_CASE,
+    batch_case,
+    context_case,
+    large_case,
+)
+from benchmarks.decoding import long_case as after_case
+from benchmarks.measure import DECODE, LIMIT, PREFILL, TRAIN, Plan, Results
+from benchmarks.memory import memory_case
+from benchmarks.others import TORCHSCALE
+from benchmarks.training import long_case, training_case
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row.
+
+    Attributes:
+        title: What is compared.
+        bound: The figure to reach.
+        at_least: Whether more is better; otherwise the bound is the most that is allowed.
+        value: The figure reached; None when its parts were not measured.
+    """
+
+    title: str
+    bound: float
+    at_least: bool
+    value: float | None
+
+    @property
+    def reached(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def targets(plan: Plan, results: Results) -> list[Target]:
+    """All rows, whatever was measured."""
+    return [*_training(plan, results), *_reading(plan, results), *_decoding(plan, results)]
+
+
+def _speedups(results: Results, benchmark: str) -> Callable[..., float | None]:
+    """speedup(case, fast, slow[, case of slow]): tokens per second of fast over slow."""
+
+    def speedup(case: str, fast: str, slow: str, slow_case: str | None = None) -> float | None:
+        return results.speedup(
+            results.find(benchmark, case, fast), results.find(benchmark, slow_case or case, slow)
+        )
+
+    return speedup
+
+
+def _training(plan: Plan, results: Results) -> Iterator[Target]:
+    speedup = _speedups(results, TRAIN)
+    cases = {
+        length: training_case(max(1, plan.step_tokens // length), length)
+        for length in plan.train_lengths
+    }
+    lengths = plan.train_lengths[-3:]
+    middle = cases[plan.train_short]
+    yield Target(
+        f"training, T = {plan.train_short}: against torchscale's parallel form",
+        4.5,
+        True,
+        speedup(middle, "RetNet", f"{TORCHSCALE} parallel"),
+    )
+    for length, bound in zip(lengths, (1.0, 1.3, 2.0), strict=True):
+        value = speedup(cases[length], "RetNet", "Transformer")
+        yield Target(f"training, T = {length}: against our Transformer", bound, True, value)
+    yield Target(
+        f"training, T = {plan.train_short}: fraction of the linear layers' limit",
+        0.65,
+        True,
+        speedup(middle, "RetNet", LIMIT),
+    )
+    short, long = long_case(plan.train_short), long_case(plan.train_long)
+    yield Target(
+        f"training tokens/s, T = {plan.train_long} against {plan.train_short}",
+        0.9,
+        True,
+        speedup(long, "RetNet", "RetNet", short),
+    )
+    rows = plan.train_long // plan.train_short
+    low = results.peak(memory_case(rows, plan.train_short), "RetNet")
+    high = results.peak(memory_case(1, plan.train_long), "RetNet")
+    yield Target(
+        f"training, peak memory, T = {plan.train_long} against {plan.train_short}, same tokens",
+        1.15,
+        False,
+        high.num_bytes / low.num_bytes if high and low and low.num_bytes else None,
+    )
+
+
+def _reading(plan: Plan, results: Results) -> Iterator[Target]:
+    speedup = _speedups(results, PREFILL)
+    short, long = long_case(plan.prefill_short), long_case(plan.prefill_long)
+    yield Target(
+        f"prefill tokens/s, {plan.prefill_long} tokens against {plan.prefill_short}",
+        0.95,
+        True,
+        speedup(long, "RetNet", "RetNet", short),
+    )
+
+
+def _decoding(plan: Plan, results: Results) -> Iterator[Target]:
+    speedup = _speedups(results, DECODE)
+    near, far, farthest = plan.contexts
+    compiled = "RetNet" + COMPILED
+    for name, note in (("RetNet", "eager"), (compiled, "compiled")):
+        value = speedup(after_case(near), name, name, after_case(farthest))
+        title = f"decode ms/token after {farthest} tokens against {near}, {note}"
+        yield Target(title, 1.05, False, value)
+    for name, note, bound in (("RetNet", "eager", 1.5), (compiled, "compiled", 2.5)):
+        value = speedup(context_case(near), name, TORCHSCALE)
+        yield Target(f"decode against torchscale's recurrent step, {note}", bound, True, value)
+    yield Target(
+        f"decode after {far} tokens against Llama with DynamicCache, compiled",
+        9.0,
+        True,
+        speedup(context_case(far), compiled, "Llama"),
+    )
+    parameters = results.parameters.get(str(plan.large), {}).get("RetNet", 0)
+    case = large_case(plan.large, parameters)
+    for name, note in (("RetNet", "eager"), (compiled, "compiled")):
+        large = f"width {plan.large.hidden_size}, {plan.large.num_hidden_layers} layers"
+        title = f"decode at {large}: fraction of the bandwidth limit, {note}"
+        yield Target(title, 0.75, True, speedup(case, name, LIMIT))
+    for name, note in (("RetNet", "eager"), (compiled, "compiled")):
+        value = speedup(batch_case(plan.batch), name, name, batch_case(1))
+        title = f"decode tokens/s, batch {plan.batch} against 1, {note}"
+        yield Target(title, 6.0, True, value)
+    title = "whole generate.py loop against the bare decode step"
+    yield Target(title, 1.15, False, speedup(LOOP_CASE, BARE, LOOP))
+    title = "model.generate against the bare decode step"
+    yield Target(title, 2.0, False, speedup(LOOP_CASE, BARE, GENERATE))
