@@ -8,6 +8,7 @@ from retnet.generation.decode import (
     check_compiler,
     decode_one,
     generate,
+    lay_out_for_decoding,
     prefill,
     synchronize,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "find_checkpoint",
     "find_damage",
     "generate",
+    "lay_out_for_decoding",
     "load_checkpoint",
     "loading_arguments",
     "prefill",

@@ -23,6 +23,7 @@ from transformers.utils.logging import (
 )
 
 from retnet.errors import UserError
+from retnet.generation.decode import lay_out_for_decoding
 from retnet.generation.integrity import MANIFEST, find_damage
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
@@ -140,6 +141,7 @@ def load_checkpoint(
     check_weights_unchanged(folder)
     model = _load_model(folder, dtype, trust_remote_code)
     model.to(torch.device(device))  # type: ignore[arg-type]
+    lay_out_for_decoding(model)
     tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
     record_file = folder / DATA_RECORD
     record = _read_json(record_file) if record_file.is_file() else None

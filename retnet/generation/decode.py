@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from retnet.errors import UserError
@@ -106,6 +106,17 @@ def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -
         The logits that follow, [B, vocab], at least float32.
     """
     return _last_logits(model, tokens[:, None], cache)
+
+
+def lay_out_for_decoding(model: nn.Module) -> None:
+    """Store the linear layers' weights input by input, in place; their shapes stay as they are.
+
+    One token is a product of a row with each matrix. On a CPU that runs about twice as fast when
+    the matrix lies in memory as it is multiplied, [in, out]; large batches do not mind.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def compile_step(model: DecoderForCausalLM) -> DecoderForCausalLM:

@@ -54,8 +54,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         layout: ``"interleaved"`` pairs channels (2i, 2i+1), ``"half"`` pairs (i, i + K/2).
 
     Returns:
-        [B, H, T, K], contiguous.
+        [B, H, T, K].
     """
+    if layout == "interleaved" and not torch.compiler.is_compiling():
+        # a pair is a complex number and the rotation a product: one pass over the memory (compilers
+        # fuse the real form below, and know no complex numbers)
+        wide = torch.promote_types(x.dtype, cos.dtype)
+        pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     if layout == "interleaved":
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)

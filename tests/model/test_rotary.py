@@ -55,3 +55,23 @@ def test_positions_are_distinct_where_low_precision_merges_them() -> None:
     out = rotate(x, *rotation(angles, torch.float32, CPU), "interleaved")
     assert out.dtype == torch.float32
     assert len(out[0, 0].unique(dim=0)) == 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_complex_and_the_real_form_are_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 8).to(dtype).transpose(1, 2).requires_grad_()  # strided, as from heads
+    angles = rotary_angles(torch.arange(7)[None], 8, frequencies="linspace", base=10000.0)
+    cos, sin = rotation(angles, torch.promote_types(dtype, torch.float32), CPU)
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        out = rotate(x, cos, sin, "interleaved")
+        (gradient,) = torch.autograd.grad((out * torch.arange(8)).sum(), x)
+        results.append((out, gradient))
+    for fast, plain in zip(*results, strict=True):
+        assert fast.dtype == plain.dtype
+        tolerance = 0.02 if fast.dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(fast, plain, rtol=tolerance, atol=tolerance)
