@@ -26,7 +26,7 @@ from benchmarks.limits import decode_bytes, reading
 from benchmarks.measure import DECODE, LIMIT, Piece, Plan, Results, measure, random_ids
 from benchmarks.others import add_others
 from retnet.data import train_bpe
-from retnet.generation import Sampling, Usage, print_samples, stream_text
+from retnet.generation import Sampling, Usage, lay_out_for_decoding, print_samples, stream_text
 
 BARE, LOOP, GENERATE = "bare decode step", "generate.py loop", "model.generate"
 LOOP_CASE = "the loops around the step"
@@ -54,8 +54,9 @@ def large_case(size: Size, parameters: int) -> str:
 def decoding_field(size: Size, plan: Plan, results: Results) -> Field:
     """Everybody as they decode and read: one entry each."""
     field = Field(plan.device, plan.dtype)
-    field.add(Ours("RetNet", make_retnet(size)))
-    field.add(Ours("Transformer", make_transformer(size)))
+    for name, model in (("RetNet", make_retnet(size)), ("Transformer", make_transformer(size))):
+        lay_out_for_decoding(model)  # as load_checkpoint does
+        field.add(Ours(name, model))
     field.add(Llama("Llama", make_llama(size)))
     add_others(field, size, forms=False)
     results.note_field(size, field)
@@ -141,7 +142,9 @@ def loops(plan: Plan, results: Results) -> None:
     """What generate.py and transformers' generate take beside the steps themselves."""
     tokenizer = _tokenizer(plan.size.vocab_size)
     size = replace(plan.size, vocab_size=len(tokenizer))
-    retnet = Ours("RetNet", make_retnet(size).to(plan.device, plan.dtype).eval())
+    model = make_retnet(size).to(plan.device, plan.dtype).eval()
+    lay_out_for_decoding(model)
+    retnet = Ours("RetNet", model)
     prompt = tokenizer(PROMPT, return_tensors="pt").input_ids.to(plan.device)
     tokens = plan.loop_tokens
     works: dict[str, Prepare] = {
