@@ -244,7 +244,7 @@ def test_bug_09_tensors_cached_under_inference_mode(mixer: str, monkeypatch: Pat
     ids = random_ids(1, 8)
 
     def check() -> bool:
-        model = make_model(mixer)
+        model = make_model(mixer, rotary_layout="half")
         with torch.inference_mode():
             model(ids)
         try:

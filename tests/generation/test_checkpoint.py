@@ -48,8 +48,11 @@ def test_a_loaded_checkpoint_is_the_saved_model(mixer: str, tmp_path: Path) -> N
     assert loaded.is_retention == (mixer == "retention")
     assert loaded.data_record is None
     ids = torch.arange(9)[None]
-    expected = tiny_model(mixer, dtype=torch.float32)(ids).logits
-    assert loaded.model(ids).logits.equal(expected)
+    expected = tiny_model(mixer, dtype=torch.float32)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], weight), name
+    # the weights lie otherwise in memory, so sums are rounded otherwise
+    assert torch.allclose(loaded.model(ids).logits, expected(ids).logits, atol=1e-5)
     assert loaded.tokenizer.get_vocab() == byte_tokenizer().get_vocab()
 
 
