@@ -94,15 +94,17 @@ class DecoderCache(Cache):
     Attributes:
         length: Columns seen, padding included.
         record: int64 [B, 3] (see ``sequence``); None before the first call.
+        last_hidden: [B, d], each row's last output, kept while calls have a mask; else None.
     """
 
-    _row_tensors: tuple[str, ...] = ("record",)
+    _row_tensors: tuple[str, ...] = ("record", "last_hidden")
     layers: list[Any]
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.length = 0
         self.record: Tensor | None = None
+        self.last_hidden: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -160,7 +162,8 @@ class RetentionCache(DecoderCache):
 
     def num_bytes(self) -> int:
         states = [layer.state for layer in self.layers if layer.state is not None]
-        return sum(x.numel() * x.element_size() for x in (*states, self.record) if x is not None)
+        held = (*states, self.record, self.last_hidden)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
 
 
 class KVCache(DecoderCache):
@@ -176,7 +179,7 @@ class KVCache(DecoderCache):
             row is one document.
     """
 
-    _row_tensors = ("record", "valid", "document_start")
+    _row_tensors = ("record", "last_hidden", "valid", "document_start")
 
     def __init__(self, num_layers: int, capacity: int = 0) -> None:
         super().__init__([KVLayer(capacity) for _ in range(num_layers)])

@@ -137,10 +137,7 @@ class DecoderModel(DecoderPreTrainedModel):
             cache.record = tokens.record
             cache.length += hidden.shape[1]
         hidden = self.norm(hidden)
-        if tokens.latest is not None and hidden.shape[1] > 1:
-            # padding repeats the token before it: generate reads on from the last column
-            columns = tokens.latest.clamp(min=0)[..., None]
-            hidden = hidden.gather(1, columns.expand_as(hidden))
+        hidden = _repeat_at_padding(hidden, tokens.latest, cache)
         if all_hidden is not None:
             all_hidden[-1] = hidden
         return BaseModelOutputWithPast(
@@ -178,6 +175,24 @@ class DecoderModel(DecoderPreTrainedModel):
             raise ValueError(f"mode ({mode!r}) is for retention only: leave it out for attention")
         if mode not in MODES:
             raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}, or None")
+
+
+def _repeat_at_padding(hidden: Tensor, latest: Tensor | None, cache: DecoderCache | None) -> Tensor:
+    """Outputs at padding are those of the token before it: generate reads on from the last column.
+
+    That token may lie in an earlier call, so the cache keeps each row's last output.
+    """
+    if latest is not None and hidden.shape[1] > 1:
+        hidden = hidden.gather(1, latest.clamp(min=0)[..., None].expand_as(hidden))
+    if cache is None:
+        return hidden
+    if latest is None:
+        cache.last_hidden = None
+        return hidden
+    if cache.last_hidden is not None:
+        hidden = torch.where(latest[..., None] < 0, cache.last_hidden[:, None], hidden)
+    cache.last_hidden = hidden[:, -1].clone()
+    return hidden
 
 
 class RetNetModel(DecoderModel):
@@ -339,6 +354,22 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """generate's hook: of a whole prompt's segment ids, those of the tokens of this call."""
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc, arg-type]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        segment_ids, cache = inputs.get("segment_ids"), inputs.get("past_key_values")
+        if segment_ids is not None and cache is not None:
+            tokens = inputs["input_ids"]
+            tokens = inputs["inputs_embeds"] if tokens is None else tokens
+            columns = slice(cache.length, cache.length + tokens.shape[1])
+            if segment_ids.shape[1] > tokens.shape[1]:
+                inputs["segment_ids"] = segment_ids[:, columns]
+        return inputs
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -213,3 +213,29 @@ def test_sampling_in_a_batch_goes_on_from_a_copied_prefix(model) -> None:
             model.generate(ids, do_sample=True, max_new_tokens=9, past_key_values=cache, top_k=9)
         )
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_prefill_in_chunks_of_right_padded_prompts(model, chunk: int) -> None:
+    """A row may have nothing but padding in its last chunks."""
+    ids = torch.full((2, 9), PAD)
+    ids[0], ids[1, :3] = random_ids(1, 9)[0], random_ids(1, 3, seed=1)[0]
+    mask = (ids != PAD).long()
+    made = model.generate(ids, attention_mask=mask, **GREEDY, prefill_chunk_size=chunk)[:, 9:]
+    for row, length in ((0, 9), (1, 3)):
+        alone = model.generate(ids[row : row + 1, :length], **GREEDY)[0, length:]
+        assert torch.equal(made[row], alone)
+
+
+def test_prefill_in_chunks_with_documents(model) -> None:
+    ids = random_ids(2, 9)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2], [0] * 9])
+    whole = model.generate(ids, segment_ids=segments, **GREEDY)
+    in_chunks = model.generate(ids, segment_ids=segments, **GREEDY, prefill_chunk_size=4)
+    assert torch.equal(in_chunks, whole)
+    alone = model.generate(ids[:1, 6:], **GREEDY)[0, 3:]
+    assert torch.equal(whole[0, 9:], alone)
+    with torch.no_grad():
+        prefix = model(ids[:, :5], segment_ids=segments[:, :5], use_cache=True).past_key_values
+    again = model.generate(ids, segment_ids=segments, **GREEDY, past_key_values=prefix)
+    assert torch.equal(again, whole)
