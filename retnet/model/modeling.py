@@ -356,10 +356,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = self.new_cache()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self, input_ids: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """generate's hook: of a whole prompt's segment ids, those of the tokens of this call."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc, arg-type]
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         segment_ids, cache = inputs.get("segment_ids"), inputs.get("past_key_values")
