@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import CausalAttention, attention_mask
 from .cache import DecoderCache, KVCache, RetentionCache
 from .configuration import DecoderConfig, RetNetConfig, TransformerConfig
+from .generation import OwnCacheGenerationMixin
 from .initialization import initialize
 from .layers import MODES, FeedForward, MixerInputs, MultiScaleRetention, make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
@@ -227,7 +228,7 @@ class TransformerModel(DecoderModel):
         return CausalAttention.shared_inputs(config, tokens, hidden, mask)
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
     """A language model: the skeleton, an output layer, a loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -340,52 +341,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """generate's hook: our own memory instead of a DynamicCache."""
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"cache_implementation ({generation_config.cache_implementation!r}) must be left "
-                f"out: {type(self).__name__} has its own cache"
-            )
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """generate's hook: of a whole prompt's segment ids, those of the tokens of this call."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
-        segment_ids, cache = inputs.get("segment_ids"), inputs.get("past_key_values")
-        if segment_ids is not None and cache is not None:
-            tokens = inputs["input_ids"]
-            tokens = inputs["inputs_embeds"] if tokens is None else tokens
-            columns = slice(cache.length, cache.length + tokens.shape[1])
-            if segment_ids.shape[1] > tokens.shape[1]:
-                inputs["segment_ids"] = segment_ids[:, columns]
-        return inputs
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """generate's hook: new tokens belong to the document that the prompt ends with."""
-        updated = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, **kwargs
-        )
-        segment_ids = updated.pop("segment_ids", None)
-        if segment_ids is not None and updated.get("past_key_values") is None:
-            updated["segment_ids"] = torch.cat((segment_ids, segment_ids[:, -1:]), dim=1)
-        return updated
-
-    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """generate's hook: the cache and the mask know the positions; a user's own ids pass."""
-        return None
 
 
 class RetNetForCausalLM(DecoderForCausalLM):
