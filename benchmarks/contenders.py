@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
-from retnet.generation import decode_one, prefill
-from retnet.generation.decode import compile_step
+from retnet.generation import Step, make_step, prefill
 from retnet.model.modeling import DecoderForCausalLM
 
 PAIRS_LIMIT = 2048  # tokens of a row above which forms of all pairs of tokens are not trained
@@ -144,8 +143,9 @@ class Ours(Contender):
     ) -> None:
         super().__init__(name, model, longest)
         self.mode = mode
+        self.compiled = compiled
         self.call: Any = torch.compile(model) if compiled else model
-        self.step = compile_step(model) if compiled else model
+        self.step: Step | None = None
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         options = {"use_cache": False, "mode": self.mode, "return_logits": False}
@@ -158,7 +158,13 @@ class Ours(Contender):
         return cache
 
     def decode(self, memory: Any, token: Tensor) -> Tensor:
-        return decode_one(self.step, token, memory)
+        assert self.step is not None
+        return self.step(token, memory)
+
+    def decoding(self, context: Tensor, tokens: int) -> Prepare:
+        self.model.eval()
+        self.step = make_step(self.model, compile=self.compiled)
+        return super().decoding(context, tokens)
 
 
 class Llama(Contender):

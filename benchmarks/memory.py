@@ -19,6 +19,7 @@ import torch
 from benchmarks.contenders import Contender, Field, Llama, Size, add_ours, make_llama
 from benchmarks.measure import Peak, Plan, Results, random_ids
 from benchmarks.others import add_others
+from retnet.allocator import keep_freed_memory
 
 CONTENDERS = ("RetNet", "Transformer", "Llama", "torchscale chunkwise")
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -91,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as training does
     plan = Plan(arguments.device, getattr(torch, arguments.dtype), size=Size(*arguments.size))
     num_bytes = peak_of(arguments.contender, arguments.rows, arguments.length, plan)
     print("absent" if num_bytes is None else num_bytes)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retnet.generation import decode_one, prefill, synchronize
+from retnet.generation import Step, make_step, prefill, synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.modeling import DecoderForCausalLM
 
@@ -181,15 +181,17 @@ def _read_context(model: DecoderForCausalLM, context: int, tokens: int) -> Decod
 def _decoding(
     model: DecoderForCausalLM, cache: DecoderCache, tokens: int
 ) -> Callable[[], Callable[[], object]]:
+    step = make_step(model)
+
     def prepare() -> Callable[[], object]:
         own = copy.deepcopy(cache)
         start = torch.zeros(1, dtype=torch.int64, device=model.device)
-        return lambda: _decode(model, own, start, tokens)
+        return lambda: _decode(step, own, start, tokens)
 
     return prepare
 
 
 @torch.inference_mode()
-def _decode(model: DecoderForCausalLM, cache: DecoderCache, token: Tensor, tokens: int) -> None:
+def _decode(step: Step, cache: DecoderCache, token: Tensor, tokens: int) -> None:
     for _ in range(tokens):
-        token = decode_one(model, token, cache).argmax(dim=-1)
+        token = step(token, cache).argmax(dim=-1)

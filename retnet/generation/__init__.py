@@ -4,11 +4,12 @@ from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoin
 from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import (
     ENDED,
+    Step,
     Usage,
     check_compiler,
     decode_one,
     generate,
-    lay_out_for_decoding,
+    make_step,
     prefill,
     synchronize,
 )
@@ -16,6 +17,7 @@ from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
+from retnet.generation.step import DecodeStep, is_plain, lay_out_for_decoding
 from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "ENDED",
     "MANIFEST",
     "Checkpoint",
+    "DecodeStep",
     "Sampler",
     "Sampling",
+    "Step",
     "TextStream",
     "Usage",
     "add_loading_options",
@@ -35,9 +39,11 @@ __all__ = [
     "find_checkpoint",
     "find_damage",
     "generate",
+    "is_plain",
     "lay_out_for_decoding",
     "load_checkpoint",
     "loading_arguments",
+    "make_step",
     "prefill",
     "print_samples",
     "read_prompt",

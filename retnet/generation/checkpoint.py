@@ -23,8 +23,8 @@ from transformers.utils.logging import (
 )
 
 from retnet.errors import UserError
-from retnet.generation.decode import lay_out_for_decoding
 from retnet.generation.integrity import MANIFEST, find_damage
+from retnet.generation.step import lay_out_for_decoding
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 

@@ -1,25 +1,29 @@
 """The decode path as small verbs, and the one loop made of them.
 
-``prefill`` reads a prompt in pieces, ``decode_one`` feeds one token per row, a ``Sampler`` chooses
-the next one, ``generate`` is the loop for one prompt and for a batch, whatever the mixer.
+``prefill`` reads a prompt in pieces, ``decode_one`` feeds one token per row and ``make_step`` does
+so faster, a ``Sampler`` chooses the next one, ``generate`` is the loop for one prompt and for a
+batch, whatever the mixer.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
+from retnet.generation.step import DecodeStep, is_plain
 from retnet.model.cache import DecoderCache
 from retnet.model.modeling import DecoderForCausalLM
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
+Step = Callable[[Tensor, DecoderCache], Tensor]  # tokens [B] -> logits [B, vocab]
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
 
 
@@ -108,27 +112,34 @@ def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -
     return _last_logits(model, tokens[:, None], cache)
 
 
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """Store the linear layers' weights input by input, in place; their shapes stay as they are.
+def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
+    """The fastest right way to feed one token per row: what ``decode_one`` does, without the model.
 
-    One token is a product of a row with each matrix. On a CPU that runs about twice as fast when
-    the matrix lies in memory as it is multiplied, [in, out]; large batches do not mind.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-            module.weight.data = module.weight.data.t().contiguous().t()
+    It computes with the weights as they are now. Models with wrapped, hooked or adapted parts, and
+    caches that need a mask, take the plain way.
 
-
-def compile_step(model: DecoderForCausalLM) -> DecoderForCausalLM:
-    """The model with a compiled forward pass, for ``decode_one``.
-
-    Lengths are dynamic from the start, so the growing number of tokens seen compiles nothing anew.
+    Args:
+        model: A language model.
+        compile: Compile the step, at its first call; the growing number of tokens seen compiles
+            nothing anew.
 
     Raises:
         UserError: There is no C++ compiler to do it with.
     """
-    check_compiler(model.device, "--compile")
-    return torch.compile(model, dynamic=True, fullgraph=True)  # type: ignore[return-value]
+    if compile:
+        check_compiler(model.device, "--compile")
+    if not is_plain(model):
+        forward: Any = torch.compile(model, dynamic=True, fullgraph=True) if compile else model
+        return lambda tokens, cache: decode_one(forward, tokens, cache)
+    lean = DecodeStep(model).compile() if compile else DecodeStep(model)
+
+    @torch.inference_mode()
+    def step(tokens: Tensor, cache: DecoderCache) -> Tensor:
+        if not lean.fits(cache):
+            return decode_one(model, tokens, cache)
+        return _widened(lean(tokens, cache))
+
+    return step
 
 
 def check_compiler(device: torch.device, key: str) -> None:
@@ -143,7 +154,10 @@ def check_compiler(device: torch.device, key: str) -> None:
 
 def _last_logits(model: DecoderForCausalLM, input_ids: Tensor, cache: DecoderCache) -> Tensor:
     output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = output.logits[:, -1]
+    return _widened(output.logits[:, -1])
+
+
+def _widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -182,7 +196,7 @@ def generate(
     device, length = input_ids.device, input_ids.shape[1]
     started = time.perf_counter()
     cache = model.new_cache(max_length=length + max_new_tokens)
-    step = compile_step(model) if compile else model
+    step = make_step(model, compile=compile)
     logits = prefill(model, input_ids, cache)
     synchronize(device)
     usage.prompt_tokens, usage.prefill_seconds = length, time.perf_counter() - started
@@ -200,7 +214,7 @@ def generate(
     for position in range(length, length + max_new_tokens):
         started = time.perf_counter()
         if position > length:
-            logits = decode_one(step, ids[:, position - 1], cache)
+            logits = step(ids[:, position - 1], cache)
         ids[:, position] = sampler(ids[:, :position], logits)
         tokens = ids[:, position].masked_fill(ended, ENDED)
         ended = ended | criteria(ids[:, length : position + 1], logits)

@@ -1,17 +1,16 @@
-"""How the next token is chosen: transformers' own filters, then one draw per row."""
+"""How the next token is chosen: transformers' filters (but one), then one draw per row."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from retnet.errors import UserError
@@ -61,6 +60,26 @@ class Sampling:
             raise UserError(f"seed ({self.seed}) must be a whole number from 0 to {MAX_SEED}")
 
 
+def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    """Keep each row's smallest set of tokens that has probability ``top_p``; the others get -inf.
+
+    What transformers' TopPLogitsWarper does (tokens as likely as the last one kept are kept too),
+    by a threshold: only values are sorted, no indices, which numpy does ten times faster than torch
+    on a CPU. The sort is most of what a token costs beside the model.
+
+    Args:
+        scores: [B, vocab].
+        top_p: Above 0, below 1.
+    """
+    if scores.device.type == "cpu":
+        ordered = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    else:
+        ordered = scores.sort(dim=-1).values
+    cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)  # from the least likely on
+    first_kept = (cumulative <= 1 - top_p).sum(dim=-1, keepdim=True).clamp_(max=scores.shape[1] - 1)
+    return scores.masked_fill(scores < ordered.gather(1, first_kept), -math.inf)
+
+
 class Sampler:
     """Draws the next token of every row of a batch.
 
@@ -75,14 +94,14 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, rows: int) -> None:
         self.greedy = sampling.greedy
-        self.penalties = LogitsProcessorList()
+        self.penalty: Callable | None = None
         if sampling.repetition_penalty != 1.0:
-            self.penalties.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        self.filters = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+            self.penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        # called one by one: a LogitsProcessorList inspects every signature at every token
+        self.filters: list[Callable] = [TemperatureLogitsWarper(float(sampling.temperature))]
         if sampling.top_k is not None:
             self.filters.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1.0:
-            self.filters.append(TopPLogitsWarper(sampling.top_p))
+        self.top_p = sampling.top_p
         self.generators = [
             torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED) for row in range(rows)
         ]
@@ -98,13 +117,15 @@ class Sampler:
         Returns:
             Token ids, [B].
         """
-        history = cast(torch.LongTensor, input_ids)
-        scores = self.penalties(history, cast(torch.FloatTensor, logits))
+        scores = logits if self.penalty is None else self.penalty(input_ids, logits)
         if self.greedy:
             return scores.argmax(dim=-1)
         # Shifting by the maximum keeps tiny temperatures from overflowing to inf - inf.
-        highest = scores.amax(dim=-1, keepdim=True)
-        scores = self.filters(history, cast(torch.FloatTensor, scores - highest))
+        scores = scores - scores.amax(dim=-1, keepdim=True)
+        for keep in self.filters:
+            scores = keep(input_ids, scores)
+        if self.top_p < 1.0:
+            scores = keep_top_p(scores, self.top_p)
         cumulative = scores.softmax(dim=-1).double().cumsum(dim=-1)
         uniform = torch.stack(
             [torch.rand(1, dtype=torch.float64, generator=own) for own in self.generators]

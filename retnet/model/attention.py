@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache, KVLayer
 from .configuration import TransformerConfig
-from .layers import MixerInputs, rotary_cos_sin, split_heads
-from .rotary import rotate
+from .layers import MixerInputs, make_rotation, split_heads
 from .sequence import TokenInfo
 
 
@@ -29,8 +28,8 @@ class CausalAttention(nn.Module):
         config: TransformerConfig, tokens: TokenInfo, hidden: Tensor, mask: Tensor | None = None
     ) -> MixerInputs:
         """What is the same for all layers of a forward pass."""
-        cos, sin = rotary_cos_sin(config, tokens.positions, hidden)
-        return MixerInputs(tokens, cos, sin, mask=mask)
+        turn = make_rotation(config, tokens.positions, hidden)
+        return MixerInputs(tokens, turn, turn, mask=mask)
 
     def forward(
         self,
@@ -44,8 +43,7 @@ class CausalAttention(nn.Module):
         q = split_heads(self.q_proj(hidden), config.num_heads)
         k = split_heads(self.k_proj(hidden), config.num_heads)
         v = split_heads(self.v_proj(hidden), config.num_heads)
-        q = rotate(q, inputs.cos, inputs.sin, config.rotary_layout).to(v.dtype)
-        k = rotate(k, inputs.cos, inputs.sin, config.rotary_layout).to(v.dtype)
+        q, k = inputs.turn_queries(q).to(v.dtype), inputs.turn_keys(k).to(v.dtype)
         if memory is not None:
             k, v = memory.append(k, v)
         causal = inputs.mask is None and q.shape[2] > 1

@@ -78,14 +78,25 @@ class KVLayer(_Layer):
 
     def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
         present = 0 if self.keys is None else self.keys.shape[2]
-        if end <= present:
+        locked = present > 0 and _locked(self.keys)
+        if end <= present and not locked:
             return
-        capacity = max(end, self.capacity, 2 * present)
+        capacity = max(end, self.capacity, 2 * present if end > present else present)
         for name, new in (("keys", keys), ("values", values)):
             buffer = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if self.length:
                 buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
             setattr(self, name, buffer)
+
+
+def _locked(x: Tensor) -> bool:
+    """Whether x can't be written here: what inference_mode made, outside it.
+
+    A compiled step can't ask; it runs in inference mode whenever its cache was made there.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class DecoderCache(Cache):

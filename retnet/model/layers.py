@@ -12,7 +12,7 @@ from .configuration import DecoderConfig, RetNetConfig
 from .decay import head_log_decay
 from .precision import full_precision
 from .retention import retention_chunkwise, retention_parallel, retention_recurrent
-from .rotary import rotary_angles, rotate, rotation
+from .rotary import Rotation, rotary_angles, rotation
 from .sequence import TokenInfo, describe_tokens
 
 MODES = ("parallel", "chunkwise", "recurrent")
@@ -24,20 +24,21 @@ class MixerInputs:
 
     Attributes:
         tokens: Validity, documents and positions.
-        cos, sin: [B or 1, 1, T, K/2] in float32 or wider.
+        turn_queries, turn_keys: Their rotations, in float32 or wider; retention's keys also get
+            their scale from it.
         log_decay: [H], for retention.
         mask: bool [B or 1, 1, T, past + T], True where a query may look, for attention; None when
             plain causality says it all.
     """
 
     tokens: TokenInfo
-    cos: Tensor
-    sin: Tensor
+    turn_queries: Rotation
+    turn_keys: Rotation
     log_decay: Tensor | None = None
     mask: Tensor | None = None
 
 
-def rotary_cos_sin(config: DecoderConfig, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def make_rotation(config: DecoderConfig, positions: Tensor, like: Tensor) -> Rotation:
     """The rotation of these positions, in at least float32, on the device of ``like``."""
     angles = rotary_angles(
         positions,
@@ -45,7 +46,8 @@ def rotary_cos_sin(config: DecoderConfig, positions: Tensor, like: Tensor) -> tu
         frequencies=config.rotary_frequencies,
         base=config.rotary_base,
     )
-    return rotation(angles, torch.promote_types(like.dtype, torch.float32), like.device)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return Rotation(*rotation(angles, wide, like.device), config.rotary_layout)
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
@@ -85,9 +87,9 @@ class MultiScaleRetention(nn.Module):
     @staticmethod
     def shared_inputs(config: RetNetConfig, tokens: TokenInfo, hidden: Tensor) -> MixerInputs:
         """What is the same for all layers of a forward pass."""
-        cos, sin = rotary_cos_sin(config, tokens.positions, hidden)
+        turn = make_rotation(config, tokens.positions, hidden)
         log_decay = head_log_decay(config.decay, config.num_heads, hidden.device)
-        return MixerInputs(tokens, cos, sin, log_decay=log_decay)
+        return MixerInputs(tokens, turn, turn.scaled(config.head_dim**-0.5), log_decay=log_decay)
 
     def forward(
         self,
@@ -115,9 +117,7 @@ class MultiScaleRetention(nn.Module):
         k = split_heads(self.k_proj(hidden), config.num_heads)
         v = split_heads(self.v_proj(hidden), config.num_heads)
         with full_precision(hidden.device):
-            scale = config.head_dim**-0.5  # of the keys, taken along by their rotation
-            q = rotate(q, inputs.cos, inputs.sin, config.rotary_layout)
-            k = rotate(k, inputs.cos * scale, inputs.sin * scale, config.rotary_layout)
+            q, k = inputs.turn_queries(q), inputs.turn_keys(k)
             out, state = self._retain(q, k, v, inputs, memory, mode)
             out = head_norm(out, config.head_norm, config.head_norm_eps)
         out = out.transpose(1, 2).flatten(2).to(hidden.dtype)  # [B, T, H * V]

@@ -53,11 +53,11 @@ def test_state_stays_and_cache_grows_with_the_context() -> None:
 def test_every_round_decodes_the_asked_number_after_the_full_context(mixer, monkeypatch) -> None:
     lengths = []
 
-    def decode_one(model, token, cache):
+    def step(token, cache):
         lengths.append(cache.get_seq_length())
         cache.length += 1
         return torch.zeros(1, 259)
 
-    monkeypatch.setattr("retnet.evaluation.speed.decode_one", decode_one)
+    monkeypatch.setattr("retnet.evaluation.speed.make_step", lambda model: step)
     decode_speed([tiny_model(mixer)], (20,), tokens=3, rounds=2)
     assert lengths == [20, 21, 22] * 3

@@ -12,7 +12,6 @@ from retnet.generation import (
     Usage,
     decode_one,
     generate,
-    lay_out_for_decoding,
     prefill,
 )
 from tests.generation.builders import MIXERS, tiny_model
@@ -160,13 +159,3 @@ def test_no_compiler(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
         collect(tiny_model(mixer), prompts(1), 2, compile=True)
-
-
-def test_weights_laid_out_for_decoding_compute_the_same(mixer: str) -> None:
-    model = tiny_model(mixer)
-    before = collect(model, prompts(2), 12)
-    weight = model.model.layers[0].mixer.q_proj.weight
-    values = weight.clone()
-    lay_out_for_decoding(model)
-    assert weight.t().is_contiguous() and torch.equal(weight, values)
-    assert collect(model, prompts(2), 12).equal(before)

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TopPLogitsWarper
 
 from retnet.errors import UserError
 from retnet.generation import Sampler, Sampling
+from retnet.generation.sampling import keep_top_p
 
 LOGITS = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1.0]], dtype=torch.float64)
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
@@ -40,6 +44,26 @@ def test_top_k_keeps_k_tokens() -> None:
 def test_top_p_keeps_the_smallest_set_of_that_mass() -> None:
     kept = draws(Sampling(temperature=1.0, top_p=0.8)) > 0
     assert kept.tolist() == [False, True, True, False, False]
+
+
+@given(
+    rows=st.integers(1, 4),
+    vocab=st.integers(1, 300),
+    top_p=st.floats(1e-6, 1, exclude_max=True),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
+    cut=st.booleans(),
+)
+def test_top_p_keeps_what_transformers_keeps(rows, vocab, top_p, spread, cut) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    scores = spread * torch.randn(rows, vocab, dtype=torch.float64, generator=generator)
+    if cut and vocab > 3:  # as top_k leaves them
+        scores[:, 3:] = -torch.inf
+    kept = keep_top_p(scores, top_p)
+    expected = TopPLogitsWarper(top_p)(None, scores)
+    if spread:
+        assert kept.equal(expected)
+    else:  # all are equally likely: none may go
+        assert kept.equal(scores)
 
 
 def test_repetition_penalty_punishes_tokens_of_the_history() -> None:

@@ -72,3 +72,13 @@ def test_the_state_is_float32_whatever_the_weights() -> None:
     assert cache.layers[0].state.dtype == torch.float32
     wide = make_model("retention", torch.float64)
     assert wide(random_ids(1, 4)).past_key_values.layers[0].state.dtype == torch.float64
+
+
+def test_a_cache_made_in_inference_mode_can_be_used_outside_it(mixer: str) -> None:
+    model, ids = make_model(mixer), random_ids(1, 8)
+    cache = model.new_cache(max_length=8)
+    with torch.inference_mode():
+        model(ids[:, :6], past_key_values=cache)
+    with torch.no_grad():
+        parts = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in (6, 7)]
+        assert torch.allclose(torch.cat(parts, 1), model(ids).logits[:, 6:])

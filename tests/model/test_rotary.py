@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from retnet.model.rotary import rotary_angles, rotate, rotation
+from retnet.model.rotary import Rotation, rotary_angles, rotation
 
 CPU = torch.device("cpu")
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor, layout: str, frequencies: str):
     angles = rotary_angles(positions, x.shape[-1], frequencies=frequencies, base=10000.0)
-    return rotate(x, *rotation(angles, x.dtype, CPU), layout)
+    return Rotation(*rotation(angles, x.dtype, CPU), layout)(x)
 
 
 def test_frequencies() -> None:
@@ -52,7 +52,7 @@ def test_positions_are_distinct_where_low_precision_merges_them() -> None:
     positions = torch.arange(1024)[None]
     x = torch.ones(1, 1, 1024, 2, dtype=torch.bfloat16)
     angles = rotary_angles(positions, 2, frequencies="linspace", base=10000.0)
-    out = rotate(x, *rotation(angles, torch.float32, CPU), "interleaved")
+    out = Rotation(*rotation(angles, torch.float32, CPU), "interleaved")(x)
     assert out.dtype == torch.float32
     assert len(out[0, 0].unique(dim=0)) == 1024
 
@@ -68,7 +68,7 @@ def test_the_complex_and_the_real_form_are_one(
     results = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        out = rotate(x, cos, sin, "interleaved")
+        out = Rotation(cos, sin, "interleaved")(x)
         (gradient,) = torch.autograd.grad((out * torch.arange(8)).sum(), x)
         results.append((out, gradient))
     for fast, plain in zip(*results, strict=True):

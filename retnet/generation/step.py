@@ -1,0 +1,283 @@
+"""One token per row through a model, in as few operators as it takes.
+
+The plain form of this is the model's own forward pass, ``decode_one``: right for every model, but
+made for whole texts. For one token its cost is not arithmetic, it is the modules called, the
+operators started, and the weights read at less than the memory's speed. ``DecodeStep`` computes the
+same (the tests compare the two) and differs in four things:
+
+* Projections of the same input are one product. ``lay_out_for_decoding`` stores their weights one
+  after the other, so that this copies nothing.
+* On a CPU a product of a few rows with a matrix runs as a batch of products with blocks of its
+  rows, which the threads share and read from the memory in order (``FewRows``).
+* Decays are computed once, rotations once a step; nothing is looked up in the configuration.
+* The state is updated in place; nothing that a step allocates outlives it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retnet.model.attention import CausalAttention
+from retnet.model.cache import DecoderCache, KVCache, KVLayer, RetentionLayer
+from retnet.model.configuration import DecoderConfig
+from retnet.model.decay import head_log_decay
+from retnet.model.layers import FeedForward, MultiScaleRetention, head_norm
+from retnet.model.modeling import (
+    DecoderForCausalLM,
+    DecoderLayer,
+    RetNetForCausalLM,
+    RetNetModel,
+    TransformerForCausalLM,
+    TransformerModel,
+)
+from retnet.model.precision import full_precision
+from retnet.model.rotary import Rotation, rotary_theta, rotation
+from retnet.model.sequence import NEXT_POSITION, SEGMENT
+
+BLOCKS = 16  # of a matrix; measured: anything from 8 to 64 is as fast
+MOST_ROWS = 32  # of a product in blocks; more rows are a matrix product like any other
+
+# what a model is made of when nobody has wrapped, quantised or adapted a part of it
+PLAIN_MODULES = {
+    CausalAttention, DecoderLayer, FeedForward, MultiScaleRetention, RetNetForCausalLM, RetNetModel,
+    TransformerForCausalLM, TransformerModel, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear,
+    nn.ModuleList, nn.RMSNorm,
+}  # fmt: skip
+
+
+class FewRows:
+    """y = x W^T for few rows x.
+
+    BLAS libraries read W at about half of the memory's speed when x is one row, and share the work
+    badly between threads. As a batch of smaller products they do neither.
+
+    Args:
+        weight: W, [out, in], stored row by row.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        outputs, inputs = weight.shape
+        whole = outputs // BLOCKS * BLOCKS
+        suits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+        self.in_blocks = suits and whole > 0 and weight.is_contiguous()
+        if self.in_blocks:
+            self.blocks = weight[:whole].view(BLOCKS, -1, inputs).mT  # [BLOCKS, in, out / BLOCKS]
+            self.rest = weight[whole:] if whole < outputs else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, in] -> [B, out]."""
+        rows = x.shape[0]
+        if not self.in_blocks or rows > MOST_ROWS:
+            return F.linear(x, self.weight)
+        y = torch.bmm(x.expand(BLOCKS, -1, -1), self.blocks)
+        y = y.view(1, -1) if rows == 1 else y.transpose(0, 1).reshape(rows, -1)
+        return y if self.rest is None else torch.cat((y, F.linear(x, self.rest)), dim=1)
+
+
+def lay_out_for_decoding(model: nn.Module) -> None:
+    """Store the weights that ``DecodeStep`` multiplies together one after the other, in place."""
+    for module in model.modules():
+        linears = _same_input(module)
+        if len(linears) > 1:
+            whole = _joined(linears)
+            parts = whole.split([linear.out_features for linear in linears])
+            for linear, part in zip(linears, parts, strict=True):
+                linear.weight.data = part
+
+
+def _same_input(module: nn.Module) -> list[nn.Linear]:
+    """The projections in a mixer or feed-forward network that all read its input."""
+    if isinstance(module, MultiScaleRetention):
+        found = [module.q_proj, module.k_proj, module.v_proj, module.g_proj]
+    elif isinstance(module, CausalAttention):
+        found = [module.q_proj, module.k_proj, module.v_proj]
+    elif isinstance(module, FeedForward):
+        found = [module.gate_proj, module.up_proj]
+    else:
+        found = []
+    return [linear for linear in found if linear is not None]
+
+
+def _joined(linears: Sequence[nn.Linear]) -> Tensor:
+    """The weights as one matrix [sum of out, in]: what is stored as one already is not copied."""
+    weights = [linear.weight.detach() for linear in linears]
+    first, inputs = weights[0], weights[0].shape[1]
+    offset = first.storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and weight.is_contiguous() and weight.storage_offset() == offset):
+            return torch.cat(weights)
+        offset += weight.numel()
+    outputs = sum(weight.shape[0] for weight in weights)
+    return first.as_strided((outputs, inputs), (inputs, 1))
+
+
+class RetentionStep:
+    """``MultiScaleRetention`` for one token per row, its state updated in place."""
+
+    def __init__(self, mixer: MultiScaleRetention) -> None:
+        config = mixer.config
+        self.inputs, self.output = (
+            FewRows(_joined(_same_input(mixer))),
+            FewRows(mixer.o_proj.weight),
+        )
+        self.heads, self.gated = config.num_heads, config.gate
+        self.head_norm, self.eps = config.head_norm, config.head_norm_eps
+        gate = config.value_size if config.gate else 0
+        self.parts = [2 * config.hidden_size, config.value_size, gate]
+
+    def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: RetentionLayer) -> Tensor:
+        """[B, d] -> [B, d]; ``decay`` is [H, 1, 1], ``turn`` for queries and keys together."""
+        rows, heads, state = x.shape[0], self.heads, memory.state
+        assert state is not None
+        qk, v, gate = self.inputs(x).split_with_sizes(self.parts, dim=1)
+        with full_precision(x.device):
+            q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
+            v = v.view(rows, heads, 1, -1).to(state.dtype)
+            state.mul_(decay).addcmul_(k.mT, v)
+            out = torch.bmm(q.flatten(0, 1), state.flatten(0, 1)).view(rows, heads, -1)
+            out = head_norm(out, self.head_norm, self.eps).view(rows, -1)
+        out = out.to(x.dtype)
+        return self.output(F.silu(gate) * out if self.gated else out)
+
+
+class AttentionStep:
+    """``CausalAttention`` for one token per row, its keys and values appended to the cache."""
+
+    def __init__(self, mixer: CausalAttention) -> None:
+        self.heads = mixer.config.num_heads
+        self.inputs, self.output = (
+            FewRows(_joined(_same_input(mixer))),
+            FewRows(mixer.o_proj.weight),
+        )
+
+    def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: KVLayer) -> Tensor:
+        """[B, d] -> [B, d]; there is no decay in it."""
+        rows, heads = x.shape[0], self.heads
+        qkv = self.inputs(x).view(rows, 3 * heads, 1, -1)
+        q, k = turn(qkv[:, : 2 * heads]).to(x.dtype).split(heads, dim=1)
+        keys, values = memory.append(k, qkv[:, 2 * heads :])
+        out = F.scaled_dot_product_attention(q, keys, values)
+        return self.output(out.view(rows, -1))
+
+
+class FeedForwardStep:
+    """``FeedForward`` for few rows."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        self.gated = ffn.gate_proj is not None
+        self.inputs = FewRows(_joined(_same_input(ffn)))
+        self.output = FewRows(ffn.down_proj.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self.inputs(x)
+        if self.gated:
+            gate, inner = inner.chunk(2, dim=1)
+            return self.output(F.silu(gate) * inner)
+        return self.output(F.gelu(inner))
+
+
+def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The norm without its module; ``make_norm`` knows two kinds."""
+    if isinstance(norm, nn.LayerNorm):
+        shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    assert isinstance(norm, nn.RMSNorm)
+    shape, weight, rms_eps = norm.normalized_shape, norm.weight, norm.eps
+    return lambda x: torch.rms_norm(x, shape, weight, rms_eps)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether ``DecodeStep`` may stand for the model.
+
+    It must consist of its own modules, none of them wrapped, hooked or in training, on a device
+    that has float64 for the angles.
+    """
+    has_float64 = next(model.parameters()).device.type != "mps"
+    return (
+        has_float64
+        and not model.training
+        and all(
+            type(module) in PLAIN_MODULES
+            and "forward" not in vars(module)
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            for module in model.modules()
+        )
+    )
+
+
+class DecodeStep:
+    """One token per row: tokens [B] in, the logits that follow [B, vocab] out, the cache updated.
+
+    It computes with the weights as they are when it is made.
+
+    Args:
+        model: For which ``is_plain`` holds.
+    """
+
+    def __init__(self, model: DecoderForCausalLM) -> None:
+        config: DecoderConfig = model.config
+        self.compute = self._compute
+        self.grows = isinstance(model, TransformerForCausalLM)  # the cache
+        self.embedding = model.model.embed_tokens.weight
+        mixer_step: Callable = AttentionStep if self.grows else RetentionStep
+        self.layers = [
+            (
+                _norm(layer.mixer_norm),
+                mixer_step(layer.mixer),
+                _norm(layer.ffn_norm),
+                FeedForwardStep(layer.ffn),
+            )
+            for layer in model.model.layers
+        ]
+        self.norm, self.output = _norm(model.model.norm), FewRows(model.lm_head.weight)
+        self.wide = torch.promote_types(self.embedding.dtype, torch.float32)
+        self.layout, device = config.rotary_layout, self.embedding.device
+        self.theta = rotary_theta(
+            config.head_dim,
+            frequencies=config.rotary_frequencies,
+            base=config.rotary_base,
+            device=device,
+        )
+        # queries and keys are rotated together, [B, 2H, 1, K]; retention's keys carry the scale
+        ones = torch.ones(config.num_heads, 1, 1, dtype=self.wide, device=device)
+        self.scale = torch.cat((ones, ones if self.grows else ones * config.head_dim**-0.5))
+        self.decay = ones
+        if not self.grows:
+            log_decay = head_log_decay(config.decay, config.num_heads, device)
+            self.decay = log_decay.to(self.wide).exp()[:, None, None]
+
+    def fits(self, cache: DecoderCache) -> bool:
+        """Whether the cache holds something, and nothing that needs a mask."""
+        masked = isinstance(cache, KVCache) and (
+            cache.valid is not None or cache.document_start is not None
+        )
+        return cache.length > 0 and not masked
+
+    def compile(self) -> "DecodeStep":
+        """Compile the step at its first call; a growing cache compiles nothing anew."""
+        self.compute = torch.compile(self.compute, dynamic=self.grows, fullgraph=True)
+        return self
+
+    def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        """tokens int64 [B] -> logits [B, vocab]; ``fits(cache)`` must hold."""
+        assert cache.record is not None
+        logits = self.compute(tokens, cache.record[:, NEXT_POSITION], cache.layers)
+        cache.record[:, :SEGMENT] += 1
+        cache.length += 1
+        cache.last_hidden = None
+        return logits
+
+    def _compute(self, tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
+        hidden = F.embedding(tokens, self.embedding)
+        angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]
+        turn = Rotation(*rotation(angles, self.wide, tokens.device), self.layout).scaled(self.scale)
+        for (norm, mixer, ffn_norm, ffn), memory in zip(self.layers, memories, strict=True):
+            hidden = hidden + mixer(norm(hidden), turn, self.decay, memory)
+            hidden = hidden + ffn(ffn_norm(hidden))
+        return self.output(self.norm(hidden))

@@ -1,0 +1,199 @@
+"""The lean decode step against the model's own forward pass."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.generation import (
+    DecodeStep,
+    decode_one,
+    generate,
+    is_plain,
+    lay_out_for_decoding,
+    make_step,
+    prefill,
+)
+from retnet.generation.step import FewRows
+from tests.generation.builders import MIXERS, VOCAB, tiny_model
+
+both_mixers = pytest.mark.parametrize("mixer", MIXERS)
+
+
+def random_ids(rows: int, length: int, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+SHARED: dict[str, Any] = {
+    "norm": st.sampled_from(["layernorm", "rmsnorm"]),
+    "ffn": st.sampled_from(["gelu", "swiglu"]),
+    "rotary_layout": st.sampled_from(["interleaved", "half"]),
+    "rotary_frequencies": st.sampled_from(["linspace", "standard"]),
+    "num_heads": st.sampled_from([1, 2, 4]),
+    "vocab_size": st.integers(3, 70),
+    "tie_word_embeddings": st.booleans(),
+}
+RETENTION: dict[str, Any] = {
+    "head_norm": st.sampled_from(["groupnorm", "rmsnorm", "none"]),
+    "decay": st.sampled_from(["paper", "log_linear", 0.9, 1.0]),
+    "gate": st.booleans(),
+    "value_size": st.sampled_from([24, 48]),
+}
+
+
+def draw_model(draw: st.DataObject, mixer: str) -> Any:
+    fields = SHARED | (RETENTION if mixer == "retention" else {})
+    values = {key: draw.draw(strategy, label=key) for key, strategy in fields.items()}
+    values |= {"hidden_size": 24, "num_hidden_layers": 2, "dropout": 0.5}
+    torch.manual_seed(0)
+    if mixer == "retention":
+        model: Any = RetNetForCausalLM(RetNetConfig(**values))
+    else:
+        model = TransformerForCausalLM(TransformerConfig(**values))
+    for weight in model.parameters():
+        weight.data.mul_(1.0 if weight.dim() == 1 else 3.0)
+    return model.double().eval()
+
+
+@both_mixers
+@settings(max_examples=30, deadline=None)
+@given(draw=st.data())
+def test_the_step_is_the_forward_pass(mixer: str, draw: st.DataObject) -> None:
+    """Every variant of the model, whether its weights are laid out for it or not."""
+    model, rows = draw_model(draw, mixer), draw.draw(st.integers(1, 3), label="rows")
+    assert is_plain(model)
+    ids = random_ids(rows, 12, model.config.vocab_size)
+    plain_cache = model.new_cache()
+    prefill(model, ids[:, :7], plain_cache)
+    lean_cache = copy.deepcopy(plain_cache)
+    if draw.draw(st.booleans(), label="laid out"):
+        lay_out_for_decoding(model)
+    step = DecodeStep(model)
+    with torch.inference_mode():
+        for t in range(7, 12):
+            logits = step(ids[:, t], lean_cache)
+            expected = decode_one(model, ids[:, t], plain_cache)
+            torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-10)
+        # and either cache goes on in the other way
+        logits = decode_one(model, ids[:, 0], lean_cache)
+        torch.testing.assert_close(logits, step(ids[:, 0], plain_cache), rtol=1e-9, atol=1e-10)
+    assert lean_cache.length == plain_cache.length == 13
+    assert lean_cache.record.equal(plain_cache.record)
+
+
+@both_mixers
+def test_rows_that_began_with_padding(mixer: str) -> None:
+    model = tiny_model(mixer)
+    ids, mask = random_ids(2, 9), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    cache = model.new_cache()
+    with torch.inference_mode():
+        model(ids[:, :8], attention_mask=mask, past_key_values=cache)
+        expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
+        assert DecodeStep(model).fits(cache) == (mixer == "retention")
+        torch.testing.assert_close(make_step(model)(ids[:, 8], cache), expected)
+
+
+@both_mixers
+def test_an_empty_cache_takes_the_plain_way(mixer: str) -> None:
+    model, ids = tiny_model(mixer), random_ids(2, 2)
+    cache = model.new_cache()
+    step = make_step(model)
+    parts = [step(ids[:, t], cache) for t in (0, 1)]
+    torch.testing.assert_close(torch.stack(parts, 1), model(ids, use_cache=False).logits)
+
+
+@both_mixers
+def test_decoding_calls_no_module_and_the_state_stays_where_it_is(mixer: str) -> None:
+    model, ids = tiny_model(mixer), random_ids(1, 9)
+    cache, step = model.new_cache(max_length=9), make_step(model)
+    prefill(model, ids[:, :8], cache)
+    held = [getattr(layer, name) for layer in cache.layers for name in layer.tensors()]
+    places = [tensor.data_ptr() for tensor in held]
+    for module in model.modules():
+        module.forward = None  # calling it would raise
+    step(ids[:, 8], cache)
+    after = [getattr(layer, name) for layer in cache.layers for name in layer.tensors()]
+    assert places == [tensor.data_ptr() for tensor in after]
+
+
+@both_mixers
+def test_what_is_not_plain_takes_the_plain_way(mixer: str) -> None:
+    """Hooks are called, adapters and training's dropout have their effect."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    ids = random_ids(1, 9)
+    hooked, adapted, training = (tiny_model(mixer) for _ in range(3))
+    seen: list[int] = []
+    hooked.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    adapted.model.layers[0].mixer.o_proj.__class__ = Adapted
+    training.train()
+    for model in (hooked, adapted, training):
+        assert not is_plain(model)
+        cache, plain = model.new_cache(), model.new_cache()
+        prefill(model, ids[:, :8], cache)
+        prefill(model, ids[:, :8], plain)
+        logits = make_step(model)(ids[:, 8], cache)
+        torch.testing.assert_close(logits, decode_one(model, ids[:, 8], plain))
+    assert len(seen) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 70), st.booleans())
+def test_products_of_few_rows(rows: int, inputs: int, outputs: int, transposed: bool) -> None:
+    x = torch.randn(rows, inputs, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs, dtype=torch.float64)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    torch.testing.assert_close(FewRows(weight)(x), F.linear(x, weight))
+
+
+@both_mixers
+def test_weights_laid_out_once_are_not_copied_and_can_be_saved(mixer: str, tmp_path: Path) -> None:
+    model = tiny_model(mixer)
+    values = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first = model.model.layers[0].mixer.q_proj.weight
+    copied = DecodeStep(model).layers[0][1].inputs.weight
+    assert copied.data_ptr() != first.data_ptr()
+    for _ in range(2):
+        lay_out_for_decoding(model)
+        shared = DecodeStep(model).layers[0][1].inputs.weight
+        assert shared.data_ptr() == first.data_ptr()
+    assert all(weight.equal(values[name]) for name, weight in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(weight.equal(values[name]) for name, weight in again.state_dict().items())
+
+
+@both_mixers
+def test_low_precision_weights(mixer: str) -> None:
+    model, ids = tiny_model(mixer, dtype=torch.bfloat16), random_ids(2, 9)
+    cache = model.new_cache()
+    prefill(model, ids[:, :8], cache)
+    expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
+    logits = make_step(model)(ids[:, 8], cache)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05 * expected.std().item())
+
+
+@both_mixers
+def test_generate_decodes_by_the_step(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = DecodeStep.__call__
+
+    def counted(self: DecodeStep, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    assert len(list(generate(tiny_model(mixer), random_ids(2, 5), max_new_tokens=6))) == 6
+    assert len(calls) == 5

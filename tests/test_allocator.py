@@ -1,0 +1,44 @@
+"""Freed memory is kept: counted in page faults, in processes of their own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from retnet.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def use():
+    torch.ones(20_000_000)  # 80 MB
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(30):  # small blocks that settle in between may move it a few times
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+def faults(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", FAULTS, *arguments], capture_output=True, text=True, env=env
+    )
+
+
+@needs_glibc
+def test_large_blocks_are_mapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    kept, given_back = (int(faults(how).stdout) for how in ("keep", "leave"))
+    assert given_back > 10_000 and kept < given_back / 4
+
+
+@needs_glibc
+def test_the_users_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    refused = faults("keep")
+    assert refused.returncode and "AssertionError" in refused.stderr
