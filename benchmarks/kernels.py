@@ -63,7 +63,8 @@ def chunkwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     log_decay = head_log_decay("paper", q.shape[2], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scaled = k * q.shape[3] ** -0.5
-    out, _ = retention_chunkwise(q, scaled, v, log_decay, chunk_size=RetNetConfig.chunk_size)
+    size = RetNetConfig(hidden_size=q.shape[1] * q.shape[3], num_heads=q.shape[1]).chunk_size
+    out, _ = retention_chunkwise(q, scaled, v, log_decay, chunk_size=size)
     return out.transpose(1, 2).to(q.dtype)
 
 

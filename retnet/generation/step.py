@@ -25,6 +25,7 @@ from retnet.model.cache import DecoderCache, KVCache, KVLayer, RetentionLayer
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decay import head_log_decay
 from retnet.model.layers import FeedForward, MultiScaleRetention, head_norm
+from retnet.model.linear import Linear
 from retnet.model.modeling import (
     DecoderForCausalLM,
     DecoderLayer,
@@ -44,7 +45,7 @@ MOST_ROWS = 64  # of a product in blocks; more rows are a matrix product like an
 # what a model is made of when nobody has wrapped, quantised or adapted a part of it
 PLAIN_MODULES = {
     CausalAttention, DecoderLayer, FeedForward, MultiScaleRetention, RetNetForCausalLM, RetNetModel,
-    TransformerForCausalLM, TransformerModel, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear,
+    TransformerForCausalLM, TransformerModel, Linear, nn.Dropout, nn.Embedding, nn.LayerNorm,
     nn.ModuleList, nn.RMSNorm,
 }  # fmt: skip
 

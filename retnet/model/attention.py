@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .cache import KVCache, KVLayer
 from .configuration import TransformerConfig
 from .layers import MixerInputs, make_rotation, split_heads
+from .linear import Linear
 from .sequence import TokenInfo
 
 
@@ -18,10 +19,10 @@ class CausalAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.q_proj = Linear(hidden, hidden, bias=False)
+        self.k_proj = Linear(hidden, hidden, bias=False)
+        self.v_proj = Linear(hidden, hidden, bias=False)
+        self.o_proj = Linear(hidden, hidden, bias=False)
 
     @staticmethod
     def shared_inputs(

@@ -182,7 +182,9 @@ class RetNetConfig(DecoderConfig):
         gate: The swish gate.
         decay: "paper" (1 - 2^(-5-h)), "log_linear" (the schedule of the paper's experiments), or
             one number in (0, 1] for all heads: single-scale, 1.0 without decay.
-        chunk_size: C of the chunkwise form; no effect on the result.
+        chunk_size: C of the chunkwise form; no effect on the result. When None, what was measured
+            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 256
+            on 128.
     """
 
     model_type = "retnet_lm"
@@ -192,12 +194,14 @@ class RetNetConfig(DecoderConfig):
     head_norm_eps: float = 1e-6
     gate: bool = True
     decay: str | float = "paper"
-    chunk_size: int = 128
+    chunk_size: int = None  # type: ignore[assignment]  # resolved on construction
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.value_size is None and isinstance(self.hidden_size, int):
             self.value_size = 2 * self.hidden_size
         super().__post_init__(**kwargs)
+        if self.chunk_size is None:
+            self.chunk_size = 64 if self.head_dim < 256 else 128
 
     @property
     def mixer_parameters(self) -> int:
@@ -206,7 +210,8 @@ class RetNetConfig(DecoderConfig):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        problems += self._check_size("chunk_size")
+        if self.chunk_size is not None:
+            problems += self._check_size("chunk_size")
         problems += self._check_choice("head_norm", HEAD_NORMS)
         problems += self._check_number("head_norm_eps", 0, 1)
         if isinstance(self.hidden_size, int):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .cache import RetentionLayer
 from .configuration import DecoderConfig, RetNetConfig
 from .decay import head_log_decay
+from .linear import Linear
 from .precision import full_precision
 from .retention import retention_chunkwise, retention_parallel, retention_recurrent
 from .rotary import Rotation, rotary_angles, rotation
@@ -78,11 +79,11 @@ class MultiScaleRetention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         hidden, value = config.hidden_size, config.value_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, value, bias=False)
-        self.g_proj = nn.Linear(hidden, value, bias=False) if config.gate else None
-        self.o_proj = nn.Linear(value, hidden, bias=False)
+        self.q_proj = Linear(hidden, hidden, bias=False)
+        self.k_proj = Linear(hidden, hidden, bias=False)
+        self.v_proj = Linear(hidden, value, bias=False)
+        self.g_proj = Linear(hidden, value, bias=False) if config.gate else None
+        self.o_proj = Linear(value, hidden, bias=False)
 
     @staticmethod
     def shared_inputs(config: RetNetConfig, tokens: TokenInfo, hidden: Tensor) -> MixerInputs:
@@ -149,10 +150,16 @@ class MultiScaleRetention(nn.Module):
         return retention_chunkwise(q, k, v, inputs.log_decay, chunk_size=chunk_size, **options)
 
     def choose_mode(self, length: int) -> str:
-        """The fastest form for T tokens: one chunk is the parallel form, one token a step."""
+        """The fastest form for T tokens: recurrent for one, parallel for few, else chunkwise.
+
+        Per token and head all pairs cost about 3 T V operations, chunks (3 C + 4 K) V, with states
+        between them that have to be written and read: as measured, they pay from T = 2 K on
+        (``python -m benchmarks.speed forms``). One chunk is the parallel form anyhow.
+        """
         if length == 1:
             return "recurrent"
-        return "parallel" if length <= self.config.chunk_size else "chunkwise"
+        few = max(self.config.chunk_size, 2 * self.config.head_dim)
+        return "parallel" if length <= few else "chunkwise"
 
 
 class FeedForward(nn.Module):
@@ -162,9 +169,9 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         gated = config.ffn == "swiglu"
-        self.gate_proj = nn.Linear(hidden, inner, bias=False) if gated else None
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner, bias=False) if gated else None
+        self.up_proj = Linear(hidden, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""

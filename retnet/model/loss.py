@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import linear, linear_gradients
 from .precision import full_precision
 from .sequence import describe_tokens
 
@@ -75,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, labels = hidden[begin : begin + chunk], targets[begin : begin + chunk, None]
                 counted = labels != IGNORE_INDEX
                 labels = labels.clamp(min=0)
-                logits = (part @ weight.T).to(wide)
+                logits = linear(part, weight).to(wide)
                 normaliser = logits.logsumexp(1, keepdim=True)
                 total += ((normaliser - logits.gather(1, labels)) * counted).sum()
                 # d loss / d logits = softmax - one-hot, in place of the logits
@@ -83,9 +84,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
                 slope = slope.mul_(counted).to(hidden.dtype)
                 if hidden_grad is not None:
-                    torch.mm(slope, weight, out=hidden_grad[begin : begin + chunk])
-                if weight_grad is not None:
-                    weight_grad += slope.T @ part
+                    hidden_grad[begin : begin + chunk], added = linear_gradients(
+                        part, weight, slope, of_weight=weight_grad is not None
+                    )
+                    if weight_grad is not None and added is not None:
+                        weight_grad += added
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total

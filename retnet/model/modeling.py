@@ -18,6 +18,7 @@ from .configuration import DecoderConfig, RetNetConfig, TransformerConfig
 from .generation import OwnCacheGenerationMixin
 from .initialization import initialize
 from .layers import MODES, FeedForward, MixerInputs, MultiScaleRetention, make_norm
+from .linear import Linear
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
 from .sequence import TokenInfo, describe_tokens
 
@@ -237,7 +238,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:

@@ -24,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunkwise import ChunkwiseRetention
+from .timing import chunk_decays, clock, decay_between, decay_matrix
+
 # Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
 # cost and memory of that product stay linear in T.
-CHUNKS_PER_SPAN = 32
+CHUNKS_PER_SPAN = 8
 
 
 def retention_recurrent(
@@ -86,16 +89,16 @@ def retention_parallel(
     Arguments, results and errors as in ``retention_recurrent``.
     """
     q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
-    time, document = _clock(q, valid, resets)
-    out = (q @ k.mT * _decay_matrix(log_decay, time, document)) @ v
+    time, document = clock(q.shape[2], q.device, valid, resets)
+    out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
     last_time = time[:, -1:]
     last_document = None if document is None else document[:, -1:]
-    to_end = _decay_between(log_decay, last_time, time, last_document, document)
+    to_end = decay_between(log_decay, last_time, time, last_document, document)
     state = (k * to_end[..., None]).mT @ v
     if initial_state is not None:
         start = torch.zeros_like(time[:, :1])
         first = None if document is None else torch.zeros_like(document[:, :1])
-        from_start = _decay_between(log_decay, time, start, document, first)
+        from_start = decay_between(log_decay, time, start, document, first)
         carried = initial_state.to(q.dtype)
         out = out + (q * from_start[..., None]) @ carried
         state = state + from_start[:, :, -1, None, None] * carried
@@ -125,9 +128,11 @@ def retention_chunkwise(
     length = q.shape[2]
     chunk_size = min(chunk_size, length)
     span = chunk_size * CHUNKS_PER_SPAN
+    cuts = [slice(start, start + span) for start in range(0, length, span)]
+    if not (torch.compiler.is_compiling() or log_decay.requires_grad):
+        return ChunkwiseRetention.apply(q, k, v, state, log_decay, chunk_size, cuts, valid, resets)
     outputs = []
-    for start in range(0, length, span):
-        cut = slice(start, min(start + span, length))
+    for cut in cuts:
         out, state = _chunkwise_span(
             q[:, :, cut],
             k[:, :, cut],
@@ -139,7 +144,7 @@ def retention_chunkwise(
             None if resets is None else resets[:, cut],
         )
         outputs.append(out)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+    return torch.cat(outputs, dim=2), state
 
 
 def _chunkwise_span(
@@ -152,51 +157,31 @@ def _chunkwise_span(
     valid: Tensor | None,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``retention_chunkwise`` for N <= CHUNKS_PER_SPAN chunks, their states by one product."""
+    """``retention_chunkwise`` for N <= CHUNKS_PER_SPAN chunks, their states by one product.
+
+    The plain form: ``ChunkwiseRetention`` computes the same, compilers get this one.
+    """
     length = q.shape[2]
     num_chunks = -(-length // chunk_size)
-    time, document = _clock(q, valid, resets)
-    end_time = torch.cat((time[:, chunk_size - 1 : -1 : chunk_size], time[:, -1:]), dim=1)  # [., N]
-    end_document = None
-    if document is not None:
-        end_document = torch.cat(
-            (document[:, chunk_size - 1 : -1 : chunk_size], document[:, -1:]), dim=1
-        )
-
+    decays = chunk_decays(log_decay, length, chunk_size, valid, resets)
     padding = num_chunks * chunk_size - length
     if padding:  # the last chunk is short: fill it with tokens that add nothing
         q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
-        time = F.pad(time, (0, padding), value=length)
-        document = None if document is None else F.pad(document, (0, padding), value=-1)
     q, k, v = (x.unflatten(2, (num_chunks, chunk_size)) for x in (q, k, v))  # [B, H, N, C, .]
-    time = time.unflatten(1, (num_chunks, chunk_size))  # [B or 1, N, C]
-    document = None if document is None else document.unflatten(1, (num_chunks, chunk_size))
 
     # what each chunk adds to the state at its own end: U_i = sum_m g^(end_i - m) k_m^T v_m
-    ends, end_docs = end_time[..., None], None if end_document is None else end_document[..., None]
-    to_end = _decay_between(log_decay, ends, time, end_docs, document)  # [B or 1, H, N, C]
-    added = (k * to_end[..., None]).mT @ v  # [B, H, N, K, V]
+    added = (k * decays.to_end[..., None]).mT @ v  # [B, H, N, K, V]
 
     # the state at each chunk's end: R_i = sum_{j <= i} g^(end_i - end_j) U_j + g^(end_i) S
-    between = _decay_matrix(log_decay, end_time, end_document)  # [B or 1, H, N, N]
-    start = torch.zeros_like(end_time[:, :1])
-    first = None if end_document is None else torch.zeros_like(end_document[:, :1])
-    from_start = _decay_between(log_decay, end_time, start, end_document, first)  # [., H, N]
-    states = (between @ added.flatten(3)).unflatten(3, added.shape[3:])
-    states = states + from_start[..., None, None] * state[:, :, None]
+    states = (decays.between @ added.flatten(3)).unflatten(3, added.shape[3:])
+    states = states + decays.from_start[..., None, None] * state[:, :, None]
     before = torch.cat((state[:, :, None], states[:, :, :-1]), dim=2)  # the state each chunk meets
 
-    # inside the chunks, all pairs; from before them, the state. Without padding and documents all
-    # chunks have the same decays: one [C, C] matrix serves them.
-    start_time = torch.cat((start, end_time[:, :-1]), dim=1)[..., None]
-    start_doc = None
-    if first is not None and end_document is not None:
-        start_doc = torch.cat((first, end_document[:, :-1]), dim=1)[..., None]
-    since_start = _decay_between(log_decay, time, start_time, document, start_doc)
-    if valid is None and resets is None:
-        time = time[:, :1]
-    scores = q @ k.mT * _decay_matrix(log_decay, time, document)
-    out = scores @ v + (q * since_start[..., None]) @ before
+    # inside the chunks, all pairs; from before them, the state
+    scores = q @ k.mT * decays.inside
+    if decays.same is not None:
+        scores = scores * decays.same
+    out = scores @ v + (q * decays.since_start[..., None]) @ before
     # a copy: as a view, the last state would keep those of all chunks alive
     return out.flatten(2, 3)[:, :, :length], states[:, :, -1].contiguous()
 
@@ -239,47 +224,3 @@ def _state_or_zeros(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Te
     if state is None:
         return q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     return state.to(q.dtype)
-
-
-def _clock(q: Tensor, valid: Tensor | None, resets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """How many valid tokens there are up to each token, itself included, and its document's number.
-
-    Returns:
-        time int64 [B, T], or [1, T] when nothing is padding; document int64 [B, T], or None when
-        all belongs to one.
-    """
-    if valid is None:
-        time = torch.arange(1, q.shape[2] + 1, device=q.device)[None]
-    else:
-        time = valid.cumsum(1)
-    return time, None if resets is None else resets.cumsum(1)
-
-
-def _decay_between(
-    log_decay: Tensor,
-    later: Tensor,
-    earlier: Tensor,
-    later_document: Tensor | None,
-    earlier_document: Tensor | None,
-) -> Tensor:
-    """g_h^(later - earlier) for each head, 0 between different documents.
-
-    The times (and documents) are [B or 1, ...] and broadcast; the result has the heads at dim 1.
-    """
-    span = (later - earlier).clamp(min=0)  # below 0 only where the keys are 0: keep it finite there
-    log_decay = log_decay.view(-1, *[1] * (span.dim() - 1))
-    decay = (span[:, None].to(log_decay.dtype) * log_decay).exp()
-    if later_document is None or earlier_document is None:
-        return decay
-    same = later_document == earlier_document
-    return decay * same[:, None]
-
-
-def _decay_matrix(log_decay: Tensor, time: Tensor, document: Tensor | None) -> Tensor:
-    """D of equation 5: [B or 1, H, ..., n, m] from times [B or 1, ..., n]; causal by index."""
-    document_n = None if document is None else document[..., :, None]
-    document_m = None if document is None else document[..., None, :]
-    decay = _decay_between(
-        log_decay, time[..., :, None], time[..., None, :], document_n, document_m
-    )
-    return decay.tril()

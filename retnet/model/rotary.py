@@ -5,8 +5,11 @@ channel pairs (a, b) of the token at position n become (a cos n*theta - b sin n*
 b cos n*theta + a sin n*theta).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ROTARY_LAYOUTS = ("interleaved", "half")
 ROTARY_FREQUENCIES = ("linspace", "standard")
@@ -75,6 +78,7 @@ class Rotation:
         # memory (compilers fuse the real form, and know no complex numbers)
         in_pairs = layout == "interleaved" and not torch.compiler.is_compiling()
         self.factor = torch.complex(cos, sin) if in_pairs else None
+        self.reverse = torch.complex(cos, -sin) if in_pairs else None
 
     def scaled(self, scale: float | Tensor) -> "Rotation":
         """The rotation that also multiplies by ``scale``."""
@@ -83,12 +87,40 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""
         if self.factor is not None:
-            wide = torch.promote_types(x.dtype, self.cos.dtype)
-            pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
-            return torch.view_as_real(pairs * self.factor).flatten(-2)
+            turned: Tensor = _Turn.apply(x, self.factor, self.reverse)
+            return turned
         cos, sin = self.cos, self.sin
         if self.layout == "interleaved":
             a, b = x[..., 0::2], x[..., 1::2]
             return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class _Turn(torch.autograd.Function):
+    """Interleaved pairs [B, H, T, K] times a complex factor, heads before tokens in memory.
+
+    The result is laid out for products of each head, its gradient for the projection that made x;
+    autograd's product would copy the layout of x, and each would be copied into its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, reverse: Tensor) -> Tensor:
+        ctx.reverse, ctx.dtype = reverse, x.dtype
+        wide = torch.promote_types(x.dtype, factor.real.dtype)
+        out = torch.empty(x.shape, dtype=wide, device=x.device)
+        torch.mul(_pairs(x.to(wide)), factor, out=_pairs(out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        rows, heads, length, width = slope.shape
+        x_slope = slope.new_empty(rows, length, heads, width).transpose(1, 2)
+        torch.mul(_pairs(slope.contiguous()), ctx.reverse, out=_pairs(x_slope))
+        return x_slope.to(ctx.dtype), None, None
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """[..., K] as complex numbers [..., K/2]."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

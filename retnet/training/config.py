@@ -50,8 +50,8 @@ class ModelSpec:
     decay: str | int | float = _option(
         RetNetConfig.decay, "retention: paper, log_linear, or one number in (0, 1] for all heads"
     )
-    chunk_size: int = _option(
-        RetNetConfig.chunk_size, "retention: chunk of the chunkwise form; changes speed only"
+    chunk_size: int | None = _option(
+        None, "retention: chunk of the chunkwise form, changes speed only; null: by head width"
     )
     init_from: str | None = _option(None, "checkpoint or run folder to take the weights from")
 

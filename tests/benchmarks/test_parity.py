@@ -11,7 +11,7 @@ from benchmarks.cases import MIXERS, PRECISIONS
 from benchmarks.parity import Entry, main, measure
 from benchmarks.properties import PROPERTIES
 from retnet.cli import run
-from retnet.model import layers, retention
+from retnet.model import layers, timing
 
 FEW = ["--cases", "1", "--seed", "1"]
 
@@ -60,10 +60,10 @@ def test_a_broken_form_fails_the_check(capsys, monkeypatch) -> None:
     def slightly_wrong(log_decay, *args):
         return right(log_decay * (1 + 1e-3), *args)
 
-    right = retention._decay_between
+    right = timing.decay_between
     monkeypatch.setattr(parity, "PROPERTIES", PROPERTIES[:5])
     assert main([*FEW, "--check"]) == 0
-    monkeypatch.setattr(retention, "_decay_between", slightly_wrong)
+    monkeypatch.setattr(timing, "decay_between", slightly_wrong)
     assert main(FEW) == 0
     capsys.readouterr()
     assert main([*FEW, "--check"]) == 1

@@ -250,11 +250,13 @@ def test_modes() -> None:
         MODELS["retention"](ids, mode="fast")
 
 
-def test_mode_none_is_the_form_that_suits_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer = MODELS["retention"].model.layers[0].mixer
-    chunk = mixer.config.chunk_size
-    lengths = {1: "recurrent", 2: "parallel", chunk: "parallel", chunk + 1: "chunkwise"}
-    assert {length: mixer.choose_mode(length) for length in lengths} == lengths
+def test_mode_none_is_the_form_that_suits_the_length() -> None:
+    """One token a step; up to a chunk or twice a head's width at once; then in chunks."""
+    for chunk in (3, 40):
+        mixer = make_model("retention", chunk_size=chunk).model.layers[0].mixer
+        few = max(chunk, 2 * mixer.config.head_dim)
+        lengths = {1: "recurrent", 2: "parallel", few: "parallel", few + 1: "chunkwise"}
+        assert {length: mixer.choose_mode(length) for length in lengths} == lengths
 
 
 def test_causal(model) -> None:

@@ -124,6 +124,47 @@ def test_texts_longer_than_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
             assert relative(a, b) < TOLERANCE
 
 
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), chunk_size=st.integers(1, 9))
+def test_the_function_of_its_own_is_the_plain_form(case: dict, chunk_size: int) -> None:
+    """``ChunkwiseRetention`` against what autograd makes of the definition for compilers."""
+    mine = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(retention.ChunkwiseRetention, "apply", None)
+        plain = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
+    for a, b in zip(mine, plain, strict=True):
+        assert relative(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("flags", [None, "valid", "resets"])
+def test_gradcheck(flags: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against finite differences, over several spans and a short last chunk."""
+    monkeypatch.setattr(retention, "CHUNKS_PER_SPAN", 2)
+    case = random_case(7)
+    if flags:
+        case[flags] = torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+    case["initial_state"] = torch.ones(2, 2, 4, 6, dtype=torch.float64)
+    names = ("q", "k", "v", "initial_state")
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        own = case | dict(zip(names, values, strict=True))
+        return run(retention_chunkwise, own, chunk_size=2)
+
+    assert torch.autograd.gradcheck(function, [case[name].requires_grad_() for name in names])
+
+
+def test_a_decay_can_have_a_gradient() -> None:
+    """Ours has none; who calls the functions with one gets it from every form."""
+    found = []
+    for form, options in ((retention_recurrent, {}), (retention_chunkwise, {"chunk_size": 4})):
+        case = random_case(20)
+        case["log_decay"].requires_grad_()
+        out, _ = run(form, case, **options)
+        found += torch.autograd.grad(out.square().sum(), case["log_decay"])
+    assert relative(found[0], found[1]) < TOLERANCE
+
+
 def test_equation_by_hand() -> None:
     """o_n = sum_m g^(n-m) (q_n k_m) v_m, written out for three tokens."""
     q, k, v = (torch.tensor(x, dtype=torch.float64).view(1, 1, 3, 1) for x in

@@ -1,0 +1,167 @@
+"""Chunkwise retention with a backward pass of its own.
+
+Autograd, given the plain form (``retention._chunkwise_span``), keeps every product and every copy.
+This function keeps queries, keys, values and one state per chunk; it computes the scores again in
+the backward pass, works in place, and goes span by span, so that what it needs beside its inputs
+and outputs does not grow with the text. With G_n the gradient of out_n, and A = Q K^T * D:
+
+    dA = (G V^T) * D      dQ = dA K + xi * (G R^T)      dK = dA^T Q + zeta * (V dU^T)
+    dV = A^T G + (zeta * K) dU                          dR = (xi * Q)^T G
+
+where R are the states that the chunks meet, U what each adds to them, xi the decay since a chunk's
+start and zeta that to its end; dU sums dR over the later chunks, decayed as the states are.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .timing import ChunkDecays, chunk_decays
+
+
+class ChunkwiseRetention(torch.autograd.Function):
+    """q, k [B, H, T, K], v [B, H, T, V], state [B, H, K, V] -> out [B, H, T, V], the last state."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor,
+        log_decay: Tensor,
+        chunk_size: int,
+        spans: list[slice],
+        valid: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan = _Plan(log_decay, chunk_size, spans, q.shape[2], valid, resets)
+        outputs, kept = [], []
+        trains = any(ctx.needs_input_grad)
+        for index, cut in enumerate(spans):
+            cut_q, cut_k, cut_v = (ctx.plan.chunks(x, cut) for x in (q, k, v))
+            out, before, state = _span_forward(cut_q, cut_k, cut_v, state, ctx.plan.decays(index))
+            outputs.append(ctx.plan.tokens(out, cut))
+            kept += [cut_q, cut_k, cut_v, before] if trains else []
+        ctx.save_for_backward(*kept)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor, state_grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, saved = ctx.plan, ctx.saved_tensors
+        grads: list[list[Tensor]] = [[], [], []]
+        for index in reversed(range(len(plan.spans))):
+            cut = plan.spans[index]
+            q, k, v, before = saved[4 * index : 4 * index + 4]
+            slope = plan.chunks(out_grad, cut)
+            *found, state_grad = _span_backward(
+                q, k, v, before, slope, state_grad, plan.decays(index)
+            )
+            for own, grad in zip(grads, found, strict=True):
+                own.append(plan.tokens(grad, cut))
+        q, k, v = (own[0] if len(own) == 1 else torch.cat(own[::-1], dim=2) for own in grads)
+        return q, k, v, state_grad, None, None, None, None, None
+
+
+class _Plan:
+    """How a row is cut into spans and chunks, and the decays of each span."""
+
+    def __init__(
+        self,
+        log_decay: Tensor,
+        chunk_size: int,
+        spans: list[slice],
+        length: int,
+        valid: Tensor | None,
+        resets: Tensor | None,
+    ) -> None:
+        self.log_decay, self.chunk_size = log_decay, chunk_size
+        self.spans, self.length = spans, length
+        self.valid, self.resets = valid, resets
+        self._plain: dict[int, ChunkDecays] = {}  # by number of tokens, if nothing else counts
+
+    def size(self, cut: slice) -> int:
+        return min(cut.stop, self.length) - cut.start
+
+    def decays(self, index: int) -> ChunkDecays:
+        cut = self.spans[index]
+        size, chunk_size = self.size(cut), self.chunk_size
+        if self.valid is None and self.resets is None:
+            if size not in self._plain:
+                self._plain[size] = chunk_decays(self.log_decay, size, chunk_size, None, None)
+            return self._plain[size]
+        valid, resets = (None if x is None else x[:, cut] for x in (self.valid, self.resets))
+        return chunk_decays(self.log_decay, size, chunk_size, valid, resets)
+
+    def chunks(self, x: Tensor, cut: slice) -> Tensor:
+        """[B, H, T, D] -> the span's [B, H, N, C, D], the last chunk filled up with zeros."""
+        x = x[:, :, cut]
+        short = -x.shape[2] % self.chunk_size
+        x = F.pad(x, (0, 0, 0, short)) if short else x.contiguous()
+        return x.unflatten(2, (-1, self.chunk_size))
+
+    def tokens(self, x: Tensor, cut: slice) -> Tensor:
+        """Back to the span's tokens, [B, H, span, D]."""
+        return x.flatten(2, 3)[:, :, : self.size(cut)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, H, N, C, D] -> [B H N, C, D]."""
+    return x.flatten(0, 2)
+
+
+def _scores(a: Tensor, b: Tensor, decays: ChunkDecays) -> Tensor:
+    """(a b^T) * D inside the chunks, [B, H, N, C, C]."""
+    scores = torch.bmm(_flat(a), _flat(b).mT).view(*a.shape[:4], -1).mul_(decays.inside)
+    return scores if decays.same is None else scores.mul_(decays.same)
+
+
+def _span_forward(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, decays: ChunkDecays
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [B, H, N, C, V], the states that the chunks meet [B, H, N, K, V], the last state."""
+    out = torch.bmm(_flat(_scores(q, k, decays)), _flat(v))
+    added = torch.bmm(_flat(k * decays.to_end[..., None]).mT, _flat(v))
+    added = added.view(*k.shape[:3], -1)  # [B, H, N, K V]
+    before = state.new_empty(*k.shape[:3], *state.shape[2:])
+    before[:, :, 0] = state
+    states = decays.between @ added
+    states.addcmul_(decays.from_start[..., None], state.flatten(2)[:, :, None])
+    before.flatten(3)[:, :, 1:] = states[:, :, :-1]
+    out.baddbmm_(_flat(q * decays.since_start[..., None]), _flat(before))
+    # a copy: as a view, the last state would keep those of all chunks alive
+    return out.view(*v.shape), before, states[:, :, -1].clone().view(state.shape)
+
+
+def _span_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    before: Tensor,
+    out_grad: Tensor,
+    last_grad: Tensor,
+    decays: ChunkDecays,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and of the state before the span."""
+    since_start, to_end = decays.since_start[..., None], decays.to_end[..., None]
+    slope = _flat(_scores(out_grad, v, decays))  # dA
+    q_grad = torch.bmm(slope, _flat(k)).view(q.shape)
+    k_grad = torch.bmm(slope.mT, _flat(q)).view(k.shape)
+    del slope
+    v_grad = torch.bmm(_flat(_scores(q, k, decays)).mT, _flat(out_grad))
+    q_grad.addcmul_(torch.bmm(_flat(out_grad), _flat(before).mT).view(q.shape), since_start)
+
+    met = torch.bmm(_flat(q * since_start).mT, _flat(out_grad)).view(before.shape)  # dR
+    at_end = torch.empty_like(met)
+    at_end[:, :, :-1] = met[:, :, 1:]
+    at_end[:, :, -1] = last_grad
+    at_end = at_end.flatten(3)  # [B, H, N, K V]
+    state_grad = met[:, :, 0] + (decays.from_start[..., None] * at_end).sum(2).view(last_grad.shape)
+    added = _flat((decays.between.mT @ at_end).view(before.shape))  # dU
+    v_grad.baddbmm_(_flat(k * to_end), added)
+    k_grad.addcmul_(torch.bmm(_flat(v), added.mT).view(k.shape), to_end)
+    return q_grad, k_grad, v_grad.view(v.shape), state_grad

@@ -1,0 +1,121 @@
+"""Decays over time: between tokens, and between the tokens and edges of chunks.
+
+Time counts the valid tokens of a row; a document's number tells what may see what. Both are plain
+integers, so the same few functions serve padding, packed documents and plain rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def clock(
+    length: int, device: torch.device, valid: Tensor | None, resets: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """How many valid tokens there are up to each token, itself included, and its document's number.
+
+    Returns:
+        time int64 [B, T], or [1, T] when nothing is padding; document int64 [B, T], or None when
+        all belongs to one.
+    """
+    tokens = torch.arange(1, length + 1, device=device)[None] if valid is None else valid.cumsum(1)
+    return tokens, None if resets is None else resets.cumsum(1)
+
+
+def decay_between(
+    log_decay: Tensor,
+    later: Tensor,
+    earlier: Tensor,
+    later_document: Tensor | None,
+    earlier_document: Tensor | None,
+) -> Tensor:
+    """g_h^(later - earlier) for each head, 0 between different documents.
+
+    The times (and documents) are [B or 1, ...] and broadcast; the result has the heads at dim 1.
+    """
+    span = (later - earlier).clamp(min=0)  # below 0 only where the keys are 0: keep it finite there
+    log_decay = log_decay.view(-1, *[1] * (span.dim() - 1))
+    decay = (span[:, None].to(log_decay.dtype) * log_decay).exp()
+    if later_document is None or earlier_document is None:
+        return decay
+    same = later_document == earlier_document
+    return decay * same[:, None]
+
+
+def decay_matrix(log_decay: Tensor, time: Tensor, document: Tensor | None) -> Tensor:
+    """D of equation 5: [B or 1, H, ..., n, m] from times [B or 1, ..., n]; causal by index."""
+    document_n = None if document is None else document[..., :, None]
+    document_m = None if document is None else document[..., None, :]
+    decay = decay_between(log_decay, time[..., :, None], time[..., None, :], document_n, document_m)
+    return decay.tril()
+
+
+@dataclass(frozen=True)
+class ChunkDecays:
+    """The decays that N chunks of C tokens need.
+
+    Attributes:
+        inside: [B or 1, H, N or 1, C, C], from token to token of a chunk, 0 above the diagonal.
+        same: bool [B, 1, N, C, C] where the two are of one document, if that is not in ``inside``.
+        to_end: [B or 1, H, N, C], from each token to its chunk's end.
+        since_start: [B or 1, H, N, C], from the chunk's start to each token.
+        between: [B or 1, H, N, N], from each chunk's end to each later one's.
+        from_start: [B or 1, H, N], from before the first chunk to each one's end.
+    """
+
+    inside: Tensor
+    same: Tensor | None
+    to_end: Tensor
+    since_start: Tensor
+    between: Tensor
+    from_start: Tensor
+
+
+def chunk_decays(
+    log_decay: Tensor,
+    length: int,
+    chunk_size: int,
+    valid: Tensor | None,
+    resets: Tensor | None,
+) -> ChunkDecays:
+    """``ChunkDecays`` of a row of tokens; the last chunk may be short.
+
+    Args:
+        log_decay: ln g [H]; its dtype and device are the result's.
+        length: T.
+        chunk_size: C <= T.
+        valid, resets: bool [B, T], as ``retention_recurrent`` takes them.
+    """
+    num_chunks = -(-length // chunk_size)
+    time, document = clock(length, log_decay.device, valid, resets)
+    end_time = torch.cat((time[:, chunk_size - 1 : -1 : chunk_size], time[:, -1:]), dim=1)  # [., N]
+    start = torch.zeros_like(end_time[:, :1])
+    start_time = torch.cat((start, end_time[:, :-1]), dim=1)
+    end_document = first = start_document = None
+    if document is not None:
+        end_document = torch.cat(
+            (document[:, chunk_size - 1 : -1 : chunk_size], document[:, -1:]), dim=1
+        )
+        first = torch.zeros_like(end_document[:, :1])
+        start_document = torch.cat((first, end_document[:, :-1]), dim=1)[..., None]
+    padding = num_chunks * chunk_size - length
+    if padding:  # tokens that add nothing
+        time = F.pad(time, (0, padding), value=length)
+        document = None if document is None else F.pad(document, (0, padding), value=-1)
+    time = time.unflatten(1, (num_chunks, chunk_size))  # [B or 1, N, C]
+    document = None if document is None else document.unflatten(1, (num_chunks, chunk_size))
+    ends = None if end_document is None else end_document[..., None]
+    to_end = decay_between(log_decay, end_time[..., None], time, ends, document)
+    since_start = decay_between(log_decay, time, start_time[..., None], document, start_document)
+    same = None
+    if valid is None:  # all chunks have the same decays: one [C, C] matrix serves them
+        inside = decay_matrix(log_decay, time[:, :1], None)
+        if document is not None:
+            same = (document[..., :, None] == document[..., None, :])[:, None]
+    else:
+        inside = decay_matrix(log_decay, time, document)
+    between = decay_matrix(log_decay, end_time, end_document)
+    from_start = decay_between(log_decay, end_time, start, end_document, first)
+    return ChunkDecays(inside, same, to_end, since_start, between, from_start)
