@@ -3,12 +3,10 @@
 The plain form of this is the model's own forward pass, ``decode_one``: right for every model, but
 made for whole texts. For one token its cost is not arithmetic, it is the modules called, the
 operators started, and the weights read at less than the memory's speed. ``DecodeStep`` computes the
-same (the tests compare the two) and differs in four things:
+same (the tests compare the two) and differs in three things:
 
 * Projections of the same input are one product. ``lay_out_for_decoding`` stores their weights one
   after the other, so that this copies nothing.
-* On a CPU a product of a few rows with a matrix runs as a batch of products with blocks of the
-  matrix, which the threads share and read from the memory in order (``FewRows``).
 * Decays are computed once, rotations once a step; nothing is looked up in the configuration.
 * The state is updated in place; nothing that a step allocates outlives it.
 """
@@ -25,7 +23,7 @@ from retnet.model.cache import DecoderCache, KVCache, KVLayer, RetentionLayer
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decay import head_log_decay
 from retnet.model.layers import FeedForward, MultiScaleRetention, head_norm
-from retnet.model.linear import Linear
+from retnet.model.linear import Linear, bmm, linear
 from retnet.model.modeling import (
     DecoderForCausalLM,
     DecoderLayer,
@@ -38,60 +36,12 @@ from retnet.model.precision import full_precision
 from retnet.model.rotary import Rotation, rotary_theta, rotation
 from retnet.model.sequence import NEXT_POSITION, SEGMENT
 
-BLOCKS = 16  # of a matrix; measured: anything from 8 to 64 is as fast
-FEW_ROWS = 4  # up to here W x^T is the faster way, above it x W^T
-MOST_ROWS = 64  # of a product in blocks; more rows are a matrix product like any other
-
 # what a model is made of when nobody has wrapped, quantised or adapted a part of it
 PLAIN_MODULES = {
     CausalAttention, DecoderLayer, FeedForward, MultiScaleRetention, RetNetForCausalLM, RetNetModel,
     TransformerForCausalLM, TransformerModel, Linear, nn.Dropout, nn.Embedding, nn.LayerNorm,
     nn.ModuleList, nn.RMSNorm,
 }  # fmt: skip
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.bmm``, under a name that torch.compile calls as it is.
-
-    It writes loops of its own for a bmm with one row or column, which are slower on a CPU.
-    """
-    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0)
-
-
-class FewRows:
-    """y = x W^T for few rows x.
-
-    BLAS libraries read W at a third of the memory's speed when x is one row, and share the work
-    badly between threads. As a batch of smaller products, W on their left, they do neither. (GB/s
-    for one row of width 1,024, 2 threads, AMD Zen 5: 22 as one product, 42 with W on the right, 63
-    on the left. With 16 rows W is read 9.3, 15.4 and 13.5 GB/s.)
-
-    Args:
-        weight: W, [out, in], stored row by row.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        outputs, inputs = weight.shape
-        whole = outputs // BLOCKS * BLOCKS
-        suits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-        self.in_blocks = suits and whole > 0 and weight.is_contiguous()
-        if self.in_blocks:
-            self.blocks = weight[:whole].view(BLOCKS, -1, inputs)  # [BLOCKS, out / BLOCKS, in]
-            self.rest = weight[whole:] if whole < outputs else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, in] -> [B, out]."""
-        rows = x.shape[0]
-        if not self.in_blocks or rows > MOST_ROWS:
-            return F.linear(x, self.weight)
-        if rows <= FEW_ROWS:
-            y = _bmm(self.blocks, x.t().expand(BLOCKS, -1, -1)).view(-1, rows)
-            y = y.view(1, -1) if rows == 1 else y.t().contiguous()
-        else:
-            y = _bmm(x.expand(BLOCKS, -1, -1), self.blocks.mT)
-            y = y.transpose(0, 1).reshape(rows, -1)
-        return y if self.rest is None else torch.cat((y, F.linear(x, self.rest)), dim=1)
 
 
 def lay_out_for_decoding(model: nn.Module) -> None:
@@ -137,10 +87,7 @@ class RetentionStep:
 
     def __init__(self, mixer: MultiScaleRetention) -> None:
         config = mixer.config
-        self.inputs, self.output = (
-            FewRows(_joined(_same_input(mixer))),
-            FewRows(mixer.o_proj.weight),
-        )
+        self.inputs, self.output = _joined(_same_input(mixer)), mixer.o_proj.weight
         self.heads, self.gated = config.num_heads, config.gate
         self.head_norm, self.eps = config.head_norm, config.head_norm_eps
         gate = config.value_size if config.gate else 0
@@ -150,15 +97,15 @@ class RetentionStep:
         """[B, d] -> [B, d]; ``decay`` is [H, 1, 1], ``turn`` for queries and keys together."""
         rows, heads, state = x.shape[0], self.heads, memory.state
         assert state is not None
-        qk, v, gate = self.inputs(x).split_with_sizes(self.parts, dim=1)
+        qk, v, gate = linear(x, self.inputs).split_with_sizes(self.parts, dim=1)
         with full_precision(x.device):
             q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
             v = v.view(rows, heads, 1, -1).to(state.dtype)
             state.mul_(decay).addcmul_(k.mT, v)
-            out = _bmm(q.flatten(0, 1), state.flatten(0, 1)).view(rows, heads, -1)
+            out = bmm(q.flatten(0, 1), state.flatten(0, 1)).view(rows, heads, -1)
             out = head_norm(out, self.head_norm, self.eps).view(rows, -1)
         out = out.to(x.dtype)
-        return self.output(F.silu(gate) * out if self.gated else out)
+        return linear(F.silu(gate) * out if self.gated else out, self.output)
 
 
 class AttentionStep:
@@ -166,19 +113,16 @@ class AttentionStep:
 
     def __init__(self, mixer: CausalAttention) -> None:
         self.heads = mixer.config.num_heads
-        self.inputs, self.output = (
-            FewRows(_joined(_same_input(mixer))),
-            FewRows(mixer.o_proj.weight),
-        )
+        self.inputs, self.output = _joined(_same_input(mixer)), mixer.o_proj.weight
 
     def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: KVLayer) -> Tensor:
         """[B, d] -> [B, d]; there is no decay in it."""
         rows, heads = x.shape[0], self.heads
-        qkv = self.inputs(x).view(rows, 3 * heads, 1, -1)
+        qkv = linear(x, self.inputs).view(rows, 3 * heads, 1, -1)
         q, k = turn(qkv[:, : 2 * heads]).to(x.dtype).split(heads, dim=1)
         keys, values = memory.append(k, qkv[:, 2 * heads :])
         out = F.scaled_dot_product_attention(q, keys, values)
-        return self.output(out.view(rows, -1))
+        return linear(out.view(rows, -1), self.output)
 
 
 class FeedForwardStep:
@@ -186,15 +130,14 @@ class FeedForwardStep:
 
     def __init__(self, ffn: FeedForward) -> None:
         self.gated = ffn.gate_proj is not None
-        self.inputs = FewRows(_joined(_same_input(ffn)))
-        self.output = FewRows(ffn.down_proj.weight)
+        self.inputs, self.output = _joined(_same_input(ffn)), ffn.down_proj.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self.inputs(x)
+        inner = linear(x, self.inputs)
         if self.gated:
             gate, inner = inner.chunk(2, dim=1)
-            return self.output(F.silu(gate) * inner)
-        return self.output(F.gelu(inner))
+            return linear(F.silu(gate) * inner, self.output)
+        return linear(F.gelu(inner), self.output)
 
 
 def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -251,7 +194,7 @@ class DecodeStep:
             )
             for layer in model.model.layers
         ]
-        self.norm, self.output = _norm(model.model.norm), FewRows(model.lm_head.weight)
+        self.norm, self.output = _norm(model.model.norm), model.lm_head.weight
         self.wide = torch.promote_types(self.embedding.dtype, torch.float32)
         self.layout, device = config.rotary_layout, self.embedding.device
         self.theta = rotary_theta(
@@ -296,4 +239,4 @@ class DecodeStep:
         for (norm, mixer, ffn_norm, ffn), memory in zip(self.layers, memories, strict=True):
             hidden = hidden + mixer(norm(hidden), turn, self.decay, memory)
             hidden = hidden + ffn(ffn_norm(hidden))
-        return self.output(self.norm(hidden))
+        return linear(self.norm(hidden), self.output)

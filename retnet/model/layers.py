@@ -114,9 +114,10 @@ class MultiScaleRetention(nn.Module):
         if inputs is None:
             tokens = describe_tokens(hidden.shape[0], hidden.shape[1], hidden.device)
             inputs = self.shared_inputs(config, tokens, hidden)
-        q = split_heads(self.q_proj(hidden), config.num_heads)
-        k = split_heads(self.k_proj(hidden), config.num_heads)
-        v = split_heads(self.v_proj(hidden), config.num_heads)
+        heads = config.num_heads
+        q = split_heads(self.q_proj(hidden), heads)
+        k = split_heads(self.k_proj(hidden), heads)
+        v = split_heads(self.v_proj(hidden), heads)
         with full_precision(hidden.device):
             q, k = inputs.turn_queries(q), inputs.turn_keys(k)
             out, state = self._retain(q, k, v, inputs, memory, mode)

@@ -87,6 +87,8 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""
         if self.factor is not None:
+            if not (x.requires_grad and torch.is_grad_enabled()):
+                return _turn(x, self.factor)
             turned: Tensor = _Turn.apply(x, self.factor, self.reverse)
             return turned
         cos, sin = self.cos, self.sin
@@ -107,10 +109,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, reverse: Tensor) -> Tensor:
         ctx.reverse, ctx.dtype = reverse, x.dtype
-        wide = torch.promote_types(x.dtype, factor.real.dtype)
-        out = torch.empty(x.shape, dtype=wide, device=x.device)
-        torch.mul(_pairs(x.to(wide)), factor, out=_pairs(out))
-        return out
+        return _turn(x, factor)
 
     @staticmethod
     @once_differentiable
@@ -119,6 +118,13 @@ class _Turn(torch.autograd.Function):
         x_slope = slope.new_empty(rows, length, heads, width).transpose(1, 2)
         torch.mul(_pairs(slope.contiguous()), ctx.reverse, out=_pairs(x_slope))
         return x_slope.to(ctx.dtype), None, None
+
+
+def _turn(x: Tensor, factor: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, factor.dtype.to_real())
+    out = torch.empty(x.shape, dtype=wide, device=x.device)
+    torch.mul(_pairs(x.to(wide)), factor, out=_pairs(out))
+    return out
 
 
 def _pairs(x: Tensor) -> Tensor:

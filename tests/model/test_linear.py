@@ -60,6 +60,31 @@ def test_outputs_and_gradients(shape: tuple[int, ...], inputs: int, outputs: int
                 torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-3)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 70), st.booleans())
+def test_products_of_few_rows(rows: int, inputs: int, outputs: int, transposed: bool) -> None:
+    x = torch.randn(1, rows, inputs, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(outputs, inputs, dtype=torch.float64)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    weight.requires_grad_()
+    mine, plain = linear(x, weight), F.linear(x, weight)
+    torch.testing.assert_close(mine, plain)
+    slope = torch.randn(1, rows, outputs, dtype=torch.float64)
+    grads = [torch.autograd.grad(out, (x, weight), slope) for out in (mine, plain)]
+    for own, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, True), (64, True), (65, False)])
+def test_few_rows_go_in_blocks(rows: int, blocks: bool, monkeypatch) -> None:
+    calls: list[int] = []
+    real = module.bmm
+    monkeypatch.setattr(module, "bmm", lambda a, b: calls.append(1) or real(a, b))
+    Linear(8, 32, bias=False)(torch.randn(1, rows, 8))
+    assert bool(calls) == blocks
+
+
 @needs_kernels
 def test_it_is_taken_where_it_pays(convolutions: list[Tensor]) -> None:
     layer, x = Linear(8, 6, bias=False), torch.randn(2, MIN_TOKENS // 2, 8)
