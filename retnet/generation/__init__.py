@@ -17,7 +17,6 @@ from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
-from retnet.generation.step import DecodeStep, is_plain, lay_out_for_decoding
 from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "ENDED",
     "MANIFEST",
     "Checkpoint",
-    "DecodeStep",
     "Sampler",
     "Sampling",
     "Step",
@@ -39,8 +37,6 @@ __all__ = [
     "find_checkpoint",
     "find_damage",
     "generate",
-    "is_plain",
-    "lay_out_for_decoding",
     "load_checkpoint",
     "loading_arguments",
     "make_step",

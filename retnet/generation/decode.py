@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import EosTokenCriteria, StoppingCriteria, StoppingCriteriaList
 
 from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
-from retnet.generation.step import DecodeStep, is_plain
 from retnet.model.cache import DecoderCache
 from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.step import DecodeStep, is_plain
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
 Step = Callable[[Tensor, DecoderCache], Tensor]  # tokens [B] -> logits [B, vocab]
+STOPPING_WINDOW = 64  # new tokens that stopping criteria see; more where a stop string is longer
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
 
 
@@ -115,8 +116,7 @@ def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -
 def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
     """The fastest right way to feed one token per row: what ``decode_one`` does, without the model.
 
-    It computes with the weights as they are now. Models with wrapped, hooked or adapted parts, and
-    caches that need a mask, take the plain way.
+    Models with wrapped, hooked or adapted parts, and caches that need a mask, take the plain way.
 
     Args:
         model: A language model.
@@ -183,8 +183,8 @@ def generate(
         max_new_tokens: The most tokens of a row.
         sampling: How to choose; the defaults of ``Sampling`` when None.
         num_samples: Continuations of each prompt; those of one prompt are neighbours, B = P * n.
-        stopping: A row ends with the token at which one of them says so. They see the new tokens
-            only, [B, n].
+        stopping: A row ends with the token at which one of them says so. They see new tokens only,
+            and of these the last ``STOPPING_WINDOW``, [B, n].
         usage: Filled in while the loop runs.
         compile: Compile the decode step (``torch.compile``, some 20 s on a CPU): pays for thousands
             of tokens.
@@ -200,29 +200,65 @@ def generate(
     logits = prefill(model, input_ids, cache)
     synchronize(device)
     usage.prompt_tokens, usage.prefill_seconds = length, time.perf_counter() - started
-    usage.state_bytes = cache.num_bytes()
     if num_samples > 1:
         cache.batch_repeat_interleave(num_samples)
         logits = logits.repeat_interleave(num_samples, dim=0)
 
     rows = usage.rows = len(logits)
-    ids = torch.empty(rows, length + max_new_tokens, dtype=torch.int64, device=device)
-    ids[:, :length] = input_ids.repeat_interleave(num_samples, dim=0)
-    sampler = Sampler(Sampling() if sampling is None else sampling, rows)
-    criteria = StoppingCriteriaList(stopping)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    for position in range(length, length + max_new_tokens):
-        started = time.perf_counter()
-        if position > length:
-            logits = step(ids[:, position - 1], cache)
-        ids[:, position] = sampler(ids[:, :position], logits)
-        tokens = ids[:, position].masked_fill(ended, ENDED)
-        ended = ended | criteria(ids[:, length : position + 1], logits)
-        new_tokens, row_ended = torch.stack([tokens, ended]).tolist()  # the only wait for a device
-        usage.steps += 1
-        usage.new_tokens += sum(token != ENDED for token in new_tokens)
-        usage.decode_seconds += time.perf_counter() - started
+    prompts = input_ids.repeat_interleave(num_samples, dim=0)
+    sampler = Sampler(Sampling() if sampling is None else sampling, prompts)
+    ends = _Ends(stopping, rows, device)
+    ended = [False] * rows
+    tokens: Tensor | None = None
+    try:
+        for _ in range(max_new_tokens):
+            started = time.perf_counter()
+            if tokens is not None:
+                logits = step(tokens, cache)
+            tokens = sampler(logits)
+            chosen = tokens.tolist()  # the only wait for a device
+            new_tokens = [ENDED if e else token for e, token in zip(ended, chosen, strict=True)]
+            ended = [e or end for e, end in zip(ended, ends(tokens, chosen, logits), strict=True)]
+            usage.steps += 1
+            usage.new_tokens += rows - new_tokens.count(ENDED)
+            usage.decode_seconds += time.perf_counter() - started
+            yield new_tokens
+            if all(ended):
+                return
+    finally:
         usage.state_bytes = cache.num_bytes()
-        yield new_tokens
-        if all(row_ended):
-            return
+
+
+class _Ends:
+    """Which rows end with the token just made.
+
+    End-of-text tokens are looked up; other criteria see the newest tokens, so many that a stop
+    string fits, and never more, however long the text becomes.
+    """
+
+    def __init__(self, stopping: Sequence[StoppingCriteria], rows: int, device: torch.device):
+        self.final_tokens: set[int] = set()
+        others = []
+        for one in stopping:
+            if type(one) is EosTokenCriteria:
+                self.final_tokens.update(one.eos_token_id.tolist())
+            else:
+                others.append(one)
+        self.others = StoppingCriteriaList(others)
+        longest = max((getattr(one, "maximum_token_len", 0) for one in others), default=0)
+        self.window = max(STOPPING_WINDOW, longest)
+        self.recent = torch.empty(rows, 2 * self.window, dtype=torch.int64, device=device)
+        self.filled = 0
+
+    def __call__(self, tokens: Tensor, chosen: list[int], logits: Tensor) -> list[bool]:
+        """For each row, given its new token as tensor [B] and as list, and the logits."""
+        final = [token in self.final_tokens for token in chosen]
+        if not self.others:
+            return final
+        if self.filled == self.recent.shape[1]:
+            self.recent[:, : self.window] = self.recent[:, -self.window :].clone()
+            self.filled = self.window
+        self.recent[:, self.filled] = tokens
+        self.filled += 1
+        newest = self.recent[:, max(0, self.filled - self.window) : self.filled]
+        return [a or b for a, b in zip(final, self.others(newest, logits).tolist(), strict=True)]

@@ -1,21 +1,21 @@
-"""How the next token is chosen: transformers' filters (but one), then one draw per row."""
+"""How the next token is chosen: penalty, temperature, top k, top p, then one draw per row.
+
+The same choices as transformers' processors and warpers (the tests compare them), at a cost that
+does not grow with the text.
+"""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-)
 
 from retnet.errors import UserError
 
 MAX_SEED = 2**63 - 1
+LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
+DRAWN_AT_ONCE = 256  # uniform numbers of a row
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,25 @@ class Sampling:
             raise UserError(f"seed ({self.seed}) must be a whole number from 0 to {MAX_SEED}")
 
 
-def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
-    """Keep each row's smallest set of tokens that has probability ``top_p``; the others get -inf.
+def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep each row's smallest set of tokens that has probability ``top_p``; the others get 0.
 
-    What transformers' TopPLogitsWarper does (tokens as likely as the last one kept are kept too),
-    by a threshold: only values are sorted, no indices, which numpy does ten times faster than torch
-    on a CPU. The sort is most of what a token costs beside the model.
+    Tokens as likely as the last one kept are kept too. Only values are sorted, no indices, which
+    numpy does ten times faster than torch on a CPU: the sort is most of what a token costs beside
+    the model.
 
     Args:
-        scores: [B, vocab].
+        probabilities: [B, vocab], rows that sum to 1.
         top_p: Above 0, below 1.
     """
-    if scores.device.type == "cpu":
-        ordered = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    if probabilities.device.type == "cpu":
+        ordered = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
     else:
-        ordered = scores.sort(dim=-1).values
-    cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)  # from the least likely on
-    first_kept = (cumulative <= 1 - top_p).sum(dim=-1, keepdim=True).clamp_(max=scores.shape[1] - 1)
-    return scores.masked_fill(scores < ordered.gather(1, first_kept), -math.inf)
+        ordered = probabilities.sort(dim=-1).values
+    cumulative = ordered.cumsum(dim=-1)  # from the least likely on
+    dropped = (cumulative <= 1 - top_p).sum(dim=-1, keepdim=True)
+    threshold = ordered.gather(1, dropped.clamp_(max=ordered.shape[1] - 1))
+    return probabilities.masked_fill(probabilities < threshold, 0)
 
 
 class Sampler:
@@ -89,46 +90,69 @@ class Sampler:
 
     Args:
         sampling: What to apply.
-        rows: The number of rows in the batch.
+        prompt_ids: The prompts, [B, T]: their tokens count as repeated.
     """
 
-    def __init__(self, sampling: Sampling, rows: int) -> None:
-        self.greedy = sampling.greedy
-        self.penalty: Callable | None = None
-        if sampling.repetition_penalty != 1.0:
-            self.penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
-        # called one by one: a LogitsProcessorList inspects every signature at every token
-        self.filters: list[Callable] = [TemperatureLogitsWarper(float(sampling.temperature))]
-        if sampling.top_k is not None:
-            self.filters.append(TopKLogitsWarper(sampling.top_k))
-        self.top_p = sampling.top_p
+    def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
+        self.sampling = sampling
+        self.temperature = max(sampling.temperature, LOWEST_TEMPERATURE)
+        self.prompt_ids = prompt_ids
+        self.seen: Tensor | None = None  # bool [B, vocab], for the repetition penalty
         self.generators = [
-            torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED) for row in range(rows)
+            torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED)
+            for row in range(len(prompt_ids))
         ]
+        self.uniform: Tensor | None = None  # [B, DRAWN_AT_ONCE]
+        self.used = DRAWN_AT_ONCE
 
     @torch.inference_mode()
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """Choose one token per row.
 
         Args:
-            input_ids: Everything so far, [B, T], for the repetition penalty.
             logits: Of the last position, [B, vocab].
 
         Returns:
             Token ids, [B].
         """
-        scores = logits if self.penalty is None else self.penalty(input_ids, logits)
-        if self.greedy:
-            return scores.argmax(dim=-1)
-        # Shifting by the maximum keeps tiny temperatures from overflowing to inf - inf.
-        scores = scores - scores.amax(dim=-1, keepdim=True)
-        for keep in self.filters:
-            scores = keep(input_ids, scores)
-        if self.top_p < 1.0:
-            scores = keep_top_p(scores, self.top_p)
-        cumulative = scores.softmax(dim=-1).double().cumsum(dim=-1)
-        uniform = torch.stack(
-            [torch.rand(1, dtype=torch.float64, generator=own) for own in self.generators]
-        ).to(logits.device)
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        penalised = self.sampling.repetition_penalty != 1.0
+        if penalised:
+            logits = self._punish_repetition(logits)
+        tokens = logits.argmax(dim=-1) if self.sampling.greedy else self._draw(logits)
+        if penalised and self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _punish_repetition(self, logits: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            self.seen.scatter_(1, self.prompt_ids, True)
+        penalty = self.sampling.repetition_penalty
+        return torch.where(
+            self.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
+        )
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        # shifting by the maximum keeps tiny temperatures from overflowing to inf - inf
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        top_k = self.sampling.top_k
+        if top_k is not None and top_k < scores.shape[1]:
+            scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -math.inf)
+        probabilities = scores.softmax(dim=-1)
+        if self.sampling.top_p < 1.0:
+            probabilities = keep_top_p(probabilities, self.sampling.top_p)
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        at = self._next_uniform().to(logits.device) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, at, right=True)
         return drawn.squeeze(1).clamp_(max=logits.shape[-1] - 1)
+
+    def _next_uniform(self) -> Tensor:
+        """The next number of each row, float64 [B, 1]."""
+        if self.uniform is None or self.used == DRAWN_AT_ONCE:
+            draws = [
+                torch.rand(DRAWN_AT_ONCE, dtype=torch.float64, generator=own)
+                for own in self.generators
+            ]
+            self.uniform, self.used = torch.stack(draws), 0
+        self.used += 1
+        return self.uniform[:, self.used - 1 : self.used]

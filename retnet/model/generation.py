@@ -3,19 +3,63 @@
 Most of these hooks are private to transformers; a test fails when one of them is renamed.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# keywords of forward that change nothing for one token that is fed to a cache
+_NO_MATTER = {"use_cache", "logits_to_keep", "return_dict"}
 
 
 class OwnCacheGenerationMixin(GenerationMixin):
     """``generate`` with the cache that the model makes itself."""
 
+    forward: Callable[..., Any]
+
     def new_cache(self, max_length: int | None = None) -> Any:
         """An empty memory; the model's."""
         raise NotImplementedError
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``, its single tokens by the lean ``DecodeStep``."""
+        with self._single_tokens_by_the_step():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _single_tokens_by_the_step(self) -> Iterator[None]:
+        from .step import DecodeStep, is_plain  # which imports the models
+
+        model: Any = self
+        if not is_plain(model):
+            yield
+            return
+        step, whole = DecodeStep(model), self.forward
+
+        @functools.wraps(whole)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = {
+                name: value
+                for name, value in kwargs.items()
+                if value is not None and value is not False
+            }
+            tokens, cache = given.pop("input_ids", None), given.pop("past_key_values", None)
+            suits = not args and tokens is not None and tokens.shape[1] == 1 and cache is not None
+            if not (suits and given.keys() <= _NO_MATTER and step.fits(cache)):
+                return whole(*args, **kwargs)
+            logits = step(tokens[:, 0], cache)[:, None]
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+        self.forward = forward
+        try:
+            yield
+        finally:
+            del self.forward
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

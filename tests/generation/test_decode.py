@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import EosTokenCriteria
+from transformers import EosTokenCriteria, StoppingCriteria
 
 from retnet.errors import UserError
 from retnet.generation import (
@@ -14,6 +14,7 @@ from retnet.generation import (
     generate,
     prefill,
 )
+from retnet.generation.decode import STOPPING_WINDOW
 from tests.generation.builders import MIXERS, tiny_model
 
 pytestmark = pytest.mark.parametrize("mixer", MIXERS)
@@ -34,10 +35,10 @@ def collect(model, input_ids, steps, sampling=GREEDY, **kwargs) -> torch.Tensor:
 
 @torch.no_grad()
 def uncached(model, input_ids, steps, sampling) -> torch.Tensor:
-    sampler, ids = Sampler(sampling, len(input_ids)), input_ids
+    sampler, ids = Sampler(sampling, input_ids), input_ids
     for _ in range(steps):
         logits = model(ids, use_cache=False).logits[:, -1]
-        ids = torch.cat([ids, sampler(ids, logits)[:, None]], dim=1)
+        ids = torch.cat([ids, sampler(logits)[:, None]], dim=1)
     return ids[:, input_ids.shape[1] :]
 
 
@@ -115,6 +116,26 @@ def test_a_row_ends_alone_and_the_loop_with_the_last(mixer: str) -> None:
         assert row[:length].equal(expected[:length])
         assert (row[length:] == ENDED).all()
     assert usage.new_tokens == int((ended != ENDED).sum())
+
+
+class Window(StoppingCriteria):
+    """Remembers what it was shown; asks for so many tokens by an attribute, as stop strings do."""
+
+    def __init__(self, longest: int) -> None:
+        self.maximum_token_len = longest
+        self.seen: list[list[int]] = []
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        self.seen.append(input_ids[0].tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("longest", [1, 100])
+def test_criteria_see_the_newest_tokens_and_no_more(mixer: str, longest: int) -> None:
+    """What the loop keeps does not grow with the text."""
+    window, size = Window(longest), max(longest, STOPPING_WINDOW)
+    made = collect(tiny_model(mixer), prompts(1), 230, DRAWN, stopping=[window])[0].tolist()
+    assert window.seen == [made[max(0, n - size) : n] for n in range(1, 231)]
 
 
 def test_usage_counts_tokens_time_and_state(mixer: str) -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TopPLogitsWarper
+from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from retnet.errors import UserError
 from retnet.generation import Sampler, Sampling
-from retnet.generation.sampling import keep_top_p
+from retnet.generation.sampling import DRAWN_AT_ONCE, keep_top_p
 
 LOGITS = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1.0]], dtype=torch.float64)
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
@@ -17,8 +17,8 @@ HISTORY = torch.tensor([[1, 1, 0]])
 
 def draws(sampling: Sampling, number: int = 400) -> torch.Tensor:
     """How often each token is drawn, as shares."""
-    sampler = Sampler(sampling, 1)
-    tokens = torch.cat([sampler(HISTORY, LOGITS) for _ in range(number)])
+    sampler = Sampler(sampling, HISTORY)
+    tokens = torch.cat([sampler(LOGITS) for _ in range(number)])
     return torch.bincount(tokens, minlength=LOGITS.shape[1]) / number
 
 
@@ -58,23 +58,50 @@ def test_top_p_keeps_what_transformers_keeps(rows, vocab, top_p, spread, cut) ->
     scores = spread * torch.randn(rows, vocab, dtype=torch.float64, generator=generator)
     if cut and vocab > 3:  # as top_k leaves them
         scores[:, 3:] = -torch.inf
-    kept = keep_top_p(scores, top_p)
-    expected = TopPLogitsWarper(top_p)(None, scores)
+    probabilities = scores.softmax(-1)
+    kept = keep_top_p(probabilities, top_p)
+    expected = TopPLogitsWarper(top_p)(None, scores).isfinite()
     if spread:
-        assert kept.equal(expected)
+        assert (kept > 0).equal(expected & (probabilities > 0))
+        assert kept.equal(probabilities.where(kept > 0, 0))
     else:  # all are equally likely: none may go
-        assert kept.equal(scores)
+        assert kept.equal(probabilities)
 
 
-def test_repetition_penalty_punishes_tokens_of_the_history() -> None:
-    assert draws(Sampling(greedy=True, repetition_penalty=2.0), 5)[2] == 1
+@given(st.integers(2, 40), st.integers(1, 6), st.sampled_from([0.5, 1.3, 2.0]))
+def test_repetition_penalty_is_that_of_transformers(vocab: int, length: int, penalty) -> None:
+    """Of the prompt and of what was chosen since."""
+    generator = torch.Generator().manual_seed(vocab)
+    ids = torch.randint(vocab, (2, length), generator=generator)
+    sampler = Sampler(Sampling(greedy=True, repetition_penalty=penalty), ids)
+    for _ in range(6):
+        logits = torch.randn(2, vocab, generator=generator, dtype=torch.float64)
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()).argmax(-1)
+        chosen = sampler(logits)
+        assert chosen.equal(expected)
+        ids = torch.cat((ids, chosen[:, None]), dim=1)
+
+
+def test_tiny_temperature_in_float32() -> None:
+    sampler = Sampler(Sampling(temperature=1e-300, top_p=1.0), HISTORY)
+    assert sampler(LOGITS.float()).item() == 1
+
+
+def test_a_long_series_of_draws_follows_the_distribution() -> None:
+    """Past the numbers that are drawn at once."""
+    sampler = Sampler(Sampling(**NEUTRAL), HISTORY)
+    even = torch.zeros(1, 2)
+    drawn = [sampler(even).item() for _ in range(3 * DRAWN_AT_ONCE)]
+    thirds = [drawn[i : i + DRAWN_AT_ONCE] for i in range(0, len(drawn), DRAWN_AT_ONCE)]
+    assert thirds[0] != thirds[1] != thirds[2]
+    assert all(0.4 < sum(third) / DRAWN_AT_ONCE < 0.6 for third in thirds)
 
 
 def test_the_seed_decides_and_row_i_draws_with_seed_plus_i() -> None:
     def tokens(seed: int, rows: int) -> list[list[int]]:
-        sampler = Sampler(Sampling(**NEUTRAL, seed=seed), rows)
-        many = LOGITS.expand(rows, -1), HISTORY.expand(rows, -1)
-        return torch.stack([sampler(many[1], many[0]) for _ in range(30)], dim=1).tolist()
+        sampler = Sampler(Sampling(**NEUTRAL, seed=seed), HISTORY.expand(rows, -1))
+        logits = LOGITS.expand(rows, -1)
+        return torch.stack([sampler(logits) for _ in range(30)], dim=1).tolist()
 
     assert tokens(5, 1) == tokens(5, 1) != tokens(6, 1)
     assert tokens(5, 3) == tokens(5, 1) + tokens(6, 1) + tokens(7, 1)

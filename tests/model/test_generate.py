@@ -177,7 +177,9 @@ def test_text_iterator_streamer(model) -> None:
     tokenizer = load_tokenizer("bytes")
     wide = make_model("retention", torch.float32, vocab_size=len(tokenizer))
     inputs = tokenizer("def ", return_tensors="pt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(
+        tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True
+    )
     arguments = dict(**inputs, **GREEDY, streamer=streamer)
     thread = threading.Thread(target=wide.generate, kwargs=arguments)
     thread.start()

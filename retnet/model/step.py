@@ -5,8 +5,8 @@ made for whole texts. For one token its cost is not arithmetic, it is the module
 operators started, and the weights read at less than the memory's speed. ``DecodeStep`` computes the
 same (the tests compare the two) and differs in three things:
 
-* Projections of the same input are one product. ``lay_out_for_decoding`` stores their weights one
-  after the other, so that this copies nothing.
+* Projections of the same input are one product, where ``lay_out_for_decoding`` has stored their
+  weights one after the other.
 * Decays are computed once, rotations once a step; nothing is looked up in the configuration.
 * The state is updated in place; nothing that a step allocates outlives it.
 """
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retnet.model.attention import CausalAttention
-from retnet.model.cache import DecoderCache, KVCache, KVLayer, RetentionLayer
-from retnet.model.configuration import DecoderConfig
-from retnet.model.decay import head_log_decay
-from retnet.model.layers import FeedForward, MultiScaleRetention, head_norm
-from retnet.model.linear import Linear, bmm, linear
-from retnet.model.modeling import (
+from .attention import CausalAttention
+from .cache import DecoderCache, KVCache, KVLayer, RetentionLayer
+from .configuration import DecoderConfig
+from .decay import head_log_decay
+from .layers import FeedForward, MultiScaleRetention, head_norm
+from .linear import Linear, bmm, linear
+from .modeling import (
     DecoderForCausalLM,
     DecoderLayer,
     RetNetForCausalLM,
@@ -32,9 +32,9 @@ from retnet.model.modeling import (
     TransformerForCausalLM,
     TransformerModel,
 )
-from retnet.model.precision import full_precision
-from retnet.model.rotary import Rotation, rotary_theta, rotation
-from retnet.model.sequence import NEXT_POSITION, SEGMENT
+from .precision import full_precision
+from .rotary import Rotation, rotary_theta, rotation
+from .sequence import NEXT_POSITION, SEGMENT
 
 # what a model is made of when nobody has wrapped, quantised or adapted a part of it
 PLAIN_MODULES = {
@@ -48,8 +48,8 @@ def lay_out_for_decoding(model: nn.Module) -> None:
     """Store the weights that ``DecodeStep`` multiplies together one after the other, in place."""
     for module in model.modules():
         linears = _same_input(module)
-        if len(linears) > 1:
-            whole = _joined(linears)
+        if len(linears) > 1 and len(_weights(linears)) > 1:
+            whole = torch.cat([linear.weight.detach() for linear in linears])
             parts = whole.split([linear.out_features for linear in linears])
             for linear, part in zip(linears, parts, strict=True):
                 linear.weight.data = part
@@ -68,18 +68,25 @@ def _same_input(module: nn.Module) -> list[nn.Linear]:
     return [linear for linear in found if linear is not None]
 
 
-def _joined(linears: Sequence[nn.Linear]) -> Tensor:
-    """The weights as one matrix [sum of out, in]: what is stored as one already is not copied."""
+def _weights(linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """Their weights; as a single matrix [sum of out, in] where they are stored as one."""
     weights = [linear.weight.detach() for linear in linears]
     first, inputs = weights[0], weights[0].shape[1]
     offset = first.storage_offset()
     for weight in weights:
         same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not (same and weight.is_contiguous() and weight.storage_offset() == offset):
-            return torch.cat(weights)
+            return weights
         offset += weight.numel()
     outputs = sum(weight.shape[0] for weight in weights)
-    return first.as_strided((outputs, inputs), (inputs, 1))
+    return [first.as_strided((outputs, inputs), (inputs, 1))]
+
+
+def _project(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """[B, in] -> [B, sum of out]."""
+    if len(weights) == 1:
+        return linear(x, weights[0])
+    return torch.cat([linear(x, weight) for weight in weights], dim=1)
 
 
 class RetentionStep:
@@ -87,7 +94,7 @@ class RetentionStep:
 
     def __init__(self, mixer: MultiScaleRetention) -> None:
         config = mixer.config
-        self.inputs, self.output = _joined(_same_input(mixer)), mixer.o_proj.weight
+        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight
         self.heads, self.gated = config.num_heads, config.gate
         self.head_norm, self.eps = config.head_norm, config.head_norm_eps
         gate = config.value_size if config.gate else 0
@@ -97,7 +104,7 @@ class RetentionStep:
         """[B, d] -> [B, d]; ``decay`` is [H, 1, 1], ``turn`` for queries and keys together."""
         rows, heads, state = x.shape[0], self.heads, memory.state
         assert state is not None
-        qk, v, gate = linear(x, self.inputs).split_with_sizes(self.parts, dim=1)
+        qk, v, gate = _project(x, self.inputs).split_with_sizes(self.parts, dim=1)
         with full_precision(x.device):
             q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
             v = v.view(rows, heads, 1, -1).to(state.dtype)
@@ -113,12 +120,12 @@ class AttentionStep:
 
     def __init__(self, mixer: CausalAttention) -> None:
         self.heads = mixer.config.num_heads
-        self.inputs, self.output = _joined(_same_input(mixer)), mixer.o_proj.weight
+        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight
 
     def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: KVLayer) -> Tensor:
         """[B, d] -> [B, d]; there is no decay in it."""
         rows, heads = x.shape[0], self.heads
-        qkv = linear(x, self.inputs).view(rows, 3 * heads, 1, -1)
+        qkv = _project(x, self.inputs).view(rows, 3 * heads, 1, -1)
         q, k = turn(qkv[:, : 2 * heads]).to(x.dtype).split(heads, dim=1)
         keys, values = memory.append(k, qkv[:, 2 * heads :])
         out = F.scaled_dot_product_attention(q, keys, values)
@@ -130,10 +137,10 @@ class FeedForwardStep:
 
     def __init__(self, ffn: FeedForward) -> None:
         self.gated = ffn.gate_proj is not None
-        self.inputs, self.output = _joined(_same_input(ffn)), ffn.down_proj.weight
+        self.inputs, self.output = _weights(_same_input(ffn)), ffn.down_proj.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = linear(x, self.inputs)
+        inner = _project(x, self.inputs)
         if self.gated:
             gate, inner = inner.chunk(2, dim=1)
             return linear(F.silu(gate) * inner, self.output)
@@ -173,7 +180,7 @@ def is_plain(model: nn.Module) -> bool:
 class DecodeStep:
     """One token per row: tokens [B] in, the logits that follow [B, vocab] out, the cache updated.
 
-    It computes with the weights as they are when it is made.
+    It holds the model's weights as they are stored when it is made, and copies none.
 
     Args:
         model: For which ``is_plain`` holds.

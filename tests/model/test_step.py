@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import (
-    DecodeStep,
     decode_one,
     generate,
-    is_plain,
-    lay_out_for_decoding,
     make_step,
     prefill,
 )
+from retnet.model.step import DecodeStep, is_plain, lay_out_for_decoding
 from tests.generation.builders import MIXERS, VOCAB, tiny_model
 
 both_mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -146,15 +144,14 @@ def test_what_is_not_plain_takes_the_plain_way(mixer: str) -> None:
 
 
 @both_mixers
-def test_weights_laid_out_once_are_not_copied_and_can_be_saved(mixer: str, tmp_path: Path) -> None:
+def test_weights_laid_out_once_are_one_matrix_and_can_be_saved(mixer: str, tmp_path: Path) -> None:
     model = tiny_model(mixer)
     values = {name: weight.clone() for name, weight in model.state_dict().items()}
     first = model.model.layers[0].mixer.q_proj.weight
-    copied = DecodeStep(model).layers[0][1].inputs
-    assert copied.data_ptr() != first.data_ptr()
+    assert len(DecodeStep(model).layers[0][1].inputs) > 1
     for _ in range(2):
         lay_out_for_decoding(model)
-        shared = DecodeStep(model).layers[0][1].inputs
+        (shared,) = DecodeStep(model).layers[0][1].inputs
         assert shared.data_ptr() == first.data_ptr()
     assert all(weight.equal(values[name]) for name, weight in model.state_dict().items())
     model.save_pretrained(tmp_path)
@@ -185,3 +182,66 @@ def test_generate_decodes_by_the_step(mixer: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DecodeStep, "__call__", counted)
     assert len(list(generate(tiny_model(mixer), random_ids(2, 5), max_new_tokens=6))) == 6
     assert len(calls) == 5
+
+
+class Counted:
+    """How often the lean step ran, and the model's own forward pass."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps = self.passes = 0
+        step, whole = DecodeStep.__call__, type(model.model).forward
+
+        def count_step(own: DecodeStep, *args: Any) -> torch.Tensor:
+            self.steps += 1
+            return step(own, *args)
+
+        def count_pass(own: Any, *args: Any, **kwargs: Any) -> Any:
+            self.passes += 1
+            return whole(own, *args, **kwargs)
+
+        monkeypatch.setattr(DecodeStep, "__call__", count_step)
+        monkeypatch.setattr(type(model.model), "forward", count_pass)
+
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@both_mixers
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"return_dict_in_generate": True}])
+def test_transformers_generate_takes_the_step(mixer: str, options: dict, monkeypatch) -> None:
+    model, ids = tiny_model(mixer), random_ids(2, 5)
+    options = GREEDY | {"pad_token_id": 0} | options
+    expected = model.generate(ids, **options, use_cache=False)
+    counted = Counted(model, monkeypatch)
+    made = model.generate(ids, **options)
+    if "return_dict_in_generate" in options:
+        expected, made = expected.sequences, made.sequences
+    assert made.equal(expected)
+    assert counted.steps == 7 and counted.passes == 1
+    assert "forward" not in vars(model)
+
+
+@both_mixers
+def test_transformers_generate_without_the_step(mixer: str, monkeypatch) -> None:
+    """Padding needs a mask, hidden states the whole pass, hooks their calls."""
+    model, ids = tiny_model(mixer), random_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    counted = Counted(model, monkeypatch)
+    for options in (
+        {"attention_mask": mask},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"use_cache": False},
+    ):
+        model.generate(ids, **GREEDY, pad_token_id=0, **options)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    model.generate(ids, **GREEDY, pad_token_id=0)
+    assert counted.steps == 0 and counted.passes == 32
+
+
+@both_mixers
+def test_generate_that_fails_leaves_the_model_as_it_was(mixer: str) -> None:
+    model = tiny_model(mixer)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(random_ids(1, 3), max_new_tokens=0)
+    assert "forward" not in vars(model)
