@@ -1,5 +1,6 @@
-"""Retention alone, forward and backward, against flash-linear-attention's kernels on a GPU."""
+"""Retention alone, forward and backward: by form and chunk size, and against kernels on a GPU."""
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -7,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Prepare
-from benchmarks.measure import TRAIN, Piece, Plan, Results, measure
+from benchmarks.measure import FORMS, TRAIN, Piece, Plan, Results, measure
 from retnet.model.configuration import RetNetConfig
 from retnet.model.decay import head_log_decay
-from retnet.model.retention import retention_chunkwise
+from retnet.model.retention import retention_chunkwise, retention_parallel
 
 FLA = "flash-linear-attention"
 SHAPES = ((8, 4096, 8, 128), (8, 4096, 8, 256))  # B, T, H, K; V = 2 K
@@ -27,13 +28,25 @@ def kernels(plan: Plan, results: Results, shapes: tuple = SHAPES) -> None:
     if plan.device.type != "cuda":
         results.absent[FLA] = f"its kernels need a GPU, the device is {plan.device.type}"
         return
-    names: dict[str, Kernel] = {"RetNet chunkwise": chunkwise}
+    names: dict[str, Kernel] = {"RetNet chunkwise": chunkwise(None)}
     try:
         names[FLA] = _fla_kernel()
     except ImportError as error:
         results.absent[FLA] = str(error)
     for shape in shapes:
         measure(TRAIN, kernel_pieces(shape, names, plan), plan, results)
+
+
+def forms(plan: Plan, results: Results) -> None:
+    """Chunk sizes on a long row, then the parallel form against them on short ones."""
+    heads = plan.size.num_heads
+    for width in plan.form_widths:
+        for length in (plan.train_short, *plan.form_lengths):
+            names = {f"chunks of {size}": chunkwise(size) for size in plan.form_chunks}
+            if length in plan.form_lengths:
+                names = {"parallel": parallel} | names
+            shape = (max(1, plan.step_tokens // length), length, heads, width)
+            measure(FORMS, kernel_pieces(shape, names, plan), plan, results)
 
 
 def kernel_pieces(
@@ -58,13 +71,26 @@ def kernel_pieces(
     return [Piece(case, name, rows * length, step(kernel)) for name, kernel in names.items()]
 
 
-def chunkwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Ours, from and to the layout [B, T, H, .] that the linear layers make."""
-    log_decay = head_log_decay("paper", q.shape[2], q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scaled = k * q.shape[3] ** -0.5
-    size = RetNetConfig(hidden_size=q.shape[1] * q.shape[3], num_heads=q.shape[1]).chunk_size
-    out, _ = retention_chunkwise(q, scaled, v, log_decay, chunk_size=size)
+def chunkwise(chunk_size: int | None) -> Kernel:
+    """Ours, with this chunk size or the default of such heads."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads, width = q.shape[2:]
+        size = chunk_size or RetNetConfig(hidden_size=heads * width, num_heads=heads).chunk_size
+        return _by_heads(functools.partial(retention_chunkwise, chunk_size=size), q, k, v)
+
+    return kernel
+
+
+def parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Our form of all pairs."""
+    return _by_heads(retention_parallel, q, k, v)
+
+
+def _by_heads(form: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+    """A form, from and to the layout [B, T, H, .] that the linear layers make."""
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    out, _ = form(q, k * q.shape[3] ** -0.5, v, head_log_decay("paper", q.shape[1], q.device))
     return out.transpose(1, 2).to(q.dtype)
 
 

@@ -10,22 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import Prepare
+from retnet.model.linear import linear, linear_gradients
 
 
 def linear_products(model: nn.Module, tokens: int) -> Prepare:
     """The products of all linear layers, forward and backward, and nothing else.
 
-    Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, into memory that is
-    reserved before. Tied embeddings count once, as the output layer.
+    Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, by the same functions as in
+    our models. Tied embeddings count once, as the output layer.
 
     Args:
         model: Whose layers, device and dtype.
         tokens: N.
     """
-    weights = [x.weight.detach() for x in model.modules() if isinstance(x, nn.Linear)]
-    widths = {size for weight in weights for size in weight.shape}
-    first = weights[0]
-    rows = {width: torch.randn(tokens, width).to(first) for width in widths}
+    weights, rows = _linear_layers(model, tokens)
+
+    def work() -> None:
+        for weight in weights:
+            linear(rows[weight.shape[1]], weight)
+        for weight in weights:
+            linear_gradients(rows[weight.shape[1]], weight, rows[weight.shape[0]])
+
+    return lambda: work
+
+
+def matmul_products(model: nn.Module, tokens: int) -> Prepare:
+    """``linear_products`` by ``torch.mm``, into memory that is reserved before."""
+    weights, rows = _linear_layers(model, tokens)
     results = {width: torch.empty_like(x) for width, x in rows.items()}
     gradients = [torch.empty_like(weight) for weight in weights]
 
@@ -38,6 +49,13 @@ def linear_products(model: nn.Module, tokens: int) -> Prepare:
             torch.mm(rows[outer].T, rows[inner], out=gradient)
 
     return lambda: work
+
+
+def _linear_layers(model: nn.Module, tokens: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The weights, and random rows [N, width] of every width that occurs."""
+    weights = [x.weight.detach() for x in model.modules() if isinstance(x, nn.Linear)]
+    widths = {size for weight in weights for size in weight.shape}
+    return weights, {width: torch.randn(tokens, width).to(weights[0]) for width in widths}
 
 
 def linear_flops(model: nn.Module, tokens: int) -> int:

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
-TRAIN, PREFILL, DECODE, MEMORY = "train", "prefill", "decode", "memory"
+TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
 LIMIT = "limit"  # the contender that nobody beats
+MATMULS = "products by torch.mm"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Plan:
         batch: Rows of the larger batch.
         tokens: Made in a round of decoding.
         loop_tokens: Made in a round of whole loops.
-        merges: Vocabulary of the tokenizer that the loop decodes with.
+        keep_memory: Whether the C library keeps freed memory, as it does in train.py.
+        form_widths, form_chunks, form_lengths: K of a head, C and T of the forms that are compared;
+            V = 2 K.
     """
 
     device: torch.device
@@ -56,6 +59,10 @@ class Plan:
     batch: int = 16
     tokens: int = 16
     loop_tokens: int = 64
+    keep_memory: bool = True
+    form_widths: tuple[int, ...] = (64, 128, 256)
+    form_chunks: tuple[int, ...] = (32, 64, 128, 256)
+    form_lengths: tuple[int, ...] = (64, 128, 256, 512)
 
     def quick(self) -> "Plan":
         """The same benchmarks at sizes that say nothing about speed, to see that they work."""
@@ -64,7 +71,8 @@ class Plan:
             self.device, self.dtype, 1, self.compiled, small, small,
             step_tokens=32, train_lengths=(8, 16, 32, 64), train_short=32, train_long=64,
             prefill_lengths=(16, 32), prefill_short=16, prefill_long=32, contexts=(4, 8, 16),
-            batch=2, tokens=2, loop_tokens=2,
+            batch=2, tokens=2, loop_tokens=2, keep_memory=self.keep_memory, form_widths=(4,),
+            form_chunks=(4, 8), form_lengths=(8, 16),
         )  # fmt: skip
 
 
@@ -73,7 +81,7 @@ class Measurement:
     """One contender in one case.
 
     Attributes:
-        benchmark: "train", "prefill" or "decode".
+        benchmark: "train", "prefill", "decode" or "forms".
         case: What was done, the same for all contenders of a group.
         contender: Who.
         tokens: In each call; for a batch, of all rows.

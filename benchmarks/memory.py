@@ -47,9 +47,10 @@ def _in_own_process(name: str, rows: int, length: int, plan: Plan) -> int | None
     dtype = str(plan.dtype).removeprefix("torch.")
     options = ["--size", *size, "--device", str(plan.device), "--dtype", dtype]
     threads = ["--threads", str(torch.get_num_threads())]
+    keep = ["--keep-memory"] if plan.keep_memory else []
     command = [sys.executable, "-m", "benchmarks.memory", name, str(rows), str(length)]
     output = subprocess.run(
-        [*command, *options, *threads], check=True, stdout=subprocess.PIPE, text=True
+        [*command, *options, *threads, *keep], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     last = output.split()[-1]
     return None if last == "absent" else int(last)
@@ -90,9 +91,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--keep-memory", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as training does
+    if arguments.keep_memory:
+        keep_freed_memory()
     plan = Plan(arguments.device, getattr(torch, arguments.dtype), size=Size(*arguments.size))
     num_bytes = peak_of(arguments.contender, arguments.rows, arguments.length, plan)
     print("absent" if num_bytes is None else num_bytes)

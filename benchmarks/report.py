@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DECODE, LIMIT, MEMORY, PREFILL, TRAIN, Measurement, Plan, Results
+from benchmarks.measure import (
+    DECODE,
+    FORMS,
+    LIMIT,
+    MEMORY,
+    PREFILL,
+    TRAIN,
+    Measurement,
+    Plan,
+    Results,
+)
 from benchmarks.others import TIMM_NOTE, TORCHSCALE
 from benchmarks.targets import Target, targets
 from retnet.evaluation.report import format_table
@@ -19,12 +29,14 @@ from retnet.evaluation.report import format_table
 PACKAGES = ("torch", "transformers", "torchscale", "yet-another-retnet", "flash-linear-attention")
 NOTES = {
     TRAIN: "Forward and backward pass, no optimizer. Forms of all pairs of tokens stop at T = 2048,"
-    "\nthe recurrent one at 128. The limit: the matrix products of the RetNet's linear layers.",
+    "\nthe recurrent one at 128. The limit: the matrix products of the RetNet's linear layers,"
+    "\nby the functions that our models use; the same by torch.mm stands beside it.",
     PREFILL: "The RetNet and the Transformer read 1024 tokens at a time and keep their memory, as\n"
     "does Llama in one piece; torchscale (chunkwise) has none to keep, yet-another-retnet reads\n"
     "128 at a time.",
     DECODE: "Greedy. The limit: reading as many bytes as the RetNet's weights and states (these\n"
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
+    FORMS: "Retention alone, forward and backward; V = 2 K.",
     MEMORY: "Above what the process had before the step; a process each, see benchmarks.memory.",
 }
 
@@ -50,6 +62,7 @@ def environment(plan: Plan, argv: Sequence[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "rounds": plan.rounds,
+        "keep_memory": plan.keep_memory,
         "versions": versions,
     }
 
@@ -66,7 +79,7 @@ def _processor() -> str:
 def format_report(plan: Plan, results: Results, about: dict[str, Any]) -> str:
     """Heading, a table per case, and the table of targets."""
     parts = [_heading(results, about)]
-    for benchmark in (TRAIN, PREFILL, DECODE):
+    for benchmark in (TRAIN, PREFILL, DECODE, FORMS):
         groups = list(results.groups(benchmark))
         if groups:
             parts.append([f"== {benchmark}", *NOTES[benchmark].splitlines()])
@@ -86,7 +99,8 @@ def _heading(results: Results, about: dict[str, Any]) -> list[str]:
         f"machine   {about['processor']}, {about['cores']} cores, {about['system']}, "
         f"{about['vector_instructions']}; device {about['device']}",
         f"run       {about['threads']} threads, {about['dtype']}, {about['rounds']} rounds in turn "
-        f"after one to warm up; load average {loads[0]} before, {loads[1]} after",
+        f"after one to warm up; load average {loads[0]} before, {loads[1]} after; freed memory "
+        f"{'kept' if about['keep_memory'] else 'as the C library does by default'}",
         f"versions  {versions}",
     ]
     for size, counts in results.parameters.items():

@@ -1,6 +1,6 @@
 """How fast, in how much memory, against whom, and how near the machine's limit.
 
-    python -m benchmarks.speed [train|prefill|decode|memory|all] [--threads N] [--json FILE] ...
+    python -m benchmarks.speed [train|prefill|decode|memory|forms|all] [--threads N] ...
 
 The contenders run in turn in one process (A B A B ...) after a round that is not counted; times are
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
@@ -18,11 +18,12 @@ import torch
 
 from benchmarks.contenders import compile_problem
 from benchmarks.decoding import decode
-from benchmarks.kernels import kernels
-from benchmarks.measure import DECODE, MEMORY, PREFILL, TRAIN, Plan, Results
+from benchmarks.kernels import forms, kernels
+from benchmarks.measure import DECODE, FORMS, MEMORY, PREFILL, TRAIN, Plan, Results
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
 from benchmarks.training import prefill, train
+from retnet.allocator import keep_freed_memory
 from retnet.cli import ArgumentParser, positive_int, run
 from retnet.evaluation import check_writable, write_json
 from retnet.generation import loading_arguments
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
     PREFILL: prefill,
     DECODE: decode,
     MEMORY: memory,
+    FORMS: forms,
 }
 
 
@@ -44,6 +46,12 @@ def build_parser() -> ArgumentParser:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="(float32)")
     add("--threads", type=positive_int, help="of the CPU (as torch chooses)")
     add("--rounds", type=positive_int, default=5, help="counted rounds (5)")
+    add(
+        "--allocator",
+        default="keep",
+        choices=["keep", "default"],
+        help="freed memory: keep, as train.py does, or as the C library does by default (keep)",
+    )
     add("--no-compile", action="store_true", help="leave out what torch.compile makes")
     add("--quick", action="store_true", help="tiny sizes, one round: only to see that it works")
     add("--json", type=Path, metavar="FILE", help="also write everything to this file")
@@ -58,12 +66,20 @@ def main(argv: Sequence[str]) -> None:
     place = loading_arguments(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.allocator == "keep":
+        keep_freed_memory()
     results = Results()
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
     problem = compile_problem(not arguments.no_compile)
     if problem:
         results.absent["compiled steps"] = problem
-    plan = Plan(place["device"], place["dtype"], arguments.rounds, compiled=problem is None)
+    plan = Plan(
+        place["device"],
+        place["dtype"],
+        arguments.rounds,
+        compiled=problem is None,
+        keep_memory=arguments.allocator == "keep",
+    )
     if arguments.quick:
         plan = plan.quick()
     torch.manual_seed(0)

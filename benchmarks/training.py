@@ -2,8 +2,18 @@
 
 from benchmarks.contenders import Contender, Field, Llama, add_ours, make_llama, with_compiled
 from benchmarks.decoding import decoding_field
-from benchmarks.limits import linear_flops, linear_products
-from benchmarks.measure import LIMIT, PREFILL, TRAIN, Piece, Plan, Results, measure, random_ids
+from benchmarks.limits import linear_flops, linear_products, matmul_products
+from benchmarks.measure import (
+    LIMIT,
+    MATMULS,
+    PREFILL,
+    TRAIN,
+    Piece,
+    Plan,
+    Results,
+    measure,
+    random_ids,
+)
 from benchmarks.others import add_others
 
 
@@ -29,8 +39,12 @@ def training_pieces(
         for one in contenders
         if one.longest is None or length <= one.longest
     ]
-    products = linear_products(contenders[0].model, tokens)
-    return [*pieces, Piece(case, LIMIT, tokens, products)]
+    model = contenders[0].model
+    return [
+        *pieces,
+        Piece(case, MATMULS, tokens, matmul_products(model, tokens)),
+        Piece(case, LIMIT, tokens, linear_products(model, tokens)),
+    ]
 
 
 def train(plan: Plan, results: Results) -> None:

@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from retnet.allocator import keep_freed_memory
 from retnet.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -52,7 +51,6 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         The process's exit code.
     """
     configure_logging()
-    keep_freed_memory()
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

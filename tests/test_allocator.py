@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+import retnet.training.run as run
+from retnet.training.config import Config
+
 FAULTS = """
 import resource, sys
 import torch
@@ -42,3 +45,15 @@ def test_the_users_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     refused = faults("keep")
     assert refused.returncode and "AssertionError" in refused.stderr
+
+
+def test_training_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedError(Exception):
+        pass
+
+    def ask() -> None:
+        raise AskedError
+
+    monkeypatch.setattr(run, "keep_freed_memory", ask)
+    with pytest.raises(AskedError):
+        run.train(Config())

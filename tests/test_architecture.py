@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-LEAVES = {"errors", "cli"}
+LEAVES = {"errors", "cli", "allocator"}
 MAY_IMPORT = {
     "model": set(),
     "data": LEAVES,

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
+from retnet.allocator import keep_freed_memory
 from retnet.data import (
     CarriedBatches,
     PreparedData,
@@ -60,6 +61,7 @@ def train(config: Config) -> int:
     Raises:
         UserError: The configuration, the data or the run folder don't allow it.
     """
+    keep_freed_memory()
     check_trackers(config)
     warn_without_effect(config.model)
     model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
