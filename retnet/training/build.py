@@ -6,10 +6,12 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.generation import find_checkpoint
-from retnet.generation.checkpoint import check_weights_unchanged
+from retnet.generation.checkpoint import TOKENIZER, check_weights_unchanged
 from retnet.model import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -68,11 +70,11 @@ def build_model(config: DecoderConfig) -> Model:
     return TransformerForCausalLM(cast(TransformerConfig, config))
 
 
-def load_initial_weights(model: Model, init_from: str) -> Path:
+def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Take the weights of ``model.init_from``; returns the checkpoint's folder.
 
     Raises:
-        UserError: No such checkpoint, or one of another shape.
+        UserError: No such checkpoint, or one of another shape or with another tokenizer.
     """
     folder = find_checkpoint(init_from)
     file = folder / "model.safetensors"
@@ -97,5 +99,11 @@ def load_initial_weights(model: Model, init_from: str) -> Path:
                 f"{here} here; take over the model section of its config.yaml, and its tokenizer "
                 f"(data.tokenizer={folder})"
             )
+    has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
+    if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"model.init_from ({init_from}) was trained with another tokenizer of the same size, "
+            f"its embedding would mean nothing here: set data.tokenizer={folder}"
+        )
     model.load_state_dict(weights)
     return folder

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,12 +28,13 @@ from retnet.training.build import (
     warn_without_effect,
 )
 from retnet.training.carry import CarriedState
-from retnet.training.checkpoint import FINAL, Progress, load_checkpoint_state, step_folder
+from retnet.training.checkpoint import FINAL, Progress, step_folder
 from retnet.training.config import Config, TrainSpec
 from retnet.training.health import DivergedError
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.report import describe_run
+from retnet.training.resume import go_on
 from retnet.training.run_folder import (
     Start,
     lock_run_folder,
@@ -113,9 +113,9 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
         data = prepare_data(config.data)
     trainer = build_trainer(config, accelerator, data)
     if start.checkpoint is not None:
-        _go_on(trainer, start.checkpoint)
+        go_on(trainer, start.checkpoint)
     elif config.model.init_from:
-        folder = load_initial_weights(trainer.bare_model, config.model.init_from)
+        folder = load_initial_weights(trainer.bare_model, config.model.init_from, data.tokenizer)
         logger.info("weights from %s", folder)
     for line in describe_run(
         config,
@@ -227,20 +227,6 @@ def _build_batches(
         return CarriedBatches(tokens, **cut)
     reset = config.data.reset_state_at_documents
     return TrainingBatches(tokens, **cut, reset_at_documents=reset)
-
-
-def _go_on(trainer: Trainer, checkpoint: Path) -> None:
-    progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
-    if progress.global_batch != trainer.batches.global_batch:
-        raise UserError(
-            f"train.batch_size x train.gradient_accumulation_steps x processes "
-            f"({trainer.batches.global_batch}) must stay {progress.global_batch}, the rows of a "
-            f"step in {checkpoint}"
-        )
-    trainer.progress = progress
-    if trainer.carried is not None:
-        trainer.carried.load(checkpoint, trainer.accelerator)
-    logger.info("going on from %s (step %d)", checkpoint, progress.step)
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,111 @@
+"""What a run may go on from, and that the way it says to go on is the way that works."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from retnet.training import loop
+from tests.training.conftest import as_options
+from tests.training.test_train import metrics, run
+
+BPE = ["data.tokenizer=bpe", "data.vocab_size=270"]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of standard error, which must be the one error line."""
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def stopped_at(options: list[str], step: int, **changes: object) -> int:
+    """Run until SIGTERM comes while ``step`` steps are complete."""
+    real = loop.Trainer._seed
+
+    def seed(self: loop.Trainer, at: int, micro_step: int) -> None:
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, at, micro_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_seed", seed)
+        return run(options, **changes)
+
+
+@pytest.fixture
+def text(corpus: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus, to be changed."""
+    return Path(shutil.copytree(corpus, tmp_path / "text"))
+
+
+def rewrite(text: Path) -> None:
+    for file in sorted(text.iterdir())[::2]:
+        file.write_text("quite other words " * 8)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [("bytes", "data.source ({text}) does not give the text"),
+     ("bpe", "data.tokenizer (bpe) is not the tokenizer")],
+)  # fmt: skip
+def test_a_text_that_changed_between_stop_and_start(
+    options, text: Path, tmp_path: Path, capsys, tokenizer: str, words: str
+) -> None:
+    """The same command must not go on with other rows, nor with a retrained tokenizer."""
+    options += [f"data.source={text}", *(BPE if tokenizer == "bpe" else [])]
+    assert stopped_at(options, 3) == 143
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    kept = Path(shutil.copytree(text, tmp_path / "kept"))
+    rewrite(text)
+    assert run(options) == 2
+    assert words.format(text=text) in error_line(capsys)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    shutil.rmtree(text)
+    kept.rename(text)
+    assert run(options) == 0  # the text is restored
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_named_checkpoint_with_another_text(options, text: Path, tmp_path: Path, capsys) -> None:
+    """Named on purpose, it goes on and says so; states carried from the old text do not."""
+    options += [f"data.source={text}"]
+    assert run(options) == 0
+    rewrite(text)
+    named = {"train__resume": tmp_path / "run/checkpoints/step_4"}
+    assert run(options, **named, train__out_dir=tmp_path / "b") == 0
+    assert "going on with the new text" in capsys.readouterr().err
+    carry = {**named, "train__carry_state": "true", "train__out_dir": tmp_path / "c"}
+    assert run(options, **carry) == 2
+    assert "its states belong to that text" in error_line(capsys)
+
+
+def test_a_named_checkpoint_with_another_tokenizer(
+    options, text: Path, tmp_path: Path, capsys
+) -> None:
+    """Of the same size, so that the shapes agree; what the message advises works."""
+    options += [f"data.source={text}", *BPE]
+    assert run(options) == 0
+    rewrite(text)
+    checkpoint = tmp_path / "run/checkpoints/step_4"
+    advised = {"train.resume": checkpoint, "train.out_dir": tmp_path / "b"}
+    assert run([*options, *as_options(advised)]) == 2
+    line = error_line(capsys)
+    assert "data.tokenizer (bpe) is not the tokenizer" in line
+    assert f"set data.tokenizer={checkpoint} train.resume={checkpoint}" in line
+    assert run([*options, *as_options(advised | {"data.tokenizer": checkpoint})]) == 0
+
+
+def test_initial_weights_with_another_tokenizer(
+    options, text: Path, tmp_path: Path, capsys
+) -> None:
+    options += [f"data.source={text}", *BPE]
+    assert run(options) == 0
+    rewrite(text)
+    other = {"model.init_from": tmp_path / "run", "train.out_dir": tmp_path / "b"}
+    assert run([*options, *as_options(other)]) == 2
+    final = tmp_path / "run/final"
+    line = error_line(capsys)
+    assert "another tokenizer of the same size" in line and f"data.tokenizer={final}" in line
+    assert run([*options, *as_options(other | {"data.tokenizer": final})]) == 0
