@@ -67,6 +67,10 @@ class Progress:
     best_step: int | None = None
     seconds: float = 0.0
 
+    def forget_best(self) -> None:
+        """The weights of the best evaluation are no longer there to be found."""
+        self.best_loss = self.best_step = None
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -170,6 +170,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def command_to_go_on(train: TrainSpec) -> str:
+    """How to call the command that goes on from a run's newest checkpoint."""
+    return "the same command" + ("" if train.resume == "auto" else " with train.resume=auto")
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """``section.key`` -> value."""
     return {

@@ -34,7 +34,7 @@ from retnet.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from retnet.training.config import Config
+from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import SpikeWatch, check_first_loss, describe_divergence, stop_diverged
 from retnet.training.optimizer import learning_rate
 from retnet.training.signals import StopRequest
@@ -286,5 +286,5 @@ class Trainer:
             raise UserError(
                 f"train.out_dir ({self.run_folder}) can't be written at step {self.progress.step} "
                 f"({error.strerror or error}), {left}: make it writable and free space there, and "
-                "the same command goes on"
+                f"{command_to_go_on(self.spec)} goes on"
             ) from error

@@ -29,7 +29,7 @@ from retnet.training.build import (
 )
 from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import FINAL, Progress, step_folder
-from retnet.training.config import Config, TrainSpec
+from retnet.training.config import Config, TrainSpec, command_to_go_on
 from retnet.training.health import DivergedError
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
@@ -85,7 +85,8 @@ def train(config: Config) -> int:
             )
             return 0
         trainer = _set_up(config, accelerator, start)
-        _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock))
+        if not _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock)):
+            trainer.progress.forget_best()  # the next evaluation writes best/ again
         start_trackers(accelerator, config)
         return _run(trainer)
     finally:
@@ -141,9 +142,10 @@ def _run(trainer: Trainer) -> int:
     progress = trainer.progress
     if not finished:
         logger.info(
-            "stopped after step %d, saved in %s; the same command goes on from there",
+            "stopped after step %d, saved in %s; %s goes on from there",
             progress.step,
             step_folder(run, progress.step),
+            command_to_go_on(trainer.spec),
         )
         return stop.exit_code
     best = progress.best_loss

@@ -1,5 +1,6 @@
 """What a run may go on from, and that the way it says to go on is the way that works."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -109,3 +110,46 @@ def test_initial_weights_with_another_tokenizer(
     line = error_line(capsys)
     assert "another tokenizer of the same size" in line and f"data.tokenizer={final}" in line
     assert run([*options, *as_options(other | {"data.tokenizer": final})]) == 0
+
+
+def step_in(folder: Path) -> int:
+    return json.loads((folder / "training_state.json").read_text())["step"]
+
+
+def test_going_back_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
+    """Back with a lower learning rate, as after a divergence: the end of the old course is gone."""
+    assert run(options) == 0
+    folder, lower = tmp_path / "run", {"train__learning_rate": 1e-4}
+    assert step_in(folder / "best") == step_in(folder / "final") == 6
+    assert stopped_at(options, 5, train__resume=folder / "checkpoints/step_4", **lower) == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+    assert {"set-aside-best", "set-aside-final"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "final").exists() and not (folder / "best").exists()
+    assert run(options, **lower) == 0
+    printed = capsys.readouterr().err
+    assert "going on from" in printed and "(step 5)" in printed
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(folder)[-1]["optim/lr"] < 1e-4
+    assert step_in(folder / "best") == step_in(folder / "final") == 6
+
+
+def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    changes = {"train__out_dir": tmp_path / "b", "train__learning_rate": 5}  # nothing gets better
+    named = {**changes, "train__resume": tmp_path / "run/checkpoints/step_4"}
+    assert stopped_at(options, 5, **named) == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+    assert run(options, **named) == 2
+    assert "go on with the run there by train.resume=auto" in error_line(capsys)
+    assert run(options, **changes) == 0
+    assert "(step 5)" in capsys.readouterr().err
+    # the best of the run it came from is not here, so the best of this one is its own
+    assert step_in(tmp_path / "b/best") == step_in(tmp_path / "b/final") == 6
+    shutil.rmtree(tmp_path / "b/checkpoints")
+    assert run(options, **named) == 2  # also a folder of which only the end was kept
+    assert "already holds a run" in error_line(capsys)
+
+
+def test_never_and_stopped(options, capsys) -> None:
+    assert stopped_at(options, 3, train__resume="never") == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
