@@ -100,7 +100,8 @@ class Trainer:
                 self._console.close()
 
     def _run(self, stop: StopRequest, watch: SpikeWatch) -> bool:
-        saved = self.progress.step
+        # a checkpoint that train.resume names may lie elsewhere: it is not saved here yet
+        saved = self.progress.step if self.spec.resume == "auto" else 0
         while self.progress.step < self.spec.max_steps:
             values = self._step(self.progress.step, stop)
             if values is None:

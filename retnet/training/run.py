@@ -141,12 +141,15 @@ def _run(trainer: Trainer) -> int:
             return EXIT_DIVERGED
     progress = trainer.progress
     if not finished:
-        logger.info(
-            "stopped after step %d, saved in %s; %s goes on from there",
-            progress.step,
-            step_folder(run, progress.step),
-            command_to_go_on(trainer.spec),
-        )
+        if progress.step == 0:
+            logger.info("stopped before the end of the first step: there is nothing to save yet")
+        else:
+            logger.info(
+                "stopped after step %d, saved in %s; %s goes on from there",
+                progress.step,
+                step_folder(run, progress.step),
+                command_to_go_on(trainer.spec),
+            )
         return stop.exit_code
     best = progress.best_loss
     logger.info(

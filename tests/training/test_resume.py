@@ -153,3 +153,24 @@ def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, c
 def test_never_and_stopped(options, capsys) -> None:
     assert stopped_at(options, 3, train__resume="never") == 143
     assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+
+
+def test_stopped_in_the_first_step(options, tmp_path: Path, capsys) -> None:
+    """It does not name a checkpoint that is not there."""
+    assert stopped_at(options, 0) == 143
+    printed = capsys.readouterr().err
+    assert "there is nothing to save yet" in printed and "step_0" not in printed
+    assert run(options) == 0
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys) -> None:
+    """The checkpoint it names is in the folder, and auto does not begin at step 0."""
+    assert run(options) == 0
+    other = {"train__out_dir": tmp_path / "b"}
+    assert stopped_at(options, 4, **other, train__resume=tmp_path / "run/checkpoints/step_4") == 143
+    saved = tmp_path / "b/checkpoints/step_4"
+    assert f"stopped after step 4, saved in {saved}" in capsys.readouterr().err
+    assert saved.is_dir()
+    assert run(options, **other) == 0
+    assert f"going on from {saved}" in capsys.readouterr().err
