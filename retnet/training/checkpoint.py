@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retnet.errors import UserError
 from retnet.generation import DATA_RECORD, write_manifest
-from retnet.training.build import Model
+from retnet.training.build import Model, check_same_model
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -151,10 +151,14 @@ def load_checkpoint_state(
     weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
     if "lm_head.weight" not in weights:  # tied
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    what, fix = f"checkpoint ({folder})", "take over the model section of its run's config.yaml"
+    own: Any = get_model_state_dict(model)
+    check_same_model(own, weights, what, fix)
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)
     moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
     stored = load_file(folder / OPTIMIZER)
+    check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]

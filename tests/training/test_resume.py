@@ -174,3 +174,40 @@ def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys
     assert saved.is_dir()
     assert run(options, **other) == 0
     assert f"going on from {saved}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("model.hidden_size=16", "model.hidden_size=32"),
+        ("model.num_hidden_layers=1", "model.num_hidden_layers=2"),
+        ("model.mixer=retention", "model.mixer=attention"),
+        ("model.tie_word_embeddings=true", "model.tie_word_embeddings=false"),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings=true"),
+    ],
+)
+def test_a_named_checkpoint_of_another_model(
+    options, tmp_path: Path, capsys, before: str, now: str
+) -> None:
+    assert run([*options, before]) == 0
+    checkpoint = tmp_path / "run/checkpoints/step_4"
+    named = as_options({"train.resume": checkpoint, "train.out_dir": tmp_path / "b"})
+    assert run([*options, *named, now]) == 2
+    line = error_line(capsys)
+    assert f"checkpoint ({checkpoint}) is another model: " in line
+    assert "take over the model section of its run's config.yaml" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_model_in_a_folder_without_its_configuration(options, tmp_path: Path, capsys):
+    assert run(options) == 0
+    (tmp_path / "run/config.yaml").unlink()
+    assert run([*options, "model.hidden_size=32", "train.max_steps=8"]) == 2
+    assert "step_6) is another model: " in error_line(capsys)
+
+
+def test_a_named_checkpoint_of_another_vocabulary(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    named = as_options({"train.resume": tmp_path / "run/checkpoints/step_4"})
+    assert run([*options, *named, *BPE, f"train.out_dir={tmp_path / 'b'}"]) == 2
+    assert "data.tokenizer (bpe) is not the tokenizer" in error_line(capsys)
