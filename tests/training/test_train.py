@@ -182,6 +182,14 @@ def test_evaluation_options(options, tmp_path: Path, capsys) -> None:
     assert "  | " not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("carry", ["true", "false"])
+def test_the_smallest_evaluation_has_a_target(options, tmp_path: Path, capsys, carry: str) -> None:
+    """Two tokens are one target: a document has at least its two ends."""
+    assert run(options, train__eval_max_tokens=2, train__carry_state=carry) == 0
+    assert "(1 tokens)" in capsys.readouterr().err
+    assert 0 < metrics(tmp_path / "run")[-1]["val/bits_per_byte"] < math.inf
+
+
 def test_init_from(options, tmp_path: Path, capsys) -> None:
     assert run(options) == 0
     changes = {"train__out_dir": tmp_path / "more", "model__init_from": tmp_path / "run"}
