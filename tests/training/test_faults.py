@@ -135,14 +135,14 @@ def no_space() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    ("owner", "name", "call", "newest"),
     [
-        (checkpoint, "save_file", 2), (checkpoint, "write_manifest", 3),
-        (loop.MetricsFile, "write", 5),
+        (checkpoint, "save_file", 2, 2), (checkpoint, "write_manifest", 3, 2),
+        (loop.MetricsFile, "write", 5, 4),
     ],
 )  # fmt: skip
 def test_a_full_disk(
-    options, tmp_path: Path, capsys, monkeypatch, owner: object, name: str, call: int
+    options, tmp_path: Path, capsys, monkeypatch, owner: object, name: str, call: int, newest: int
 ) -> None:
     assert run(options, train__out_dir=tmp_path / "whole") == 0
     capsys.readouterr()
@@ -154,6 +154,7 @@ def test_a_full_disk(
     assert "(No space left on device)" in error and "the same command goes on" in error
     assert not list((tmp_path / "run").rglob(".unfinished*/*"))  # the space is given back
     assert run(options) == 0
+    assert f"going on from {tmp_path}/run/checkpoints/step_{newest} " in capsys.readouterr().err
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -178,6 +179,7 @@ def test_a_file_that_may_not_grow(options, tmp_path: Path, capsys) -> None:
     assert error.startswith("error: train.out_dir") and "too large" in error.lower()
     assert "checkpoints/step_2 is the newest whole checkpoint" in error
     assert run(options) == 0
+    assert f"going on from {tmp_path}/run/checkpoints/step_2 " in capsys.readouterr().err
 
 
 def test_a_folder_removed_while_the_run_is_in_it(options, tmp_path: Path, capsys) -> None:
