@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
+
 
 def train(config: Config) -> int:
     """Train as configured, from the run folder's newest checkpoint if there is one.
@@ -176,6 +178,7 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     precision = spec.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
+    world_size = _world_size()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
@@ -183,13 +186,33 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
         log_with=list(spec.trackers) or None,
         project_dir=spec.out_dir,
     )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UserError(
             f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
             "process: start several processes with torchrun"
         )
     return accelerator
+
+
+def _world_size() -> int:
+    """The number of processes that the environment speaks of, as torchrun sets it.
+
+    Raises:
+        UserError: It can't be had; libraries would end in a traceback or wait for the others.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"WORLD_SIZE ({text}) must be a whole number of at least 1: unset it, or start several "
+            "processes with torchrun, which sets it"
+        )
+    missing = [name for name in LAUNCHED_WITH if name not in os.environ]
+    if int(text) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE ({text}) is set, but {', '.join(missing)} not: unset it, or start several "
+            "processes with torchrun, which sets them all"
+        )
+    return int(text)
 
 
 def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) -> Trainer:

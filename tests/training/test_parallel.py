@@ -76,3 +76,44 @@ def test_processes_and_accumulation_give_the_same_losses(
     ends = [metrics(tmp_path / name)[-1]["val/loss"] for name in ("one", "two")]
     if carry == "false":  # with it, validation has a lane for each row, which begins cold
         assert ends[0] == pytest.approx(ends[1], abs=1e-5)
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "lacking", "words"),
+    [
+        ("2", list(LAUNCHED)[1:], "(2) is set, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"),
+        ("2", ["LOCAL_RANK"], "WORLD_SIZE (2) is set, but LOCAL_RANK not"),
+        ("x", [], "WORLD_SIZE (x) must be a whole number"),
+        ("0", [], "WORLD_SIZE (0) must be a whole number"),
+    ],
+)
+def test_world_size_without_torchrun(
+    options, tmp_path: Path, capsys, monkeypatch, size: str, lacking: list[str], words: str
+) -> None:
+    """Neither a traceback about an address nor a wait for processes that do not come."""
+    for name, value in {**LAUNCHED, "WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+        if name in lacking:
+            monkeypatch.delenv(name)
+    assert run(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("retnet.training.run.Accelerator", lambda **_: SingleProcess())
+    assert run(options) == 2
+    assert "WORLD_SIZE (2) is set, but accelerate runs 1 process" in capsys.readouterr().err
+
+
+class SingleProcess:
+    """What accelerate would give if it overlooked the environment."""
+
+    num_processes = 1

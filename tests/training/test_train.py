@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -272,19 +271,6 @@ def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, caps
 def test_a_gpu_that_is_not_there(options, capsys) -> None:
     assert run(options, train__device="cuda") == 2
     assert "train.device (cuda)" in capsys.readouterr().err
-
-
-def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})
-    monkeypatch.setattr("retnet.training.run.Accelerator", lambda **_: SingleProcess())
-    assert run(options) == 2
-    assert "WORLD_SIZE (2) is set, but accelerate runs 1 process" in capsys.readouterr().err
-
-
-class SingleProcess:
-    """What accelerate would give if it overlooked the environment."""
-
-    num_processes = 1
 
 
 def test_two_runs_in_one_folder(options, tmp_path: Path, capsys) -> None:
