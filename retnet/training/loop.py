@@ -272,7 +272,8 @@ class Trainer:
                 values["perf/tokens_per_s"],
             )
         if self.spec.trackers:
-            self.accelerator.log(values, step=int(values["step"]))
+            with self._writing():
+                self.accelerator.log(values, step=int(values["step"]))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

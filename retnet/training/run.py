@@ -43,7 +43,7 @@ from retnet.training.run_folder import (
     run_lock,
 )
 from retnet.training.signals import stop_on_signals
-from retnet.training.tracking import check_trackers, format_seconds, start_trackers
+from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +89,10 @@ def train(config: Config) -> int:
         trainer = _set_up(config, accelerator, start)
         if not _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock)):
             trainer.progress.forget_best()  # the next evaluation writes best/ again
-        start_trackers(accelerator, config)
+        _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
         return _run(trainer)
     finally:
-        accelerator.end_training()
+        end_training(accelerator)
         lock.release(force=True)
 
 

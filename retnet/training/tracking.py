@@ -24,6 +24,7 @@ from retnet.training.config import Config, flatten
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 
 
 class MetricsFile:
@@ -120,10 +121,19 @@ def format_seconds(seconds: float) -> str:
 
 
 def check_trackers(config: Config) -> None:
-    """Raise a ``UserError`` when a tracker of ``train.trackers`` is not installed."""
+    """Raise a ``UserError`` when a tracker of ``train.trackers`` can't be had; never prompts."""
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
+    mode = _wandb_mode()
+    if "wandb" in config.train.trackers and mode not in ("offline", "disabled"):
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError(
+                f"WANDB_MODE ({mode}) needs an account for train.trackers (wandb): run wandb "
+                "login, or unset it to write the run to files"
+            )
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
@@ -131,19 +141,45 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
 
     wandb is offline unless the environment variable WANDB_MODE says otherwise: a run neither
     needs an account nor waits for a network.
+
+    Raises:
+        UserError: One of them can't be started.
     """
     if not config.train.trackers:
         return
     run = Path(str(config.train.out_dir))
-    mode = os.environ.get("WANDB_MODE", "offline")
-    accelerator.init_trackers(
-        "retnet",
-        config={
-            k: str(v) if isinstance(v, list) else v
-            for k, v in flatten(config).items()
-            if v is not None
-        },
-        init_kwargs={"wandb": {"mode": mode, "dir": str(run), "name": run.name}},
-    )
+    mode = _wandb_mode()
+    wandb: dict[str, Any] = {"mode": mode, "dir": str(run), "name": run.name}
+    if mode not in ("offline", "disabled"):
+        wandb["settings"] = {"init_timeout": NETWORK_WAIT_S}
+    try:
+        accelerator.init_trackers(
+            "retnet",
+            config={
+                k: str(v) if isinstance(v, list) else v
+                for k, v in flatten(config).items()
+                if v is not None
+            },
+            init_kwargs={"wandb": wandb},
+        )
+    except Exception as error:  # each library has its own kinds
+        accelerator.trackers.clear()  # half started, they can't be ended either
+        raise UserError(
+            f"train.trackers ({', '.join(config.train.trackers)}) can't be started "
+            f"({str(error) or type(error).__name__}): leave them out, or look at {run} and, for "
+            f"wandb, at WANDB_MODE ({mode})"
+        ) from error
     if "wandb" in config.train.trackers and mode == "offline":
         logger.info("wandb is offline; to upload the run later: wandb sync %s/wandb/*run-*", run)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close trackers and process group; a tracker that can't be closed does not hide an error."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        logger.warning("train.trackers can't be closed (%s)", error.strerror or error)
+
+
+def _wandb_mode() -> str:
+    return os.environ.get("WANDB_MODE", "offline")
