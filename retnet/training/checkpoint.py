@@ -207,7 +207,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``folder`` when it is complete and on disk."""
     new = folder.parent / f"{_TEMPORARY}{folder.name}"
     try:
-        folder.parent.mkdir(exist_ok=True)
+        if folder.parent.name == CHECKPOINTS:  # a run folder that was removed stays removed
+            folder.parent.mkdir(exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         yield new

@@ -182,10 +182,13 @@ def test_a_file_that_may_not_grow(options, tmp_path: Path, capsys) -> None:
     assert f"going on from {tmp_path}/run/checkpoints/step_2 " in capsys.readouterr().err
 
 
-def test_a_folder_removed_while_the_run_is_in_it(options, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("step", [4, 3])  # with an evaluation at its end: best/ comes first
+def test_a_folder_removed_while_the_run_is_in_it(
+    options, tmp_path: Path, capsys, step: int
+) -> None:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, loop.Trainer, "_step", 4, lambda: shutil.rmtree(folder))
+        fail_at(patch, loop.Trainer, "_step", step, lambda: shutil.rmtree(folder))
         assert run(options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: train.out_dir") and "No such file or directory" in error
