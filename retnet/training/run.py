@@ -110,10 +110,16 @@ def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def _prepare(config: Config, accelerator: Accelerator) -> PreparedData:
+    """The data: made by the main process, the others find it made."""
+    made: list[PreparedData] = []
+    _decided_by_main(accelerator, lambda: made.append(prepare_data(config.data)))
+    return made[0] if made else prepare_data(config.data)
+
+
 def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
-    with accelerator.main_process_first():  # the others find the token files made
-        data = prepare_data(config.data)
+    data = _prepare(config, accelerator)
     trainer = build_trainer(config, accelerator, data)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
