@@ -63,13 +63,13 @@ def train(config: Config) -> int:
         UserError: The configuration, the data or the run folder don't allow it.
     """
     check_trackers(config)
-    warn_without_effect(config.model)
     model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
     if not accelerator.is_main_process:
-        logging.getLogger("retnet").setLevel(logging.WARNING)
+        logging.getLogger("retnet").setLevel(logging.CRITICAL)  # everything is said once
+    warn_without_effect(config.model)
     lock = run_lock(config)
 
     def plan() -> Start:

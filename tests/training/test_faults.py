@@ -281,9 +281,10 @@ def test_the_report_of_a_divergence(options, tmp_path: Path, capsys) -> None:
         patch.setattr(loop.Trainer, "_backward", poison)
         assert run(options) == 3
     assert "gradient norm inf; the step was not taken" in capsys.readouterr().err
-    report = json.loads((tmp_path / "run/diverged.json").read_text())
+    text = (tmp_path / "run/diverged.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     norms = report["grad_norms"]
-    assert norms.pop("model.norm.weight") == math.inf
+    assert norms.pop("model.norm.weight") == report["grad_norm"] == "inf"
     assert all(0 < norm < 100 for norm in norms.values())  # as they were, not clipped to nan
     assert report["rows"] == [16, 19] and len(report["window_starts"]) == 4
     assert run(options) == 0  # the poison is gone; so is the report
@@ -298,6 +299,22 @@ def test_a_loss_spike_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert not watch.check(31, 3.3)
         assert watch.check(32, 4.0)
     assert "step 32: the loss jumped to 4.000" in caplog.text
+
+
+def test_a_run_watches_for_spikes(options, capsys, monkeypatch) -> None:
+    """Its own losses, also those from before it was gone on with."""
+
+    def jumps(self, step, stop):
+        values = real(self, step, stop)
+        return values | {"train/loss": values["train/loss"] + (step == 6)}
+
+    real = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", jumps)
+    monkeypatch.setattr("retnet.training.health.SPIKE_AFTER", 5)
+    assert run(options, train__schedule="constant") == 0
+    assert "the loss jumped" not in capsys.readouterr().err
+    assert run(options, train__schedule="constant", train__max_steps=8) == 0
+    assert capsys.readouterr().err.count("step 7: the loss jumped") == 1
 
 
 def test_no_code_of_a_checkpoint_is_run(options, finished: Path, tmp_path: Path, capsys) -> None:
