@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,9 @@ class MetricsFile:
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS
-        self.losses: list[float] = []
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # cut off by an interruption: that step comes again
-                if entry["step"] > step:
-                    break
-                kept.append(line + "\n")
-                self.losses.append(entry["train/loss"])
-        replace_text(self.path, "".join(kept))
+        kept = list(_lines_until(self.path, step))
+        self.losses = [json.loads(line)["train/loss"] for line in kept]
+        replace_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -69,6 +60,22 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of the steps up to ``step``; a damaged one is left out with a warning."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if entry["step"] > step:
+                return  # that step comes again
+            float(entry["train/loss"])
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # the last has no end: an interruption cut it off
+                logger.warning("%s line %d can't be read and is left out", path, number)
+        else:
+            yield line.decode()
 
 
 class Console:

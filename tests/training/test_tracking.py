@@ -1,10 +1,12 @@
 """metrics.jsonl and other trackers: what fails in them is said in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+from retnet.training.tracking import METRICS, MetricsFile
 from tests.training.test_faults import fail_at, no_space
 from tests.training.test_train import run
 
@@ -42,3 +44,32 @@ def test_a_full_disk_in_a_tracker(options, tmp_path: Path, capsys) -> None:
     assert error.startswith(f"error: train.out_dir ({tmp_path / 'run'}) can't be written at step")
     assert "checkpoints/step_4 is the newest whole checkpoint" in error
     assert run(options) == 0
+
+
+def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path, caplog) -> None:
+    """Alone: the good ones after it stay. What an interruption cut off is no damage."""
+    good = [json.dumps({"step": step, "train/loss": 9.0 - step}).encode() for step in range(1, 8)]
+    bad = [b"\xff\xfe", b'{"train/loss": 1.0}', b'{"step": 2}', b"[]", b"", good[1][:-4]]
+    for damage in bad:
+        lines = [good[0], damage, *good[2:6], good[6][:-3]]
+        (tmp_path / METRICS).write_bytes(b"\n".join(lines))
+        caplog.clear()
+        metrics = MetricsFile(tmp_path, 5)
+        metrics.close()
+        assert metrics.losses == [8.0, 6.0, 5.0, 4.0]
+        kept = (tmp_path / METRICS).read_bytes().splitlines()
+        assert kept == [good[0], *good[2:5]]
+        assert caplog.text.count("line 2 can't be read and is left out") == 1
+        assert caplog.text.count("left out") == 1
+
+
+def test_a_run_goes_on_after_damage_in_its_metrics(options, tmp_path: Path, capsys) -> None:
+    constant = {"train__schedule": "constant"}
+    assert run(options, **constant) == 0
+    path = tmp_path / "run/metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"\xff\n", *lines[2:]]))
+    assert run(options, **constant, train__max_steps=8) == 0
+    assert f"{path} line 2 can't be read" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 3, 4, 5, 6, 7, 8]
