@@ -1,15 +1,19 @@
 """From a configuration to a model."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.generation import find_checkpoint
-from retnet.generation.checkpoint import check_weights_unchanged
+from retnet.generation.checkpoint import TOKENIZER, check_weights_unchanged
 from retnet.model import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -68,11 +72,11 @@ def build_model(config: DecoderConfig) -> Model:
     return TransformerForCausalLM(cast(TransformerConfig, config))
 
 
-def load_initial_weights(model: Model, init_from: str) -> Path:
+def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Take the weights of ``model.init_from``; returns the checkpoint's folder.
 
     Raises:
-        UserError: No such checkpoint, or one of another shape.
+        UserError: No such checkpoint, or one of another shape or with another tokenizer.
     """
     folder = find_checkpoint(init_from)
     file = folder / "model.safetensors"
@@ -85,17 +89,33 @@ def load_initial_weights(model: Model, init_from: str) -> Path:
         weights = load_file(file)
     except SafetensorError as error:
         raise UserError(f"model.init_from ({file}) can't be read: {error}") from error
-    own = model.state_dict()
     if "lm_head.weight" not in weights and model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    for name in sorted(own.keys() | weights.keys()):
-        here = tuple(own[name].shape) if name in own else "absent"
-        there = tuple(weights[name].shape) if name in weights else "absent"
-        if here != there:
-            raise UserError(
-                f"model.init_from ({init_from}) is another model: {name} is {there} there and "
-                f"{here} here; take over the model section of its config.yaml, and its tokenizer "
-                f"(data.tokenizer={folder})"
-            )
+    check_same_model(
+        model.state_dict(),
+        weights,
+        f"model.init_from ({init_from})",
+        "take over the model section of its config.yaml, and its tokenizer "
+        f"(data.tokenizer={folder})",
+    )
+    has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
+    if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"model.init_from ({init_from}) was trained with another tokenizer of the same size, "
+            f"its embedding would mean nothing here: set data.tokenizer={folder}"
+        )
     model.load_state_dict(weights)
     return folder
+
+
+def check_same_model(
+    own: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, fix: str
+) -> None:
+    """Raise a ``UserError`` when the names or shapes of two models' weights differ."""
+    for name in sorted(own.keys() | stored.keys()):
+        here = tuple(own[name].shape) if name in own else "absent"
+        there = tuple(stored[name].shape) if name in stored else "absent"
+        if here != there:
+            raise UserError(
+                f"{what} is another model: {name} is {there} there and {here} here; {fix}"
+            )

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retnet.errors import UserError
 from retnet.generation import DATA_RECORD, write_manifest
-from retnet.training.build import Model
+from retnet.training.build import Model, check_same_model
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -66,6 +66,10 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
+
+    def forget_best(self) -> None:
+        """The weights of the best evaluation are no longer there to be found."""
+        self.best_loss = self.best_step = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,14 @@ def load_checkpoint_state(
     weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
     if "lm_head.weight" not in weights:  # tied
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    what, fix = f"checkpoint ({folder})", "take over the model section of its run's config.yaml"
+    own: Any = get_model_state_dict(model)
+    check_same_model(own, weights, what, fix)
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)
     moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
     stored = load_file(folder / OPTIMIZER)
+    check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]
@@ -199,7 +207,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``folder`` when it is complete and on disk."""
     new = folder.parent / f"{_TEMPORARY}{folder.name}"
     try:
-        folder.parent.mkdir(exist_ok=True)
+        if folder.parent.name == CHECKPOINTS:  # a run folder that was removed stays removed
+            folder.parent.mkdir(exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         yield new

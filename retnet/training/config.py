@@ -170,6 +170,11 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def command_to_go_on(train: TrainSpec) -> str:
+    """How to call the command that goes on from a run's newest checkpoint."""
+    return "the same command" + ("" if train.resume == "auto" else " with train.resume=auto")
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """``section.key`` -> value."""
     return {
@@ -235,8 +240,10 @@ def _train_problems(train: TrainSpec) -> list[str]:
             problems.append(f"train.{key} ({getattr(train, key)}) must be at least 0")
     if train.seed >= MAX_SEED:
         problems.append(f"train.seed ({train.seed}) must be below 2^32 ({MAX_SEED})")
-    if train.eval_max_tokens is not None and train.eval_max_tokens < 1:
-        problems.append(f"train.eval_max_tokens ({train.eval_max_tokens}) must be at least 1")
+    if train.eval_max_tokens is not None and train.eval_max_tokens < 2:
+        problems.append(  # a document's first token is no target
+            f"train.eval_max_tokens ({train.eval_max_tokens}) must be at least 2, or null for all"
+        )
     if not 0 < train.learning_rate < 10:
         problems.append(
             f"train.learning_rate ({train.learning_rate}) must be above 0 and below 10: "

@@ -34,7 +34,7 @@ from retnet.training.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from retnet.training.config import Config
+from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import SpikeWatch, check_first_loss, describe_divergence, stop_diverged
 from retnet.training.optimizer import learning_rate
 from retnet.training.signals import StopRequest
@@ -100,7 +100,8 @@ class Trainer:
                 self._console.close()
 
     def _run(self, stop: StopRequest, watch: SpikeWatch) -> bool:
-        saved = self.progress.step
+        # a checkpoint that train.resume names may lie elsewhere: it is not saved here yet
+        saved = self.progress.step if self.spec.resume == "auto" else 0
         while self.progress.step < self.spec.max_steps:
             values = self._step(self.progress.step, stop)
             if values is None:
@@ -271,7 +272,8 @@ class Trainer:
                 values["perf/tokens_per_s"],
             )
         if self.spec.trackers:
-            self.accelerator.log(values, step=int(values["step"]))
+            with self._writing():
+                self.accelerator.log(values, step=int(values["step"]))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -286,5 +288,5 @@ class Trainer:
             raise UserError(
                 f"train.out_dir ({self.run_folder}) can't be written at step {self.progress.step} "
                 f"({error.strerror or error}), {left}: make it writable and free space there, and "
-                "the same command goes on"
+                f"{command_to_go_on(self.spec)} goes on"
             ) from error

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,12 +29,13 @@ from retnet.training.build import (
     warn_without_effect,
 )
 from retnet.training.carry import CarriedState
-from retnet.training.checkpoint import FINAL, Progress, load_checkpoint_state, step_folder
-from retnet.training.config import Config, TrainSpec
+from retnet.training.checkpoint import FINAL, Progress, step_folder
+from retnet.training.config import Config, TrainSpec, command_to_go_on
 from retnet.training.health import DivergedError
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.report import describe_run
+from retnet.training.resume import go_on
 from retnet.training.run_folder import (
     Start,
     lock_run_folder,
@@ -44,11 +44,13 @@ from retnet.training.run_folder import (
     run_lock,
 )
 from retnet.training.signals import stop_on_signals
-from retnet.training.tracking import check_trackers, format_seconds, start_trackers
+from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 
 
 def train(config: Config) -> int:
@@ -63,13 +65,13 @@ def train(config: Config) -> int:
     """
     keep_freed_memory()
     check_trackers(config)
-    warn_without_effect(config.model)
     model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
     if not accelerator.is_main_process:
-        logging.getLogger("retnet").setLevel(logging.WARNING)
+        logging.getLogger("retnet").setLevel(logging.CRITICAL)  # everything is said once
+    warn_without_effect(config.model)
     lock = run_lock(config)
 
     def plan() -> Start:
@@ -87,11 +89,12 @@ def train(config: Config) -> int:
             )
             return 0
         trainer = _set_up(config, accelerator, start)
-        _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock))
-        start_trackers(accelerator, config)
+        if not _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock)):
+            trainer.progress.forget_best()  # the next evaluation writes best/ again
+        _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
         return _run(trainer)
     finally:
-        accelerator.end_training()
+        end_training(accelerator)
         lock.release(force=True)
 
 
@@ -109,15 +112,21 @@ def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def _prepare(config: Config, accelerator: Accelerator) -> PreparedData:
+    """The data: made by the main process, the others find it made."""
+    made: list[PreparedData] = []
+    _decided_by_main(accelerator, lambda: made.append(prepare_data(config.data)))
+    return made[0] if made else prepare_data(config.data)
+
+
 def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
-    with accelerator.main_process_first():  # the others find the token files made
-        data = prepare_data(config.data)
+    data = _prepare(config, accelerator)
     trainer = build_trainer(config, accelerator, data)
     if start.checkpoint is not None:
-        _go_on(trainer, start.checkpoint)
+        go_on(trainer, start.checkpoint)
     elif config.model.init_from:
-        folder = load_initial_weights(trainer.bare_model, config.model.init_from)
+        folder = load_initial_weights(trainer.bare_model, config.model.init_from, data.tokenizer)
         logger.info("weights from %s", folder)
     for line in describe_run(
         config,
@@ -142,11 +151,15 @@ def _run(trainer: Trainer) -> int:
             return EXIT_DIVERGED
     progress = trainer.progress
     if not finished:
-        logger.info(
-            "stopped after step %d, saved in %s; the same command goes on from there",
-            progress.step,
-            step_folder(run, progress.step),
-        )
+        if progress.step == 0:
+            logger.info("stopped before the end of the first step: there is nothing to save yet")
+        else:
+            logger.info(
+                "stopped after step %d, saved in %s; %s goes on from there",
+                progress.step,
+                step_folder(run, progress.step),
+                command_to_go_on(trainer.spec),
+            )
         return stop.exit_code
     best = progress.best_loss
     logger.info(
@@ -173,6 +186,7 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     precision = spec.precision
     if precision == "auto":
         precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
+    world_size = _world_size()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
@@ -180,13 +194,33 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
         log_with=list(spec.trackers) or None,
         project_dir=spec.out_dir,
     )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UserError(
             f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
             "process: start several processes with torchrun"
         )
     return accelerator
+
+
+def _world_size() -> int:
+    """The number of processes that the environment speaks of, as torchrun sets it.
+
+    Raises:
+        UserError: It can't be had; libraries would end in a traceback or wait for the others.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"WORLD_SIZE ({text}) must be a whole number of at least 1: unset it, or start several "
+            "processes with torchrun, which sets it"
+        )
+    missing = [name for name in LAUNCHED_WITH if name not in os.environ]
+    if int(text) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE ({text}) is set, but {', '.join(missing)} not: unset it, or start several "
+            "processes with torchrun, which sets them all"
+        )
+    return int(text)
 
 
 def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) -> Trainer:
@@ -229,20 +263,6 @@ def _build_batches(
         return CarriedBatches(tokens, **cut)
     reset = config.data.reset_state_at_documents
     return TrainingBatches(tokens, **cut, reset_at_documents=reset)
-
-
-def _go_on(trainer: Trainer, checkpoint: Path) -> None:
-    progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
-    if progress.global_batch != trainer.batches.global_batch:
-        raise UserError(
-            f"train.batch_size x train.gradient_accumulation_steps x processes "
-            f"({trainer.batches.global_batch}) must stay {progress.global_batch}, the rows of a "
-            f"step in {checkpoint}"
-        )
-    trainer.progress = progress
-    if trainer.carried is not None:
-        trainer.carried.load(checkpoint, trainer.accelerator)
-    logger.info("going on from %s (step %d)", checkpoint, progress.step)
 
 
 def _device_name(device: torch.device) -> str:

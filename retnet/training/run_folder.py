@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from retnet.errors import UserError
 from retnet.generation import find_damage
 from retnet.training.checkpoint import (
+    BEST,
     CHECKPOINTS,
     FINAL,
     TRAINING_STATE,
@@ -59,7 +60,7 @@ def plan_start(config: Config) -> Start:
         return Start()
     if (run / CONFIG).is_file():
         _check_same_configuration(config, run)
-    if _finished_steps(run) >= config.train.max_steps:
+    if _step_of(run / FINAL) >= config.train.max_steps:
         return Start(finished=True)
     return Start(_newest_whole(run))
 
@@ -100,16 +101,19 @@ def lock_run_folder(lock: FileLock) -> None:
         raise _not_writable(run, error) from error
 
 
-def open_run_folder(config: Config, start: Start, lock: FileLock) -> None:
+def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
     """Create the folder where there is none, tidy it up, and write the configuration.
 
     Checkpoints that are newer than the start, because they are damaged or of a course that is not
-    followed, are set aside under another name.
+    followed, are set aside under another name; so are the end and the best of such a course.
 
     Args:
         config: The run.
         start: Where it begins.
         lock: Of the folder.
+
+    Returns:
+        Whether the folder holds the best weights so far.
 
     Raises:
         UserError: Another process trains there, or the folder can't be written.
@@ -120,19 +124,24 @@ def open_run_folder(config: Config, start: Start, lock: FileLock) -> None:
         lock_run_folder(lock)
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
-        _set_aside_newer(run, start)
+        if start.checkpoint is not None:
+            _set_aside_newer(run, start.checkpoint, named=config.train.resume != "auto")
         replace_text(run / CONFIG, to_yaml(config))
+        return (run / BEST).is_dir()
     except OSError as error:
         raise _not_writable(run, error) from error
 
 
-def _set_aside_newer(run: Path, start: Start) -> None:
-    """Rename the checkpoints that are newer than the one to go on from."""
-    checkpoints = list_checkpoints(run)
-    names = [folder.name for folder in checkpoints]
-    if start.checkpoint is None or start.checkpoint.name not in names:
-        return
-    for folder in checkpoints[names.index(start.checkpoint.name) + 1 :]:
+def _set_aside_newer(run: Path, start: Path, *, named: bool) -> None:
+    """Rename what is newer than the checkpoint to go on from.
+
+    Under auto, final/ and best/ are of the same course: the run comes to them again.
+    """
+    step = _step_of(start)
+    newer = [folder for folder in list_checkpoints(run) if int(folder.name[5:]) > step]
+    if named:
+        newer += [folder for folder in (run / BEST, run / FINAL) if _step_of(folder) > step]
+    for folder in newer:
         aside = folder.with_name(SET_ASIDE + folder.name)
         if aside.exists():
             shutil.rmtree(aside)
@@ -153,10 +162,10 @@ def _named_start(checkpoint: Path, run: Path) -> Start:
             "use auto, which takes the newest whole one"
         )
     own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
-    if not own and list_checkpoints(run):
+    if not own and (list_checkpoints(run) or (run / FINAL).exists()):
         raise UserError(
             f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
-            "another: set another train.out_dir"
+            "another: go on with the run there by train.resume=auto, or set another train.out_dir"
         )
     return Start(checkpoint)
 
@@ -180,10 +189,10 @@ def _newest_whole(run: Path) -> Path | None:
     return None
 
 
-def _finished_steps(run: Path) -> int:
-    """The steps after which the run in a folder was finished; 0 when it is not."""
+def _step_of(folder: Path) -> int:
+    """The steps after which a checkpoint was written; 0 when it is not there."""
     try:
-        return int(json.loads((run / FINAL / TRAINING_STATE).read_text())["step"])
+        return int(json.loads((folder / TRAINING_STATE).read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -19,8 +19,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM."""
-        return EXIT_BY_SIGNAL + (self.signal or 0)
+        """130 after SIGINT, 143 after SIGTERM or a signal that only another process got."""
+        return EXIT_BY_SIGNAL + (self.signal or signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # torchrun passes a Ctrl-C on as SIGTERM: only a second Ctrl-C is a person in a hurry

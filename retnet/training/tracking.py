@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from retnet.training.config import Config, flatten
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 
 
 class MetricsFile:
@@ -35,19 +37,9 @@ class MetricsFile:
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS
-        self.losses: list[float] = []
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # cut off by an interruption: that step comes again
-                if entry["step"] > step:
-                    break
-                kept.append(line + "\n")
-                self.losses.append(entry["train/loss"])
-        replace_text(self.path, "".join(kept))
+        kept = list(_lines_until(self.path, step))
+        self.losses = [json.loads(line)["train/loss"] for line in kept]
+        replace_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -68,6 +60,22 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of the steps up to ``step``; a damaged one is left out with a warning."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if entry["step"] > step:
+                return  # that step comes again
+            float(entry["train/loss"])
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # the last has no end: an interruption cut it off
+                logger.warning("%s line %d can't be read and is left out", path, number)
+        else:
+            yield line.decode()
 
 
 class Console:
@@ -120,10 +128,19 @@ def format_seconds(seconds: float) -> str:
 
 
 def check_trackers(config: Config) -> None:
-    """Raise a ``UserError`` when a tracker of ``train.trackers`` is not installed."""
+    """Raise a ``UserError`` when a tracker of ``train.trackers`` can't be had; never prompts."""
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
+    mode = _wandb_mode()
+    if "wandb" in config.train.trackers and mode not in ("offline", "disabled"):
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError(
+                f"WANDB_MODE ({mode}) needs an account for train.trackers (wandb): run wandb "
+                "login, or unset it to write the run to files"
+            )
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
@@ -131,19 +148,45 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
 
     wandb is offline unless the environment variable WANDB_MODE says otherwise: a run neither
     needs an account nor waits for a network.
+
+    Raises:
+        UserError: One of them can't be started.
     """
     if not config.train.trackers:
         return
     run = Path(str(config.train.out_dir))
-    mode = os.environ.get("WANDB_MODE", "offline")
-    accelerator.init_trackers(
-        "retnet",
-        config={
-            k: str(v) if isinstance(v, list) else v
-            for k, v in flatten(config).items()
-            if v is not None
-        },
-        init_kwargs={"wandb": {"mode": mode, "dir": str(run), "name": run.name}},
-    )
+    mode = _wandb_mode()
+    wandb: dict[str, Any] = {"mode": mode, "dir": str(run), "name": run.name}
+    if mode not in ("offline", "disabled"):
+        wandb["settings"] = {"init_timeout": NETWORK_WAIT_S}
+    try:
+        accelerator.init_trackers(
+            "retnet",
+            config={
+                k: str(v) if isinstance(v, list) else v
+                for k, v in flatten(config).items()
+                if v is not None
+            },
+            init_kwargs={"wandb": wandb},
+        )
+    except Exception as error:  # each library has its own kinds
+        accelerator.trackers.clear()  # half started, they can't be ended either
+        raise UserError(
+            f"train.trackers ({', '.join(config.train.trackers)}) can't be started "
+            f"({str(error) or type(error).__name__}): leave them out, or look at {run} and, for "
+            f"wandb, at WANDB_MODE ({mode})"
+        ) from error
     if "wandb" in config.train.trackers and mode == "offline":
         logger.info("wandb is offline; to upload the run later: wandb sync %s/wandb/*run-*", run)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close trackers and process group; a tracker that can't be closed does not hide an error."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        logger.warning("train.trackers can't be closed (%s)", error.strerror or error)
+
+
+def _wandb_mode() -> str:
+    return os.environ.get("WANDB_MODE", "offline")

@@ -2,7 +2,8 @@
 
 Called as a program: the first argument is the Python expression of a list of attempts, each
 ``(name of a kill below or None, or seconds to live, arguments of train.py)``; prints the exit
-status of each. The interpreter is started once, each attempt is a fork of it.
+status of each, while standard error is that of the attempts. The interpreter is started once, each
+attempt is a fork of it.
 """
 
 import ast
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import train
@@ -41,6 +43,31 @@ def at_call(owner: Any, name: str, number: int, *, after: bool = False) -> None:
     setattr(owner, name, counted)
 
 
+def renamed_to(name: str) -> None:
+    """Die when a file or folder has been renamed to ``name``."""
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        result = real(self, target)
+        if Path(target).name == name:
+            die()
+        return result
+
+    Path.rename = rename  # type: ignore[method-assign]
+
+
+def described(name: str) -> None:
+    """Die when the folder of that name has its manifest, before it is renamed to its place."""
+    real = checkpoint.write_manifest
+
+    def write(folder: Path) -> None:
+        real(folder)
+        if folder.name == name:
+            die()
+
+    checkpoint.write_manifest = write
+
+
 KILLS: dict[str, Callable[[], None]] = {
     "data": lambda: at_call(prepare, "check_window", 1),
     "accumulation": lambda: at_call(loop.Trainer, "_seed", 4),
@@ -50,6 +77,8 @@ KILLS: dict[str, Callable[[], None]] = {
     "pruning": lambda: at_call(checkpoint, "_remove", 1),
     "saved": lambda: at_call(loop, "save_checkpoint", 2, after=True),
     "logged": lambda: at_call(loop.Trainer, "_log", 4, after=True),
+    "replacing best": lambda: renamed_to(".unfinished-old-best"),
+    "final": lambda: described(".unfinished-final"),
 }
 
 

@@ -92,17 +92,18 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1"])
     torch.manual_seed(0)
     first = build_model(model_config(config, 300))
+    tokenizer = load_tokenizer("bytes")
     first.save_pretrained(tmp_path / "a")
-    load_tokenizer("bytes").save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
     second = build_model(model_config(config, 300))
-    load_initial_weights(second, str(tmp_path / "a"))
+    load_initial_weights(second, str(tmp_path / "a"), tokenizer)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
     wider = load_config(None, ["model.hidden_size=32", "model.num_hidden_layers=1"])
     with pytest.raises(UserError, match=r"model\.init_from .* is another model"):
-        load_initial_weights(build_model(model_config(wider, 300)), str(tmp_path / "a"))
+        load_initial_weights(build_model(model_config(wider, 300)), str(tmp_path / "a"), tokenizer)
     with pytest.raises(UserError, match="does not exist"):
-        load_initial_weights(second, str(tmp_path / "nothing"))
+        load_initial_weights(second, str(tmp_path / "nothing"), tokenizer)
     (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="can't be read"):
-        load_initial_weights(second, str(tmp_path / "a"))
+        load_initial_weights(second, str(tmp_path / "a"), tokenizer)

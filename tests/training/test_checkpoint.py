@@ -1,10 +1,15 @@
 """Checkpoints are complete or absent, small parts exact."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from retnet import RetNetForCausalLM
 from retnet.data import load_tokenizer
@@ -104,6 +109,39 @@ def test_a_folder_is_replaced_as_a_whole(trained, tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "best", model, model, None, Progress(step=step), SNAPSHOT)
     assert json.loads((tmp_path / "best" / "training_state.json").read_text())["step"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_writes_and_reads_plain_checkpoints(
+    trained, process_group, tmp_path: Path
+) -> None:
+    """What FSDP2 makes of a model, with one process on the CPU: whole tensors, plain names."""
+    config, model, optimizer = trained
+    save_checkpoint(tmp_path / "plain", model, model, optimizer, Progress(step=2), SNAPSHOT)
+    sharded = build_model(model_config(config, 259))
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    fresh = build_optimizer(sharded, config.train)
+    load_checkpoint_state(tmp_path / "plain", sharded, fresh)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    save_checkpoint(tmp_path / "sharded", sharded, sharded, fresh, Progress(step=2), SNAPSHOT)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = load_file(tmp_path / "plain" / name), load_file(tmp_path / "sharded" / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    wider = load_config(None, ["model.hidden_size=32", "model.num_hidden_layers=1"])
+    other = build_model(model_config(wider, 259))
+    save_checkpoint(tmp_path / "wider", other, other, None, Progress(), SNAPSHOT)
+    (tmp_path / "wider/optimizer.safetensors").touch()
+    with pytest.raises(UserError, match="is another model"):
+        load_checkpoint_state(tmp_path / "wider", sharded, fresh)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

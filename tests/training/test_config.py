@@ -83,6 +83,7 @@ def test_every_key_is_described() -> None:
         ("train.beta2=1", "train.beta2 (1.0)"),
         ("train.grad_clip=0", "train.grad_clip (0.0)"),
         ("train.eval_max_tokens=0", "train.eval_max_tokens (0)"),
+        ("train.eval_max_tokens=1", "train.eval_max_tokens (1) must be at least 2"),
         ("train.seed=-1", "train.seed (-1)"),
         ("train.precision=fp16", "expected one of ['auto', 'fp32', 'bf16']"),
         ("data.validation_fraction=2", "data.validation_fraction (2.0)"),

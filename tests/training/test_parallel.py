@@ -1,6 +1,7 @@
 """However a global batch is divided among processes and micro-batches, the run is the same."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,18 +15,26 @@ from tests.training.test_train import TINY, metrics, run
 STEPS = 50
 
 
-def launch(arguments: list[str]) -> str:
+def launch(arguments: list[str], *, code: int = 0, program: tuple[str, ...] = ("train.py",)) -> str:
     """Run train.py in 2 processes over gloo; returns standard error."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [sys.executable, *torchrun, "train.py", TINY, *arguments],
+        [sys.executable, *torchrun, *program, TINY, *arguments],
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
     return result.stderr
+
+
+def exit_codes(printed: str) -> set[str]:
+    """Of the processes; -15 where torchrun ended one after it had seen the other's end."""
+    found = set(re.findall(r"exitcode  : (-?\d+)", printed))
+    assert found
+    return found
 
 
 def losses(folder: Path) -> list[float]:
@@ -76,3 +85,68 @@ def test_processes_and_accumulation_give_the_same_losses(
     ends = [metrics(tmp_path / name)[-1]["val/loss"] for name in ("one", "two")]
     if carry == "false":  # with it, validation has a lane for each row, which begins cold
         assert ends[0] == pytest.approx(ends[1], abs=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all(options, tmp_path: Path) -> None:
+    """After the same step, which is saved; then the run goes on in one process.
+
+    What there is to say is said by one of them.
+    """
+    options += ["model.mixer=attention"]
+    printed = launch(options, code=1, program=("-m", "tests.training.signal_driver"))
+    saved = tmp_path / "run/checkpoints/step_3"
+    assert f"stopped after step 3, saved in {saved}" in printed
+    assert printed.count("model.chunk_size: no effect with model.mixer=attention") == 1
+    assert exit_codes(printed) <= {"143", "-15"}, printed
+    assert saved.is_dir()
+    assert run(options, train__batch_size=8) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_mistake_in_the_data_is_no_traceback(options, tmp_path: Path) -> None:
+    """The main process finds it; the others must not end in the library that they wait in."""
+    printed = launch([*options, f"data.source={tmp_path}/no.txt"], code=1)
+    assert f"error: data.source ({tmp_path}/no.txt) does not exist" in printed
+    assert printed.count("Traceback") == 1  # torchrun's own
+    assert exit_codes(printed) <= {"2", "-15"}, printed
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "lacking", "words"),
+    [
+        ("2", list(LAUNCHED)[1:], "(2) is set, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"),
+        ("2", ["LOCAL_RANK"], "WORLD_SIZE (2) is set, but LOCAL_RANK not"),
+        ("x", [], "WORLD_SIZE (x) must be a whole number"),
+        ("0", [], "WORLD_SIZE (0) must be a whole number"),
+    ],
+)
+def test_world_size_without_torchrun(
+    options, tmp_path: Path, capsys, monkeypatch, size: str, lacking: list[str], words: str
+) -> None:
+    """Neither a traceback about an address nor a wait for processes that do not come."""
+    for name, value in {**LAUNCHED, "WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+        if name in lacking:
+            monkeypatch.delenv(name)
+    assert run(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("retnet.training.run.Accelerator", lambda **_: SingleProcess())
+    assert run(options) == 2
+    assert "WORLD_SIZE (2) is set, but accelerate runs 1 process" in capsys.readouterr().err
+
+
+class SingleProcess:
+    """What accelerate would give if it overlooked the environment."""
+
+    num_processes = 1

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,26 +103,6 @@ def test_going_on_is_the_uninterrupted_run(options, tmp_path: Path, monkeypatch)
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
-def test_a_request_to_stop_saves_and_the_run_goes_on(options, tmp_path: Path, capsys) -> None:
-    assert run(options, train__out_dir=tmp_path / "whole") == 0
-    real = loop.Trainer._log
-
-    def interrupted(self, values, *rest):
-        real(self, values, *rest)
-        if values["step"] == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_log", interrupted)
-        assert run(options) == 143
-    assert "stopped after step 3" in capsys.readouterr().err
-    assert run(options) == 0
-    assert "going on from" in capsys.readouterr().err
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
 def test_accumulation_gives_the_losses_of_the_large_batch(options, tmp_path: Path) -> None:
     losses = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
@@ -182,6 +160,14 @@ def test_evaluation_options(options, tmp_path: Path, capsys) -> None:
     assert "  | " not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("carry", ["true", "false"])
+def test_the_smallest_evaluation_has_a_target(options, tmp_path: Path, capsys, carry: str) -> None:
+    """Two tokens are one target: a document has at least its two ends."""
+    assert run(options, train__eval_max_tokens=2, train__carry_state=carry) == 0
+    assert "(1 tokens)" in capsys.readouterr().err
+    assert 0 < metrics(tmp_path / "run")[-1]["val/bits_per_byte"] < math.inf
+
+
 def test_init_from(options, tmp_path: Path, capsys) -> None:
     assert run(options) == 0
     changes = {"train__out_dir": tmp_path / "more", "model__init_from": tmp_path / "run"}
@@ -231,52 +217,10 @@ def test_a_named_checkpoint(options, tmp_path: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_loss_that_is_not_finite_stops_before_the_update(options, tmp_path: Path, capsys) -> None:
-    original = loop.Trainer._step
-
-    def poisoned(self, step, stop):
-        if step == 4:
-            with torch.no_grad():
-                self.bare_model.model.embed_tokens.weight[:] = float("nan")
-        return original(self, step, stop)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", poisoned)
-        assert run(options) == 3
-    assert "step 5: loss nan" in capsys.readouterr().err
-    report = json.loads((tmp_path / "run/diverged.json").read_text())
-    assert report["step"] == 5 and report["rows"] == [16, 19]
-    assert (tmp_path / "run/checkpoints/step_4").is_dir()
-    assert not (tmp_path / "run/final").exists()
-
-
-def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
-    assert "ln(vocabulary)" not in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retnet.model.initialization.LOGIT_STD", 20.0)
-        patch.setattr("retnet.model.initialization.min", max, raising=False)
-        assert run(options, train__out_dir=tmp_path / "wild") == 0
-    assert "ln(vocabulary)" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(options, capsys) -> None:
     assert run(options, train__device="cuda") == 2
     assert "train.device (cuda)" in capsys.readouterr().err
-
-
-def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})
-    monkeypatch.setattr("retnet.training.run.Accelerator", lambda **_: SingleProcess())
-    assert run(options) == 2
-    assert "WORLD_SIZE (2) is set, but accelerate runs 1 process" in capsys.readouterr().err
-
-
-class SingleProcess:
-    """What accelerate would give if it overlooked the environment."""
-
-    num_processes = 1
 
 
 def test_two_runs_in_one_folder(options, tmp_path: Path, capsys) -> None:

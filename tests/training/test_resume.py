@@ -1,0 +1,213 @@
+"""What a run may go on from, and that the way it says to go on is the way that works."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from retnet.training import loop
+from tests.training.conftest import as_options
+from tests.training.test_train import metrics, run
+
+BPE = ["data.tokenizer=bpe", "data.vocab_size=270"]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of standard error, which must be the one error line."""
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def stopped_at(options: list[str], step: int, **changes: object) -> int:
+    """Run until SIGTERM comes while ``step`` steps are complete."""
+    real = loop.Trainer._seed
+
+    def seed(self: loop.Trainer, at: int, micro_step: int) -> None:
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+        real(self, at, micro_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_seed", seed)
+        return run(options, **changes)
+
+
+@pytest.fixture
+def text(corpus: Path, tmp_path: Path) -> Path:
+    """A copy of the corpus, to be changed."""
+    return Path(shutil.copytree(corpus, tmp_path / "text"))
+
+
+def rewrite(text: Path) -> None:
+    for file in sorted(text.iterdir())[::2]:
+        file.write_text("quite other words " * 8)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [("bytes", "data.source ({text}) does not give the text"),
+     ("bpe", "data.tokenizer (bpe) is not the tokenizer")],
+)  # fmt: skip
+def test_a_text_that_changed_between_stop_and_start(
+    options, text: Path, tmp_path: Path, capsys, tokenizer: str, words: str
+) -> None:
+    """The same command must not go on with other rows, nor with a retrained tokenizer."""
+    options += [f"data.source={text}", *(BPE if tokenizer == "bpe" else [])]
+    assert stopped_at(options, 3) == 143
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    kept = Path(shutil.copytree(text, tmp_path / "kept"))
+    rewrite(text)
+    assert run(options) == 2
+    assert words.format(text=text) in error_line(capsys)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    shutil.rmtree(text)
+    kept.rename(text)
+    assert run(options) == 0  # the text is restored
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_named_checkpoint_with_another_text(options, text: Path, tmp_path: Path, capsys) -> None:
+    """Named on purpose, it goes on and says so; states carried from the old text do not."""
+    options += [f"data.source={text}"]
+    assert run(options) == 0
+    rewrite(text)
+    named = {"train__resume": tmp_path / "run/checkpoints/step_4"}
+    assert run(options, **named, train__out_dir=tmp_path / "b") == 0
+    assert "going on with the new text" in capsys.readouterr().err
+    carry = {**named, "train__carry_state": "true", "train__out_dir": tmp_path / "c"}
+    assert run(options, **carry) == 2
+    assert "its states belong to that text" in error_line(capsys)
+
+
+def test_a_named_checkpoint_with_another_tokenizer(
+    options, text: Path, tmp_path: Path, capsys
+) -> None:
+    """Of the same size, so that the shapes agree; what the message advises works."""
+    options += [f"data.source={text}", *BPE]
+    assert run(options) == 0
+    rewrite(text)
+    checkpoint = tmp_path / "run/checkpoints/step_4"
+    advised = {"train.resume": checkpoint, "train.out_dir": tmp_path / "b"}
+    assert run([*options, *as_options(advised)]) == 2
+    line = error_line(capsys)
+    assert "data.tokenizer (bpe) is not the tokenizer" in line
+    assert f"set data.tokenizer={checkpoint} train.resume={checkpoint}" in line
+    assert run([*options, *as_options(advised | {"data.tokenizer": checkpoint})]) == 0
+
+
+def test_initial_weights_with_another_tokenizer(
+    options, text: Path, tmp_path: Path, capsys
+) -> None:
+    options += [f"data.source={text}", *BPE]
+    assert run(options) == 0
+    rewrite(text)
+    other = {"model.init_from": tmp_path / "run", "train.out_dir": tmp_path / "b"}
+    assert run([*options, *as_options(other)]) == 2
+    final = tmp_path / "run/final"
+    line = error_line(capsys)
+    assert "another tokenizer of the same size" in line and f"data.tokenizer={final}" in line
+    assert run([*options, *as_options(other | {"data.tokenizer": final})]) == 0
+
+
+def step_in(folder: Path) -> int:
+    return json.loads((folder / "training_state.json").read_text())["step"]
+
+
+def test_going_back_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
+    """Back with a lower learning rate, as after a divergence: the end of the old course is gone."""
+    assert run(options) == 0
+    folder, lower = tmp_path / "run", {"train__learning_rate": 1e-4}
+    assert step_in(folder / "best") == step_in(folder / "final") == 6
+    assert stopped_at(options, 5, train__resume=folder / "checkpoints/step_4", **lower) == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+    assert {"set-aside-best", "set-aside-final"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "final").exists() and not (folder / "best").exists()
+    assert run(options, **lower) == 0
+    printed = capsys.readouterr().err
+    assert "going on from" in printed and "(step 5)" in printed
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(folder)[-1]["optim/lr"] < 1e-4
+    assert step_in(folder / "best") == step_in(folder / "final") == 6
+
+
+def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    changes = {"train__out_dir": tmp_path / "b", "train__learning_rate": 5}  # nothing gets better
+    named = {**changes, "train__resume": tmp_path / "run/checkpoints/step_4"}
+    assert stopped_at(options, 5, **named) == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+    assert run(options, **named) == 2
+    assert "go on with the run there by train.resume=auto" in error_line(capsys)
+    assert run(options, **changes) == 0
+    assert "(step 5)" in capsys.readouterr().err
+    # the best of the run it came from is not here, so the best of this one is its own
+    assert step_in(tmp_path / "b/best") == step_in(tmp_path / "b/final") == 6
+    shutil.rmtree(tmp_path / "b/checkpoints")
+    assert run(options, **named) == 2  # also a folder of which only the end was kept
+    assert "already holds a run" in error_line(capsys)
+
+
+def test_never_and_stopped(options, capsys) -> None:
+    assert stopped_at(options, 3, train__resume="never") == 143
+    assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
+
+
+def test_stopped_in_the_first_step(options, tmp_path: Path, capsys) -> None:
+    """It does not name a checkpoint that is not there."""
+    assert stopped_at(options, 0) == 143
+    printed = capsys.readouterr().err
+    assert "there is nothing to save yet" in printed and "step_0" not in printed
+    assert run(options) == 0
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys) -> None:
+    """The checkpoint it names is in the folder, and auto does not begin at step 0."""
+    assert run(options) == 0
+    other = {"train__out_dir": tmp_path / "b"}
+    assert stopped_at(options, 4, **other, train__resume=tmp_path / "run/checkpoints/step_4") == 143
+    saved = tmp_path / "b/checkpoints/step_4"
+    assert f"stopped after step 4, saved in {saved}" in capsys.readouterr().err
+    assert saved.is_dir()
+    assert run(options, **other) == 0
+    assert f"going on from {saved}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("model.hidden_size=16", "model.hidden_size=32"),
+        ("model.num_hidden_layers=1", "model.num_hidden_layers=2"),
+        ("model.mixer=retention", "model.mixer=attention"),
+        ("model.tie_word_embeddings=true", "model.tie_word_embeddings=false"),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings=true"),
+    ],
+)
+def test_a_named_checkpoint_of_another_model(
+    options, tmp_path: Path, capsys, before: str, now: str
+) -> None:
+    assert run([*options, before]) == 0
+    checkpoint = tmp_path / "run/checkpoints/step_4"
+    named = as_options({"train.resume": checkpoint, "train.out_dir": tmp_path / "b"})
+    assert run([*options, *named, now]) == 2
+    line = error_line(capsys)
+    assert f"checkpoint ({checkpoint}) is another model: " in line
+    assert "take over the model section of its run's config.yaml" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_another_model_in_a_folder_without_its_configuration(options, tmp_path: Path, capsys):
+    assert run(options) == 0
+    (tmp_path / "run/config.yaml").unlink()
+    assert run([*options, "model.hidden_size=32", "train.max_steps=8"]) == 2
+    assert "step_6) is another model: " in error_line(capsys)
+
+
+def test_a_named_checkpoint_of_another_vocabulary(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    named = as_options({"train.resume": tmp_path / "run/checkpoints/step_4"})
+    assert run([*options, *named, *BPE, f"train.out_dir={tmp_path / 'b'}"]) == 2
+    assert "data.tokenizer (bpe) is not the tokenizer" in error_line(capsys)

@@ -1,0 +1,144 @@
+"""Signals, losses that are not finite, spikes: the run stops or speaks in time, nothing is lost."""
+
+import json
+import logging
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from retnet.training import checkpoint, loop
+from retnet.training.health import SpikeWatch
+from retnet.training.signals import stop_on_signals
+from tests.training.test_faults import fail_at
+from tests.training.test_train import metrics, run, weights
+
+
+def test_a_request_to_stop_saves_and_the_run_goes_on(options, tmp_path: Path, capsys) -> None:
+    assert run(options, train__out_dir=tmp_path / "whole") == 0
+    real = loop.Trainer._log
+
+    def interrupted(self, values, *rest):
+        real(self, values, *rest)
+        if values["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_log", interrupted)
+        assert run(options) == 143
+    assert "stopped after step 3" in capsys.readouterr().err
+    assert run(options) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_sigint_saves_and_a_second_one_stops_at_once(options, tmp_path: Path, capsys) -> None:
+    assert run(options, train__out_dir=tmp_path / "whole") == 0
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, loop.Trainer, "_seed", 4, interrupt)
+        assert run(options) == 130
+    assert "stopped after step 3, saved in" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, loop.Trainer, "_seed", 3, interrupt)
+        fail_at(patch, checkpoint, "save_file", 2, interrupt)  # of step 4, then of the stop
+        assert run(options) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    folders = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")]
+    assert folders == ["step_3", "step_4"]
+    assert run(options) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_sigterm_after_sigint_is_no_hurry() -> None:
+    """torchrun sends it when Ctrl-C has reached it."""
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.exit_code == 130
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(options, tmp_path: Path, capsys) -> None:
+    original = loop.Trainer._step
+
+    def poisoned(self, step, stop):
+        if step == 4:
+            with torch.no_grad():
+                self.bare_model.model.embed_tokens.weight[:] = float("nan")
+        return original(self, step, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", poisoned)
+        assert run(options) == 3
+    assert "step 5: loss nan" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert report["step"] == 5 and report["rows"] == [16, 19]
+    assert (tmp_path / "run/checkpoints/step_4").is_dir()
+    assert not (tmp_path / "run/final").exists()
+
+
+def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, capsys) -> None:
+    assert run(options) == 0
+    assert "ln(vocabulary)" not in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retnet.model.initialization.LOGIT_STD", 20.0)
+        patch.setattr("retnet.model.initialization.min", max, raising=False)
+        assert run(options, train__out_dir=tmp_path / "wild") == 0
+    assert "ln(vocabulary)" in capsys.readouterr().err
+
+
+def test_the_report_of_a_divergence(options, tmp_path: Path, capsys) -> None:
+    def poison(self, *args) -> torch.Tensor:
+        loss = real(self, *args)
+        if self.progress.step == 4:
+            self.bare_model.model.norm.weight.grad.fill_(math.inf)
+        return loss
+
+    real = loop.Trainer._backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_backward", poison)
+        assert run(options) == 3
+    assert "gradient norm inf; the step was not taken" in capsys.readouterr().err
+    text = (tmp_path / "run/diverged.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    norms = report["grad_norms"]
+    assert norms.pop("model.norm.weight") == report["grad_norm"] == "inf"
+    assert all(0 < norm < 100 for norm in norms.values())  # as they were, not clipped to nan
+    assert report["rows"] == [16, 19] and len(report["window_starts"]) == 4
+    assert run(options) == 0  # the poison is gone; so is the report
+    assert not (tmp_path / "run/diverged.json").exists()
+
+
+def test_a_loss_spike_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    losses = [3.0 + 0.1 * (step % 3) for step in range(30)]
+    watch = SpikeWatch(losses[:10])  # the rest of a run that was gone on with
+    with caplog.at_level(logging.WARNING):
+        assert not any(watch.check(step, loss) for step, loss in enumerate(losses[10:], 11))
+        assert not watch.check(31, 3.3)
+        assert watch.check(32, 4.0)
+    assert "step 32: the loss jumped to 4.000" in caplog.text
+
+
+def test_a_run_watches_for_spikes(options, capsys, monkeypatch) -> None:
+    """Its own losses, also those from before it was gone on with."""
+
+    def jumps(self, step, stop):
+        values = real(self, step, stop)
+        return values | {"train/loss": values["train/loss"] + (step == 6)}
+
+    real = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", jumps)
+    monkeypatch.setattr("retnet.training.health.SPIKE_AFTER", 5)
+    assert run(options, train__schedule="constant") == 0
+    assert "the loss jumped" not in capsys.readouterr().err
+    assert run(options, train__schedule="constant", train__max_steps=8) == 0
+    assert capsys.readouterr().err.count("step 7: the loss jumped") == 1
