@@ -293,7 +293,7 @@ def test_a_huge_line_is_a_document(places: dict[str, Path], tmp_path: Path) -> N
 
 def test_no_answer_within_seconds_is_an_answer(monkeypatch, capsys, tmp_path, places) -> None:
     """A Hub that never answers costs seconds, not minutes."""
-    monkeypatch.setattr("retnet.data.hub.DEADLINE_S", 0.2)
+    monkeypatch.setattr("retnet.data.network.DEADLINE_S", 0.2)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: os.read(pipe[0], 1))
     pipe = os.pipe()
     arguments = [*RUN.format(**places, new=tmp_path).split(), "data.source=nobody/nothing"]
