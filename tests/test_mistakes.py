@@ -127,6 +127,9 @@ GENERATION = [
     ("{broken}/config", "config.json is not readable JSON"),
     ("{broken}/other", "{broken}/other"),
     ("{broken}/tokenless", "tokenizer.json is missing"),
+    ("{broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that cannot be loaded"),
+    ("{broken}/unsettled", "checkpoint ({broken}/unsettled) has a tokenizer that cannot be loaded"),
+    ("{broken}/typeless", "{broken}/typeless/config.json: dtype (float7) is none of torch's"),
     ("{broken}/foreign", "use the tokenizer the model was trained with"),
     (G + " --max-new-tokens -1", "--max-new-tokens: '-1' must be a whole number of at least 1"),
     (G + " --max-new-tokens many", "--max-new-tokens: 'many' must be"),
@@ -169,6 +172,10 @@ COMPARISON = [
     (C + " --json {new}/no/out.json", "--json ({new}/no/out.json)"),
     ("{runs}/retention {runs}/unrecorded --no-speed", "{runs}/unrecorded"),
     ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
+    ("{runs}/partial {runs}/partial --no-speed", "is damaged, 'split' is missing"),
+    ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
+    (C + " --json /proc/out.json", "--json (/proc/out.json) cannot be written"),
+    (C + " --json /dev/null", "--json (/dev/null) is a device or pipe: name a file"),
 ]
 
 ROWS = [
@@ -195,7 +202,8 @@ def make_bad_files(folder: Path) -> None:
 
 
 def make_broken_checkpoints(folder: Path, good: Path) -> None:
-    for name in ("weightless", "cut", "config", "other", "tokenless", "foreign"):
+    for name in ("weightless", "cut", "config", "other", "tokenless", "foreign", "garbled",
+                 "unsettled", "typeless"):  # fmt: skip
         shutil.copytree(good, folder / name)
     (folder / "weightless/model.safetensors").unlink()
     weights = folder / "cut/model.safetensors"
@@ -205,6 +213,9 @@ def make_broken_checkpoints(folder: Path, good: Path) -> None:
     config = json.loads((good / "config.json").read_text())
     (folder / "other/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     (folder / "tokenless/tokenizer.json").unlink()
+    (folder / "typeless/config.json").write_text(json.dumps(config | {"dtype": "float7"}))
+    (folder / "garbled/tokenizer.json").write_bytes(b"\xff")
+    (folder / "unsettled/tokenizer_config.json").write_text("{")
     tokenizer = folder / "foreign/tokenizer.json"
     content = json.loads(tokenizer.read_text())
     content["added_tokens"][-1]["id"] = 5000
@@ -227,6 +238,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_checkpoint(places["runs"] / "unrecorded" / "final")
     lost = record | {"validation_sha256": "0" * 64}
     save_checkpoint(places["runs"] / "lost" / "final", record=lost)
+    partial = {key: value for key, value in record.items() if key != "split"}
+    save_checkpoint(places["runs"] / "partial" / "final", record=partial)
     make_bad_files(places["bad"])
     make_broken_checkpoints(places["broken"], places["runs"] / "retention/final")
     return places | {"tiny": Path("configs/tiny.yaml").absolute(), "folder": folder}

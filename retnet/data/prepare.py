@@ -103,13 +103,22 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
     """The validation documents that a ``PreparedData.record`` describes, read again.
 
     Raises:
-        UserError: The corpus is gone, or no longer gives the same documents.
+        UserError: The record is incomplete, the corpus is gone, or it no longer gives the same
+            documents.
     """
-    given = record["validation_source"]
-    source = reopen_source(given or record["source"])
+    try:
+        given = record["validation_source"]
+        source = reopen_source(given or record["source"])
+        rule = SplitRule.from_record(record["split"])
+        wanted, made_by = record["validation_sha256"], record["source"].get("python")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
+        ) from error
     if "documents_read" in record:
         source = as_stream(source)
-    rule = SplitRule.from_record(record["split"])
     total = DocumentsHash()
     documents = []
     for text in islice(read_documents_of(source), None if given else record.get("documents_read")):
@@ -117,8 +126,7 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
         if part:
             documents.append(part)
             total.add(part.encode())
-    if total.hexdigest() != record["validation_sha256"]:
-        made_by = record["source"].get("python")
+    if total.hexdigest() != wanted:
         hint = f" (it was made with Python {made_by})" if made_by else ""
         raise UserError(
             f"the validation text of {source.name} is not what it was when the record was made"
