@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -51,6 +52,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     Returns:
         The process's exit code.
     """
+    if sys.stderr is None:  # closed; print and logging would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     configure_logging()
     keep_freed_memory()
     try:

@@ -1,14 +1,26 @@
 """Standard output as the place where text goes."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from retnet.errors import UserError
+
+# What writing to a full disk, a lost terminal or a descriptor for reading only raises.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
 
 @contextmanager
 def text_output() -> Iterator[None]:
-    """Let the block print any character; when the reader goes away, leave the block quietly."""
+    """Let the block print any character; when the reader goes away, leave the block quietly.
+
+    Raises:
+        UserError: Standard output is closed or takes no more, because its disk is full for example.
+    """
+    if sys.stdout is None:
+        raise UserError("standard output is closed: leave it open, or send it to a file")
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal's encoding may lack a character
@@ -16,10 +28,22 @@ def text_output() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is buffered has nowhere to go; without this the interpreter tries again at its end.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        _discard_output()
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        _discard_output()
+        raise UserError(
+            f"standard output cannot be written ({error.strerror}): free space there, or send it "
+            "elsewhere"
+        ) from error
+
+
+def _discard_output() -> None:
+    """Drop what is buffered: the interpreter would try to write it again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def print_samples(prompt: str, pieces: Iterable[Sequence[str]], num_samples: int) -> None:

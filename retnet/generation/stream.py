@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from retnet.errors import UserError
-from retnet.generation.decode import ENDED, Usage, generate
-from retnet.generation.prompt import encode_prompt
+from retnet.generation.decode import ENDED, Usage, check_compiler, generate
+from retnet.generation.prompt import check_length, encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.model.modeling import DecoderForCausalLM
 
@@ -139,14 +139,22 @@ def stream_text(
         usage: Filled in while the loop runs.
         compile: See ``generate``.
 
-    Yields:
-        The new text of each sample, ``num_samples`` strings, after every token and at the end.
+    Returns:
+        Yields the new text of each sample, ``num_samples`` strings, after every token and at the
+        end.
+
+    Raises:
+        UserError: At once, before anything is made: a stop string cannot occur, there is no
+            compiler, or so many tokens cannot fit.
     """
     criteria = stopping_criteria(tokenizer, stop)
+    if compile:
+        check_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
+    check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
-    for tokens in generate(
+    made = generate(
         model,
         input_ids.to(model.device),
         max_new_tokens=max_new_tokens,
@@ -155,7 +163,12 @@ def stream_text(
         stopping=criteria,
         usage=usage,
         compile=compile,
-    ):
+    )
+    return _as_text(made, streams)
+
+
+def _as_text(made: Iterator[list[int]], streams: list[TextStream]) -> Iterator[list[str]]:
+    for tokens in made:
         yield [
             "" if token == ENDED else stream.push(token)
             for stream, token in zip(streams, tokens, strict=True)
