@@ -305,9 +305,9 @@ def test_a_failing_network_loses_nothing_that_is_committed(
     assert len(left) == keeps
     state["fails"] = False
     encoded = []
-    real = streaming.encode_documents
+    real = streaming.encode_in_pieces
     monkeypatch.setattr(
-        streaming, "encode_documents", lambda t, d: encoded.extend(d := list(d)) or real(t, d)
+        streaming, "encode_in_pieces", lambda t, d: encoded.extend(d := list(d)) or real(t, d)
     )
     prepared = prepare_data(spec)
     assert prepared.train.num_documents + prepared.validation.num_documents == 300
