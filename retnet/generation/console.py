@@ -55,11 +55,15 @@ def print_samples(prompt: str, pieces: Iterable[Sequence[str]], num_samples: int
         num_samples: Above 1, each sample has a line with its number above it.
     """
     title = f"----- sample {{}} of {num_samples} -----\n" if num_samples > 1 else ""
-    texts = [prompt] * num_samples
     print(title.format(1) + prompt, end="", flush=True)
-    for new in pieces:
-        print(new[0], end="", flush=True)
-        texts = [text + piece for text, piece in zip(texts, new, strict=True)]
-    for number, text in enumerate(texts, start=1):
-        rest = "" if number == 1 else title.format(number) + text
-        print(rest, end="" if text.endswith("\n") else "\n", flush=True)
+    last = prompt  # the first sample is not kept: it may be endless
+    others: list[list[str]] = [[prompt] for _ in range(num_samples - 1)]
+    for first, *rest in pieces:
+        print(first, end="", flush=True)
+        last = first or last
+        for parts, piece in zip(others, rest, strict=True):
+            parts.append(piece)
+    print(end="" if last.endswith("\n") else "\n", flush=True)
+    for number, parts in enumerate(others, start=2):
+        text = "".join(parts)
+        print(title.format(number) + text, end="" if text.endswith("\n") else "\n", flush=True)
