@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.places import make_places
-
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints, and files with something wrong, for all that only read them."""
+    from tests.places import make_places  # imports everything: not for tests of one part
+
     return make_places(tmp_path_factory.mktemp("places"))
