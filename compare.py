@@ -75,10 +75,10 @@ def main(argv: Sequence[str]) -> None:
         carry_state=arguments.carry_state,
         speed_contexts=() if arguments.no_speed else arguments.contexts or CONTEXTS,
     )
-    if arguments.json:
-        write_json(arguments.json, to_json(comparison, ["compare.py", *argv]))
     with text_output():
         print(format_comparison(comparison))
+    if arguments.json:
+        write_json(arguments.json, to_json(comparison, ["compare.py", *argv]))
 
 
 if __name__ == "__main__":

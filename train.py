@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from retnet.cli import ArgumentParser, run
 from retnet.errors import UserError
+from retnet.generation import text_output
 from retnet.training import describe_keys, load_config, to_yaml, train
 
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"configuration ({arguments.config}) comes first: a YAML file, then keys")
     config = load_config(arguments.config, [*arguments.overrides, *unknown])
     if arguments.print_config:
-        print(to_yaml(config), end="")
+        with text_output():
+            print(to_yaml(config), end="")
         return 0
     return train(config)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -50,6 +51,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     Returns:
         The process's exit code.
     """
+    if sys.stderr is None:  # closed; print and logging would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     configure_logging()
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0

@@ -55,6 +55,28 @@ def test_the_default_is_validation_data_and_speed(main, runs: Path, tmp_path: Pa
     assert "scored" in err
 
 
+def test_a_disk_that_fills_up_meanwhile_leaves_the_table(main, tmp_path: Path, monkeypatch) -> None:
+    real, calls = Path.write_text, []
+
+    def full(path: Path, text: str, **options) -> int:
+        if path.name == ".out.json.tmp" and text:
+            calls.append(real(path, "half", **options))
+            raise OSError(28, "No space left on device")
+        return real(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    file = tmp_path / "out.json"
+    file.write_text("the one before")
+    code, out, err = main("--no-speed", "--json", str(file))
+    assert (code, len(calls)) == (2, 1)
+    assert "bits/byte" in out
+    assert err.splitlines()[-1] == (
+        f"error: --json ({file}) cannot be written (No space left on device): name another file"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert file.read_text() == "the one before"
+
+
 def test_speed_is_measured_after_128_and_4096_tokens_unless_told_otherwise(
     main, monkeypatch
 ) -> None:
@@ -129,6 +151,8 @@ def test_text_replaces_the_validation_data(main, tmp_path: Path) -> None:
         (MIXERS, ["--text", "/nowhere/x.txt"], "--text (/nowhere/x.txt) does not exist"),
         (MIXERS, ["--text-field", "other"], "--text-field (other) has no effect without --text"),
         (MIXERS, ["--json", "/nowhere/out.json"], "--json (/nowhere/out.json)"),
+        (MIXERS, ["--json", "/proc/out.json"], "--json (/proc/out.json) cannot be written"),
+        (MIXERS, ["--json", "/dev/null"], "--json (/dev/null) is a device or pipe"),
         (("retention", "atention"), [], "attention/final"),
     ],
 )

@@ -1,32 +1,17 @@
 """Every mistake is answered: exit code 2, one line with key, value and fix, nothing written.
 
 One row a mistake: the entry point, its arguments, and the words its answer must have. ``{...}`` in
-arguments and words are paths of the ``places`` fixture.
+arguments and words are paths of the ``places`` fixture. Mistakes that need more than arguments are
+in test_mistakes_outside.py.
 """
 
 import io
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import compare
-import generate
-import train
 from retnet import cli
-from retnet.data import DataSpec, prepare_data
-from retnet.generation import write_manifest
-from tests.generation.builders import MIXERS, save_checkpoint
-
-MAINS = {"train": train.main, "generate": generate.main, "compare": compare.main}
-RUN = "{tiny} data.source={corpus} data.tokenizer=bytes data.seq_len=8 data.cache_dir={new}/cache "\
-      "train.out_dir={new}/run model.hidden_size=16 model.num_heads=2 train.max_steps=1 "\
-      "train.warmup_steps=0 train.device=cpu"  # fmt: skip
+from tests.places import MAINS, RUN, C, G
 
 CONFIGURATION = [
     ("", "the following arguments are required: config"),
@@ -74,6 +59,7 @@ CONFIGURATION = [
     (RUN + " train.carry_state=true train.gradient_checkpointing=true", "set it to false"),
     (RUN + " train.carry_state=true train.batch_size=999 data.cache_dir={folder}/cache",
      "use a smaller train.batch_size"),
+    (RUN + " train.sample_prompt=\udcff", "is not UTF-8: write it in UTF-8"),
     (RUN + " train.out_dir={corpus}", "train.out_dir ({corpus}) is a file: name a folder"),
     (RUN + " train.out_dir=/proc/nowhere", "train.out_dir (/proc/nowhere) can't be written"),
     (RUN + " train.resume={new}/no", "train.resume ({new}/no) must be auto, never, or"),
@@ -102,6 +88,11 @@ DATA = [
     (RUN + " data.seq_len=100000", "data.seq_len (100000) is longer than the training text"),
     (RUN + " data.max_tokens=4", "data.seq_len (8) is longer than the training text"),
     (RUN + " data.tokenizer=bpe data.vocab_size=100", "data.vocab_size (100) is too small"),
+    (RUN + " data.vocab_size=5000", "data.vocab_size (5000) is the size of a bpe tokenizer to be"),
+    (
+        RUN.replace("{tiny}", "{bad}/size.yaml").replace("data.tokenizer=bytes", ""),
+        "and data.tokenizer (bytes) has 259 entries",
+    ),
     (RUN + " data.tokenizer={bad}", "data.tokenizer ({bad}) is a folder without a tokenizer"),
     (RUN + " data.tokenizer={new}/no", "data.tokenizer ({new}/no) is not a folder"),
     (RUN + " data.tokenizer=nobody/nothing", "data.tokenizer (nobody/nothing)"),
@@ -116,7 +107,6 @@ DATA = [
     ),
 ]
 
-G, C = "{runs}/retention", "{runs}/retention {runs}/attention --no-speed"
 GENERATION = [
     ("", "the following arguments are required: checkpoint"),
     ("{runs}/retentoin", "retention/final"),
@@ -127,6 +117,9 @@ GENERATION = [
     ("{broken}/config", "config.json is not readable JSON"),
     ("{broken}/other", "{broken}/other"),
     ("{broken}/tokenless", "tokenizer.json is missing"),
+    ("{broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that cannot be loaded"),
+    ("{broken}/unsettled", "checkpoint ({broken}/unsettled) has a tokenizer that cannot be loaded"),
+    ("{broken}/typeless", "{broken}/typeless/config.json: dtype (float7) is none of torch's"),
     ("{broken}/foreign", "use the tokenizer the model was trained with"),
     (G + " --max-new-tokens -1", "--max-new-tokens: '-1' must be a whole number of at least 1"),
     (G + " --max-new-tokens many", "--max-new-tokens: 'many' must be"),
@@ -148,6 +141,9 @@ GENERATION = [
     (G + " --dtype float8", "--dtype: invalid choice: 'float8'"),
     (G + " --device cuda:99", "--device (cuda:99) cannot be used"),
     (G + " --device gpu", "--device (gpu) cannot be used"),
+    (G + " --device meta", "--device (meta) cannot be used"),
+    (G + " --prompt a --max-new-tokens 999999999999", "--max-new-tokens (999,999,999,999) need"),
+    (G + " --prompt a --stop \udcff", "has no token in the model's vocabulary"),
     (G + " --wrong", "unrecognized arguments: --wrong"),
 ]
 
@@ -169,6 +165,10 @@ COMPARISON = [
     (C + " --json {new}/no/out.json", "--json ({new}/no/out.json)"),
     ("{runs}/retention {runs}/unrecorded --no-speed", "{runs}/unrecorded"),
     ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
+    ("{runs}/partial {runs}/partial --no-speed", "is damaged, 'split' is missing"),
+    ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
+    (C + " --json /proc/out.json", "--json (/proc/out.json) cannot be written"),
+    (C + " --json /dev/null", "--json (/dev/null) is a device or pipe: name a file"),
 ]
 
 ROWS = [
@@ -178,58 +178,6 @@ ROWS = [
     )
     for number, (arguments, words) in enumerate(table)
 ]  # fmt: skip
-
-
-def make_bad_files(folder: Path) -> None:
-    (folder / "nothing").mkdir(parents=True)
-    texts = {
-        "list.yaml": b"- a\n", "broken.yaml": b"train: [", "latin.yaml": b"a: \xe9",
-        "twice.yaml": b"train:\n  seed: 1\n  seed: 2\n",
-        "unknown.yaml": b"model:\n  hiden_size: 3\n", "empty.txt": b"", "short.txt": b"abc",
-        "binary.txt": bytes(range(256)), "latin.txt": "é".encode("latin-1"), "image.png": b"\x89",
-        "broken.jsonl": b'{"text": "a"}\n{"text"', "broken.parquet": b"PAR1",
-        "broken.jsonl.gz": b"\x1f\x8b\x08",
-    }  # fmt: skip
-    for name, content in texts.items():
-        (folder / name).write_bytes(content)
-
-
-def make_broken_checkpoints(folder: Path, good: Path) -> None:
-    for name in ("weightless", "cut", "config", "other", "tokenless", "foreign"):
-        shutil.copytree(good, folder / name)
-    (folder / "weightless/model.safetensors").unlink()
-    weights = folder / "cut/model.safetensors"
-    write_manifest(folder / "cut")
-    weights.write_bytes(weights.read_bytes()[:-7])
-    (folder / "config/config.json").write_text("{")
-    config = json.loads((good / "config.json").read_text())
-    (folder / "other/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    (folder / "tokenless/tokenizer.json").unlink()
-    tokenizer = folder / "foreign/tokenizer.json"
-    content = json.loads(tokenizer.read_text())
-    content["added_tokens"][-1]["id"] = 5000
-    content["model"]["vocab"]["far"] = 5001
-    tokenizer.write_text(json.dumps(content))
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("mistakes")
-    names = ("bad", "broken", "runs")
-    places = {name: folder / name for name in names} | {"corpus": folder / "corpus.jsonl"}
-    rows = [{"text": f"row {i} " * 3, "number": i} for i in range(40)]
-    places["corpus"].write_text("\n".join(map(json.dumps, rows)))
-    spec = DataSpec(source=str(places["corpus"]), tokenizer="bytes", seq_len=8,
-                    cache_dir=str(folder / "cache"))  # fmt: skip
-    record = prepare_data(spec).record
-    for mixer in MIXERS:
-        save_checkpoint(places["runs"] / mixer / "final", mixer, record=record)
-    save_checkpoint(places["runs"] / "unrecorded" / "final")
-    lost = record | {"validation_sha256": "0" * 64}
-    save_checkpoint(places["runs"] / "lost" / "final", record=lost)
-    make_bad_files(places["bad"])
-    make_broken_checkpoints(places["broken"], places["runs"] / "retention/final")
-    return places | {"tiny": Path("configs/tiny.yaml").absolute(), "folder": folder}
 
 
 def tree(*folders: Path) -> dict[str, int]:
@@ -261,50 +209,3 @@ def test_a_mistake(
 
 def test_there_are_enough() -> None:
     assert len(ROWS) >= 60
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_that_is_absent(places: dict[str, Path], tmp_path: Path, capsys) -> None:
-    arguments = [*RUN.format(**places, new=tmp_path).split(), "train.device=cuda"]
-    assert cli.run(train.main, arguments) == 2
-    assert capsys.readouterr().err.startswith("error: train.device (cuda)")
-
-
-@pytest.mark.parametrize("damage", ["tokens.bin", "manifest.json"])
-def test_a_token_file_that_changed_is_made_again(
-    places: dict[str, Path], tmp_path: Path, capsys, damage: str
-) -> None:
-    """Not a mistake that needs the user: the run warns and goes on."""
-    arguments = RUN.format(**places, new=tmp_path).split()
-    assert cli.run(train.main, arguments) == 0
-    (file,) = (tmp_path / "cache").glob(f"*/train/{damage}")
-    file.write_bytes(file.read_bytes()[:-3])
-    shutil.rmtree(tmp_path / "run")
-    assert cli.run(train.main, arguments) == 0
-    assert "is damaged and is made again" in capsys.readouterr().err
-
-
-def test_a_huge_line_is_a_document(places: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("word " * 1_000_000)
-    arguments = RUN.format(**places, new=tmp_path).split()
-    more = [f"data.source={tmp_path / 'one.txt'}", "train.eval_max_tokens=64"]
-    assert cli.run(train.main, [*arguments, *more]) == 0
-
-
-def test_no_answer_within_seconds_is_an_answer(monkeypatch, capsys, tmp_path, places) -> None:
-    """A Hub that never answers costs seconds, not minutes."""
-    monkeypatch.setattr("retnet.data.hub.DEADLINE_S", 0.2)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: os.read(pipe[0], 1))
-    pipe = os.pipe()
-    arguments = [*RUN.format(**places, new=tmp_path).split(), "data.source=nobody/nothing"]
-    assert cli.run(train.main, arguments) == 2
-    assert "the Hub cannot be reached" in capsys.readouterr().err
-    os.close(pipe[1])  # and the thread that waits for it ends
-
-
-def test_as_a_process() -> None:
-    """train.py and generate.py have such a test in their own files."""
-    program = Path(compare.__file__)
-    result = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -18,6 +18,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
@@ -140,6 +141,8 @@ def resumable(entry: Path) -> Iterator[Path]:
     try:
         yield folder
         shutil.rmtree(folder)
+    except HubUnreachableError:
+        raise  # nothing is wrong with the text: what is committed serves the next attempt
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)  # the text must change, and then nothing fits
         raise

@@ -1,36 +1,33 @@
 """Data sets in the Hub's layout: on the Hub, or a local folder laid out the same way.
 
-One request with a short timeout asks the Hub for the revision; only then is anything loaded, so
-that no network means a message within seconds rather than after the client's many retries. A
-local folder is streamed, because the data set library's own cache goes by modification times and
+A local folder is streamed, because the data set library's own cache goes by modification times and
 would return what the files held before.
 """
 
 import hashlib
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
+from retnet.data.network import (
+    HubUnreachableError,
+    hub_revision,
+    is_network_failure,
+    offline,
+    reason_of,
+    while_reachable,
+)
 from retnet.data.readers import READERS, missing_field, suffix_of, text_of_row
 from retnet.errors import UserError
 
-# A host name that never resolves, or eight addresses that never answer, outlast the client's own
-# timeout, so the whole request has one too.
-TIMEOUT_S = 5.0
-DEADLINE_S = 20.0
+T = TypeVar("T")
 ROWS = 1000
 # As the Hub recognises splits: train.csv, test-00000-of-00001.parquet, validation/a.jsonl.
 SPLIT_NAME = re.compile(r"(train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?)([-_.]|$)")
 CARD_KEYS = re.compile(r"^(configs|dataset_info)\s*:", re.MULTILINE)
-
-
-class HubUnreachableError(UserError):
-    """The Hub does not answer."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,7 @@ class HubSource:
     split: str
     revision: str | None  # commit on the Hub; None for a local folder
     streaming: bool = False  # read from the Hub row by row rather than downloaded as a whole
+    offline: bool = False  # the Hub was asked and does not answer
 
     @property
     def name(self) -> str:
@@ -79,14 +77,31 @@ class HubSource:
         rows = _load(self).iter(batch_size=ROWS)
         while True:
             try:
-                batch = next(rows, None)
+                batch = self.wait_for(lambda: next(rows, None))
+            except HubUnreachableError:
+                raise
             except Exception as error:  # whatever the builder meets in a damaged file
+                if not self.is_folder and is_network_failure(error):
+                    raise HubUnreachableError(
+                        f"{self.key} ({self.name}): the network failed while it was being read "
+                        f"({reason_of(error)}): start again when it is back"
+                    ) from error
                 raise UserError(
-                    f"{self.key} ({self.name}) cannot be read ({_reason(error)}): repair the files"
+                    f"{self.key} ({self.name}) cannot be read ({reason_of(error)}): "
+                    "repair the files"
                 ) from error
             if batch is None:
                 return
             yield batch
+
+    def wait_for(self, call: Callable[[], T]) -> T:
+        """The result of a call that may use the network."""
+        if self.is_folder:
+            return call()
+        if self.offline:
+            with offline():
+                return call()
+        return while_reachable(call, self.location, "dataset", f"{self.key} ({self.location})")
 
     def with_split(self, split: str, key: str) -> "HubSource":
         """Another split of the same data set at the same revision."""
@@ -141,59 +156,6 @@ def open_hub(
     return HubSource(location, key, text_field, hub_config, split, revision)
 
 
-def hub_revision(name: str, kind: Literal["dataset", "model"], what: str) -> str:
-    """The commit that the main branch of a Hub repository is at.
-
-    Args:
-        name: Repository name.
-        kind: Of the repository.
-        what: Key and value, for the message.
-
-    Raises:
-        UserError: The Hub does not know the name or refuses access.
-        HubUnreachableError: The Hub cannot be reached.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = huggingface_hub.HfApi()
-    ask = api.dataset_info if kind == "dataset" else api.model_info
-    try:
-        revision = _within(DEADLINE_S, lambda: ask(name, timeout=TIMEOUT_S).sha)
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"{what} is no local path, and the Hub refuses it "
-            f"({str(error).splitlines()[0]}): correct the name, or log in if it is private"
-        ) from error
-    except Exception as error:  # every transport has its own; all mean the same here
-        raise HubUnreachableError(
-            f"{what} is no local path, and the Hub cannot be reached "
-            f"({_reason(error)}): correct the path, or connect to the network"
-        ) from error
-    if revision is None:
-        raise UserError(f"{what} has no commit on the Hub: name another one")
-    return revision
-
-
-def _within(seconds: float, call: Callable[[], str | None]) -> str | None:
-    """The call's result, or TimeoutError; a thread left behind does not keep the process alive."""
-    result: Future[str | None] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return result.result(timeout=seconds)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__
-
-
 def _load(source: HubSource) -> Any:
     """The rows of a split; a local folder as a stream that reads the files as they are now."""
     import datasets
@@ -201,20 +163,32 @@ def _load(source: HubSource) -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        builder = _builder(source)
-        if builder.name == "text":
-            # The library's default is a row a line; here a text file is one document.
-            builder = _builder(source, sample_by="document")
-        if source.is_folder or source.streaming:
-            return builder.as_streaming_dataset(split=source.split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=source.split)
+        return source.wait_for(lambda: _open(source))
+    except HubUnreachableError:
+        raise
     except Exception as error:  # the builders' own errors: no such configuration, split, network
+        what = f"{source.key} ({source.location}, configuration {source.hub_config}, split "
+        what += f"{source.split})"
+        if source.offline or (not source.is_folder and is_network_failure(error)):
+            raise HubUnreachableError(
+                f"{what} is not kept on this machine at revision {source.revision}, and the Hub "
+                f"cannot be reached ({reason_of(error)}): connect to the network"
+            ) from error
         raise UserError(
-            f"{source.key} ({source.location}, configuration {source.hub_config}, split "
-            f"{source.split}) cannot be loaded ({_reason(error)}): correct data.hub_config, "
-            "data.split or data.validation"
+            f"{what} cannot be loaded ({reason_of(error)}): correct data.hub_config, data.split or "
+            "data.validation"
         ) from error
+
+
+def _open(source: HubSource) -> Any:
+    builder = _builder(source)
+    if builder.name == "text":
+        # The library's default is a row a line; here a text file is one document.
+        builder = _builder(source, sample_by="document")
+    if source.is_folder or source.streaming:
+        return builder.as_streaming_dataset(split=source.split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.split)
 
 
 def _builder(source: HubSource, **options: Any) -> Any:

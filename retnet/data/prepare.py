@@ -38,6 +38,7 @@ from retnet.data.streaming import (
 )
 from retnet.data.tokenizer import (
     load_tokenizer,
+    max_token_id,
     tokenizer_hash,
     train_bpe,
 )
@@ -70,6 +71,7 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
     tokenizer = None
     if spec.tokenizer != BPE:
         tokenizer = load_tokenizer(spec.tokenizer, vocab_limit=vocab_limit)
+        _check_vocab_size(spec, tokenizer)
     elif vocab_limit is not None and spec.vocab_size > vocab_limit:
         raise UserError(
             f"data.vocab_size ({spec.vocab_size}) is beyond the model's vocabulary of "
@@ -90,6 +92,13 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
                 )
             prepared = publish(complete, entry, tokenizer)
     check_window(prepared.train.num_tokens, spec.seq_len)
+    if spec.tokenizer == BPE and len(prepared.tokenizer) < spec.vocab_size:
+        logger.warning(
+            "data.vocab_size (%s): the training text is too small for so many entries, the "
+            "tokenizer has %s",
+            spec.vocab_size,
+            len(prepared.tokenizer),
+        )
     logger.info(
         "data in %s: %s training and %s validation tokens",
         entry,
@@ -103,13 +112,22 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
     """The validation documents that a ``PreparedData.record`` describes, read again.
 
     Raises:
-        UserError: The corpus is gone, or no longer gives the same documents.
+        UserError: The record is incomplete, the corpus is gone, or it no longer gives the same
+            documents.
     """
-    given = record["validation_source"]
-    source = reopen_source(given or record["source"])
+    try:
+        given = record["validation_source"]
+        source = reopen_source(given or record["source"])
+        rule = SplitRule.from_record(record["split"])
+        wanted, made_by = record["validation_sha256"], record["source"].get("python")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
+        ) from error
     if "documents_read" in record:
         source = as_stream(source)
-    rule = SplitRule.from_record(record["split"])
     total = DocumentsHash()
     documents = []
     for text in islice(read_documents_of(source), None if given else record.get("documents_read")):
@@ -117,14 +135,25 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
         if part:
             documents.append(part)
             total.add(part.encode())
-    if total.hexdigest() != record["validation_sha256"]:
-        made_by = record["source"].get("python")
+    if total.hexdigest() != wanted:
         hint = f" (it was made with Python {made_by})" if made_by else ""
         raise UserError(
             f"the validation text of {source.name} is not what it was when the record was made"
             f"{hint}: restore it, or name a text to compare on"
         )
     return documents
+
+
+def _check_vocab_size(spec: DataSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise a ``UserError`` when a size was set that a tokenizer of its own size does not have."""
+    size = max_token_id(tokenizer) + 1
+    # tokenizer.vocab_size: without the special tokens, as some count
+    if spec.vocab_size not in (DataSpec.vocab_size, size, tokenizer.vocab_size):
+        raise UserError(
+            f"data.vocab_size ({spec.vocab_size}) is the size of a bpe tokenizer to be trained, "
+            f"and data.tokenizer ({spec.tokenizer}) has {size} entries: leave data.vocab_size out, "
+            f"or set data.tokenizer={BPE}"
+        )
 
 
 def _fingerprints(spec: DataSpec, source: Source, validation: Source | None) -> list[str | None]:

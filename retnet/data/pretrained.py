@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from retnet.data.hub import hub_revision
+from retnet.data.network import HubUnreachableError, hub_revision, while_reachable
 from retnet.errors import UserError
 
 
@@ -48,12 +48,17 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f"data.tokenizer ({name}) is not a folder: name the folder that holds tokenizer.json"
         )
+    what = f"data.tokenizer ({name})"
     try:
         return _from_pretrained(name, local_files_only=True)
     except Exception:  # not in the local cache; the Hub decides
-        revision = hub_revision(name, "model", f"data.tokenizer ({name})")
+        revision = hub_revision(name, "model", what)
     try:
-        return _from_pretrained(name, revision=revision)
+        return while_reachable(
+            lambda: _from_pretrained(name, revision=revision), name, "model", what
+        )
+    except HubUnreachableError:
+        raise
     except Exception as error:
         raise UserError(
             f"data.tokenizer ({name}) cannot be loaded from the Hub "

@@ -12,13 +12,14 @@ import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from retnet.data.cache import known_revision
-from retnet.data.hub import HubSource, HubUnreachableError, is_hub_layout, open_hub
+from retnet.data.hub import HubSource, is_hub_layout, open_hub
+from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, read_documents, suffix_of
 from retnet.data.spec import PYTHON_STDLIB, DataSpec
 from retnet.errors import UserError
@@ -147,7 +148,8 @@ def open_source(spec: DataSpec) -> Source:
         if revision is None:
             raise
         logger.warning("%s (%s): no network, revision %s as before", key, spec.source, revision)
-        source = HubSource(spec.source, key, spec.text_field, spec.hub_config, spec.split, revision)
+        at = (spec.hub_config, spec.split, revision)
+        source = HubSource(spec.source, key, spec.text_field, *at, offline=True)
     if not isinstance(source, HubSource):
         if spec.hub_config is not None:
             raise UserError(
@@ -242,15 +244,26 @@ def reopen_source(record: dict[str, Any]) -> Source:
     if record["kind"] == "hub":
         if record["revision"] is None and not Path(record["location"]).is_dir():
             raise UserError(f"data.source ({record['location']}) does not exist: restore it")
-        return open_hub(
-            record["location"],
-            "data.source",
-            record["text_field"],
-            record["hub_config"],
-            record["split"],
-            revision=record["revision"],
-        )
+        return _reopen_hub(record)
     return open_location(record["location"], "data.source", record["text_field"], None, "train")
+
+
+def _reopen_hub(record: dict[str, Any]) -> HubSource:
+    location, key = record["location"], "data.source"
+    source = open_hub(
+        location,
+        key,
+        record["text_field"],
+        record["hub_config"],
+        record["split"],
+        revision=record["revision"],
+    )
+    if not source.is_folder:
+        try:
+            hub_revision(location, "dataset", f"{key} ({location})")
+        except HubUnreachableError:  # then it may still be in the client's own cache
+            return replace(source, offline=True)
+    return source
 
 
 def _file_source(location: str, files: list[Path], text_field: str) -> FileSource:

@@ -53,7 +53,8 @@ class DataSpec:
     streaming: bool = _option(
         False,
         "read the text once, as a stream that a killed run takes up again: for large corpora and "
-        "Hub data sets that shall not be downloaded; see data.max_tokens",
+        "Hub data sets that shall not be downloaded; see data.max_tokens. Each document has to fit "
+        "in memory, and a .txt or .md file is one",
     )
     reset_state_at_documents: bool = _option(
         True, "nothing of a document reaches the next one in the same window"

@@ -3,8 +3,8 @@
 Documents go by one after the other: each is hashed, given to a side by its hash, tokenised and
 appended. Now and then everything so far is committed. A later attempt reads the committed documents
 again, to check that they are the same, and goes on behind them; they are not tokenised again.
-Memory holds one batch of documents and 16 bytes for each document. Reading stops when
-``data.max_tokens`` training tokens are there.
+Memory holds one batch of documents (4 MiB of text, or one longer document) and 16 bytes for each
+document. Reading stops when ``data.max_tokens`` training tokens are there.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import HASH_RANGE, DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import encode_documents, max_token_id, train_bpe
-from retnet.data.writing import finish_tokens, read_documents_of
+from retnet.data.tokenizer import encode_in_pieces, max_token_id, train_bpe
+from retnet.data.writing import add_document, finish_tokens, read_documents_of
 from retnet.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def stream_tokenizer(
 
     def first(counter: Phase) -> Iterator[str]:
         for text in read_documents_of(source):
-            part = rule.divide(text)[0]
+            part = rule.divide(text)[0][: TOKENIZER_BYTES - counter.num_bytes]
             if part:
                 yield part
                 counter.advance(len(part.encode()))
@@ -142,6 +142,7 @@ def write_stream(
             last_commit = 0
             for batch in _batches(documents):
                 full = _append(batch, writers, hashes, tokenizer, spec.max_tokens, counter)
+                batch.clear()  # a long document is not kept while the next one is read
                 if full:
                     break
                 if counter.num_bytes - last_commit >= COMMIT_BYTES:
@@ -200,16 +201,12 @@ def _append(
     """Tokenise and write a batch; returns whether there are enough training tokens now."""
     sided = [(text, hashes.side(text)) for text in batch]
     encoded = {
-        name: encode_documents(tokenizer, [text for text, side in sided if side == name])
+        name: encode_in_pieces(tokenizer, [text for text, side in sided if side == name])
         for name in writers
     }
     for text, side in sided:
-        ids, num_bytes = next(encoded[side]), hashes.add(text, side)
-        counter.advance(num_bytes)
-        left = len(ids)
-        if side == TRAIN and max_tokens is not None:
-            left = min(left, max_tokens - writers[side].num_tokens)
-        writers[side].add(ids[:left], round(num_bytes * left / len(ids)))
+        add_document(writers[side], next(encoded[side]), max_tokens if side == TRAIN else None)
+        counter.advance(hashes.add(text, side))
         if side == TRAIN and writers[side].num_tokens == max_tokens:
             return True
     return False

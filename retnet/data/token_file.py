@@ -142,14 +142,19 @@ class TokenFileWriter:
         return sum(self._sizes)
 
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
-        """Append one document.
+        """Append one document, or the beginning of a long one.
 
         Args:
             ids: Its tokens [t], special tokens included.
             num_bytes: UTF-8 bytes of its text.
         """
         self._starts.append(self.num_tokens)
-        self._sizes.append(num_bytes)
+        self._sizes.append(0)
+        self.extend(ids, num_bytes)
+
+    def extend(self, ids: np.ndarray, num_bytes: int) -> None:
+        """Append to the last document; arguments as those of ``add``."""
+        self._sizes[-1] += num_bytes
         self._stream.write(ids.astype(self._dtype).tobytes())
         self.num_tokens += len(ids)
 

@@ -8,7 +8,7 @@ prompt; documents are encoded by ``encode_documents``, which adds both ends itse
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -34,6 +34,7 @@ BATCH_CHARACTERS = 1 << 20
 # words for the pattern above, so the tokens are those of the whole text.
 PIECE_CHARACTERS = 1 << 17
 CUT = re.compile(r"\S(?=[ \n])")
+Piece = tuple[np.ndarray, int]  # ids, and the UTF-8 bytes of the text that they are of
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,9 +127,6 @@ def encode_documents(
 ) -> Iterator[np.ndarray]:
     """Encode documents as ``<bos>`` text ``<eos>``, some at a time.
 
-    Documents beyond 131,072 characters are encoded in pieces to bound the memory: with our
-    own tokenizers the tokens are the same, with a pretrained one they may differ at a cut.
-
     Args:
         tokenizer: Any of this module's.
         documents: Texts; read as they are needed.
@@ -136,26 +134,59 @@ def encode_documents(
     Yields:
         For each document in order its ids, int64 [tokens].
     """
-    ends = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    if _is_byte_tokenizer(tokenizer):
-        for text in documents:
-            yield np.concatenate([ends[0], np.frombuffer(text.encode(), np.uint8), ends[1]])
-        return
-    backend = _backend(tokenizer)
+    for pieces in encode_in_pieces(tokenizer, documents):
+        yield np.concatenate([ids for ids, _ in pieces], dtype=np.int64)
+
+
+def encode_in_pieces(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
+) -> Iterator[Iterable[Piece]]:
+    """What ``encode_documents`` gives, a document beyond 131,072 characters piece by piece.
+
+    The pieces bound the memory: with our own tokenizers the tokens are those of the whole text,
+    with a pretrained one they may differ at a cut.
+
+    Args:
+        tokenizer: Any of this module's.
+        documents: Texts; read as they are needed.
+
+    Yields:
+        For each document in order its pieces, which are encoded as they are asked for.
+    """
+    ends = tuple(
+        np.array([end], dtype=np.uint32) for end in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    encode = _encoder(tokenizer)
     for group in _groups(documents):
-        # A long document comes alone, in pieces; others are one piece each.
-        if len(group) == 1:
-            encoded = [ids for part in _groups(_pieces(group[0])) for ids in _encode(backend, part)]
-            yield np.concatenate([ends[0], *encoded, ends[1]])
-        else:
-            for body in _encode(backend, group):
-                yield np.concatenate([ends[0], body, ends[1]])
+        bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
+        for text in group:
+            if len(text) <= PIECE_CHARACTERS:
+                yield [(np.concatenate([ends[0], next(bodies), ends[1]]), len(text.encode()))]
+            else:
+                yield _encode_long(encode, text, *ends)
 
 
-def _encode(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text; 32 bits, because a long document's pieces all wait in memory."""
-    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+def _encode_long(
+    encode: Callable[[list[str]], list[np.ndarray]], text: str, bos: np.ndarray, eos: np.ndarray
+) -> Iterator[Piece]:
+    yield bos, 0
+    for part in _groups(_pieces(text)):
+        for piece, ids in zip(part, encode(part), strict=True):
+            yield ids, len(piece.encode())
+    yield eos, 0
+
+
+def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[np.ndarray]]:
+    """Texts to the ids of each, without ends; 32 bits at most, because they wait in memory."""
+    if _is_byte_tokenizer(tokenizer):
+        return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    backend = _backend(tokenizer)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
+
+    return encode
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -163,11 +194,11 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for text in documents:
-        if group and size + len(text) > BATCH_CHARACTERS:
-            yield group
-            group, size = [], 0
         group.append(text)
         size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield group
+            group, size = [], 0
     if group:
         yield group
 

@@ -1,7 +1,7 @@
 """Documents on their way into token files: checked, counted, tokenised."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from retnet.data.progress import Phase, phase
 from retnet.data.sources import Source
 from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import encode_documents, max_token_id, tokenizer_hash
+from retnet.data.tokenizer import Piece, encode_in_pieces, max_token_id, tokenizer_hash
 from retnet.errors import UserError
 
 
@@ -45,26 +45,20 @@ def write_tokens(
     title: str,
 ) -> dict[str, Any]:
     """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
-    waiting: deque[int] = deque()  # sizes of the documents that the encoder holds
+    waiting: deque[str] = deque()  # the documents that the encoder holds
     total = DocumentsHash()
 
-    def measured() -> Iterator[str]:
+    def read() -> Iterator[str]:
         for text in texts:
-            encoded = text.encode()
-            waiting.append(len(encoded))
-            total.add(encoded)
+            waiting.append(text)
             yield text
 
     with phase(title) as counter, TokenFileWriter(folder, max_token_id(tokenizer)) as writer:
-        for ids in encode_documents(tokenizer, measured()):
-            num_bytes = waiting.popleft()
-            if max_tokens is not None and writer.num_tokens + len(ids) > max_tokens:
-                kept = max_tokens - writer.num_tokens
-                if kept:
-                    writer.add(ids[:kept], round(num_bytes * kept / len(ids)))
+        for pieces in encode_in_pieces(tokenizer, read()):
+            total.add(waiting.popleft().encode())
+            counter.advance(add_document(writer, pieces, max_tokens))
+            if writer.num_tokens == max_tokens:
                 break
-            writer.add(ids, num_bytes)
-            counter.advance(num_bytes)
         facts = {
             "documents": writer.num_documents,
             "bytes": writer.num_bytes,
@@ -73,6 +67,22 @@ def write_tokens(
         }
         finish_tokens(writer, tokenizer, total.hexdigest())
     return facts
+
+
+def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: int | None) -> int:
+    """Append a document piece by piece, as far as ``max_tokens`` of the file allow.
+
+    Returns:
+        The UTF-8 bytes of what was written.
+    """
+    written, append = 0, writer.add
+    for ids, num_bytes in pieces:
+        left = len(ids) if max_tokens is None else min(len(ids), max_tokens - writer.num_tokens)
+        if not left:
+            break
+        append(ids[:left], part := round(num_bytes * left / len(ids)))
+        written, append = written + part, writer.extend
+    return written
 
 
 def finish_tokens(writer: TokenFileWriter, tokenizer: PreTrainedTokenizerFast, sha256: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -209,20 +210,47 @@ def check_writable(path: Path) -> None:
     """Find out before the long work whether the JSON file can be written.
 
     Raises:
-        UserError: Its folder is missing, or it is a folder.
+        UserError: Its folder is missing or cannot be written, or it is no file.
     """
     if path.is_dir():
         raise UserError(f"--json ({path}) is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--json ({path}) is a device or pipe: name a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
+    temporary = _temporary(path)
+    try:
+        temporary.write_text("", encoding="utf-8")
+        temporary.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file at once or not at all; numbers that JSON cannot hold become null."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a file at once or not at all; numbers that JSON cannot hold become null.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    temporary = _temporary(path)
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _not_writable(path, error) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--json ({path}) cannot be written ({error.strerror or error}): name another file"
+    )
 
 
 def _finite(value: Any) -> Any:

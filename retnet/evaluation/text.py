@@ -91,4 +91,4 @@ def describe_corpus(record: dict[str, Any]) -> str:
     source = record["validation_source"] or record["source"]
     name = source.get("location", source["kind"])
     version = f"Python {source['python']}, " if "python" in source else ""
-    return f"{name} ({version}corpus {record['corpus_sha256'][:12]})"
+    return f"{name} ({version}corpus {str(record.get('corpus_sha256'))[:12]})"

@@ -136,7 +136,7 @@ def load_checkpoint(
         UserError: There is no such checkpoint, or something in it is missing or does not fit.
     """
     folder = find_checkpoint(path)
-    _check_model_type(folder, trust_remote_code)
+    _check_config(folder, trust_remote_code)
     _check_weights(folder)
     check_weights_unchanged(folder)
     model = _load_model(folder, dtype, trust_remote_code)
@@ -173,8 +173,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_model_type(folder: Path, trust_remote_code: bool) -> None:
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
     config = _read_json(folder / CONFIG)
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise UserError(
+            f"{folder / CONFIG}: dtype ({dtype}) is none of torch's: copy the checkpoint again"
+        )
     model_type = config.get("model_type")
     if model_type == FLA_MODEL_TYPE:
         raise UserError(
@@ -246,7 +251,7 @@ def _load_model(
         raise UserError(
             f"checkpoint ({folder}) has damaged weights ({error}): copy it again"
         ) from error
-    except ValueError as error:  # the configuration's own checks
+    except (ValueError, TypeError) as error:  # of the configuration's own checks, and of types
         raise UserError(f"{folder / CONFIG}: {error}") from error
     model, info = loaded
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
@@ -276,9 +281,18 @@ def _load_tokenizer(
             f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
             "the run's other checkpoints"
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # each damaged file fails in a way of its own
+        if "trust_remote_code" in str(error):  # transformers' words for a class it does not have
+            reason, fix = "needs code from its own folder", "read it, then add --trust-remote-code"
+        else:
+            reason, fix = f"{type(error).__name__}: {error}", "copy its tokenizer files again"
+        raise UserError(
+            f"checkpoint ({folder}) has a tokenizer that cannot be loaded ({reason}): {fix}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{folder / TOKENIZER}: {type(tokenizer).__name__} is not a fast tokenizer: use one "

@@ -48,7 +48,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).tolist()  # meta is a device, and holds no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises either, by kind of device
         reason = str(error).splitlines()[0]
         raise UserError(f"--device ({name}) cannot be used ({reason}): try --device cpu") from error

@@ -1,5 +1,7 @@
 """From what the user typed to the tokens of a prompt."""
 
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from retnet.errors import UserError
+from retnet.model import TransformerConfig
+from retnet.model.modeling import DecoderForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
@@ -20,6 +26,52 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     return torch.tensor([[tokenizer.bos_token_id, *encoded["input_ids"]]])
 
 
+def check_length(
+    model: DecoderForCausalLM, prompt_tokens: int, max_new_tokens: int, num_samples: int
+) -> None:
+    """Warn of a prompt that is longer than a Transformer can make sense of.
+
+    A RetNet reads any length in the same memory, with a decay that it was trained with.
+
+    Args:
+        model: The model that is to read it.
+        prompt_tokens: Tokens of the prompt.
+        max_new_tokens: The most tokens to make of each sample.
+        num_samples: Continuations side by side.
+
+    Raises:
+        UserError: The tokens, and what a Transformer keeps of each, exceed the machine's memory.
+    """
+    config, per_token = model.config, 8  # an int64 id
+    if config.model_type == TransformerConfig.model_type:
+        window = config.max_position_embeddings
+        if prompt_tokens > window:
+            logger.warning(
+                "the prompt has %s tokens, and this attention model was trained on texts of %s: "
+                "expect poor text, and time that grows with the square of the length",
+                f"{prompt_tokens:,}",
+                f"{window:,}",
+            )
+        per_token += 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    per_token *= num_samples
+    total, memory = prompt_tokens + max_new_tokens, memory_of(model.device)
+    if memory is not None and total * per_token > memory:
+        raise UserError(
+            f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need "
+            f"{total * per_token:,} bytes, {per_token:,} a token, and {model.device} has "
+            f"{memory:,}: at most {memory // per_token:,} tokens can fit"
+        )
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory of a device, whoever uses them now; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def read_prompt(source: Path | None) -> str:
     """The prompt in a UTF-8 file, or on standard input, exactly as it is there.
 
@@ -27,10 +79,17 @@ def read_prompt(source: Path | None) -> str:
         source: The file; standard input when None.
 
     Raises:
-        UserError: The file cannot be read, or the bytes are not UTF-8.
+        UserError: It cannot be read, or the bytes are not UTF-8.
     """
     if source is None:
-        return decode_utf8(sys.stdin.buffer.read(), "standard input")
+        if sys.stdin is None:
+            raise UserError("standard input is closed: send the prompt there, or use --prompt")
+        try:
+            return decode_utf8(sys.stdin.buffer.read(), "standard input")
+        except OSError as error:
+            raise UserError(
+                f"standard input cannot be read ({error.strerror}): send text there"
+            ) from error
     try:
         return decode_utf8(source.read_bytes(), str(source))
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-from tokenizers.decoders import DecodeStream
 from transformers import (
     EosTokenCriteria,
     PreTrainedTokenizerFast,
@@ -11,12 +10,13 @@ from transformers import (
 )
 
 from retnet.errors import UserError
-from retnet.generation.decode import ENDED, Usage, generate
-from retnet.generation.prompt import encode_prompt
+from retnet.generation.decode import ENDED, Usage, check_compiler, generate
+from retnet.generation.prompt import check_length, encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.model.modeling import DecoderForCausalLM
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode an incomplete character to
+WAITING_TOKENS = 16  # undecodable ones that wait for more before their text is looked into
 PRIMING_TOKENS = 8  # context for the first new token; more than a character or a space needs
 
 
@@ -25,7 +25,8 @@ class TextStream:
 
     The pieces together are the decoded text up to the first stop string. Text that may be the
     beginning of a stop string waits until it is known not to be one; so does an incomplete
-    character, which the last piece holds as a replacement character.
+    character, which the last piece holds as a replacement character. Only the last tokens are kept,
+    however long the text becomes.
 
     Args:
         tokenizer: The model's.
@@ -40,16 +41,20 @@ class TextStream:
         stop: Sequence[str] = (),
     ) -> None:
         self._backend = tokenizer.backend_tokenizer
+        added = self._backend.get_added_tokens_decoder()
+        self._silent = {token for token, entry in added.items() if entry.special}
         self._stop = tuple(stop)
-        before = list(prompt_ids[-PRIMING_TOKENS:])
+        before = [token for token in prompt_ids[-PRIMING_TOKENS:] if self._has_text(token)]
         if self._decode(before).endswith(REPLACEMENT):
             before = []  # the decoder would take it for an unfinished character of its own
-        self._ids = before
-        self._before = len(self._decode(before))
-        self._decoder = DecodeStream(ids=list(before), skip_special_tokens=True)
-        self._decoded = 0
+        self._ids = before  # those whose text is out already, as context, and those that wait
+        self._context = len(before)
+        self._decoded = len(self._decode(before))  # characters of the text of _ids that are out
         self._waiting = ""
         self.stopped = False
+
+    def _has_text(self, token: int) -> bool:
+        return token not in self._silent and self._backend.id_to_token(token) is not None
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
@@ -57,19 +62,42 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Take one token and return the text that is certain now, often an empty string."""
-        if self.stopped:
+        if self.stopped or not self._has_text(token):
             return ""
         self._ids.append(token)
-        text = self._decoder.step(self._backend, token) or ""
-        self._decoded += len(text)
-        return self._release(text)
+        text = self._decode(self._ids)
+        if text.endswith(REPLACEMENT):  # perhaps an incomplete character
+            new = self._settled(text)
+        elif len(text) <= self._decoded:
+            return ""
+        else:
+            new = text[self._decoded :]
+            self._ids = self._ids[self._context :]
+            self._context, self._decoded = len(self._ids), len(self._decode(self._ids))
+        return self._release(new)
+
+    def _settled(self, text: str) -> str:
+        """Of a long run of bytes that are no characters, what no later token can change.
+
+        A cut between two replacement characters changes neither side, and one inside a character
+        would show as more of them; what may still be completed is in the last 3 tokens.
+        """
+        last = len(self._ids) - 3
+        if last - self._context < WAITING_TOKENS:
+            return ""
+        for cut in range(last, last - 4, -1):
+            head = self._decode(self._ids[:cut])
+            if head + self._decode(self._ids[cut:]) == text:
+                new = head[self._decoded :]
+                self._ids, self._context, self._decoded = self._ids[cut:], 0, 0
+                return new
+        return ""
 
     def finish(self) -> str:
         """Return what was held back; to be called once, after the last token."""
         if self.stopped:
             return ""
-        rest = self._decode(self._ids)[self._before + self._decoded :]
-        text = self._release(rest) + self._waiting
+        text = self._release(self._decode(self._ids)[self._decoded :]) + self._waiting
         self._waiting, self.stopped = "", True
         return text
 
@@ -139,14 +167,22 @@ def stream_text(
         usage: Filled in while the loop runs.
         compile: See ``generate``.
 
-    Yields:
-        The new text of each sample, ``num_samples`` strings, after every token and at the end.
+    Returns:
+        Yields the new text of each sample, ``num_samples`` strings, after every token and at the
+        end.
+
+    Raises:
+        UserError: At once, before anything is made: a stop string cannot occur, there is no
+            compiler, or so many tokens cannot fit.
     """
     criteria = stopping_criteria(tokenizer, stop)
+    if compile:
+        check_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
+    check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
-    for tokens in generate(
+    made = generate(
         model,
         input_ids.to(model.device),
         max_new_tokens=max_new_tokens,
@@ -155,7 +191,12 @@ def stream_text(
         stopping=criteria,
         usage=usage,
         compile=compile,
-    ):
+    )
+    return _as_text(made, streams)
+
+
+def _as_text(made: Iterator[list[int]], streams: list[TextStream]) -> Iterator[list[str]]:
+    for tokens in made:
         yield [
             "" if token == ENDED else stream.push(token)
             for stream, token in zip(streams, tokens, strict=True)

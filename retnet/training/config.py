@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from retnet.data import DataSpec
+from retnet.data.spec import BPE
 from retnet.errors import UserError
 from retnet.model import RetNetConfig
 
@@ -153,6 +154,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
+    given = {"data.tokenizer", "data.vocab_size"} & {text.partition("=")[0] for text in overrides}
+    if given == {"data.tokenizer"} and config.data.tokenizer != BPE:
+        # the size in the file is for the tokenizer in the file
+        data = dataclasses.replace(config.data, vocab_size=DataSpec.vocab_size)
+        config = dataclasses.replace(config, data=data)
     config.data.validate()
     problems = [*_train_problems(config.train), *_contradictions(config)]
     if problems:
@@ -216,6 +222,8 @@ def _read_override(text: str) -> Any:
         raise UserError(f"argument ({text}) must be section.key=value, as train.max_steps=100")
     try:
         return OmegaConf.from_dotlist([text])
+    except UnicodeEncodeError as error:
+        raise UserError(f"argument ({text!r}) is not UTF-8: write it in UTF-8") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument ({text}) can't be read: {reason}; quote the value") from error

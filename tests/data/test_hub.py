@@ -4,14 +4,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import retnet.data.hub as hub
-from retnet.data import DataSpec, prepare_data, rebuild_validation
+from retnet.data import DataSpec, hub, network, prepare_data, rebuild_validation, streaming
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]
@@ -143,7 +142,7 @@ def online(splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     """The Hub with one data set "some/set"; ``commit`` is what its main branch is at."""
     import datasets
 
-    state: dict[str, Any] = {"commit": "c1", "loads": 0}
+    state: dict[str, Any] = {"commit": "c1", "loads": 0, "asked": 0}
     real = datasets.load_dataset_builder
 
     class Info:
@@ -151,6 +150,7 @@ def online(splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
     class Api:
         def dataset_info(self, name: str, timeout: float) -> Info:
+            state["asked"] += 1
             if state["commit"] is None:
                 raise ConnectionError("no route to host")
             info = Info()
@@ -162,10 +162,13 @@ def online(splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     def builder(name: str, config: str | None, revision: str | None, **options: Any) -> Any:
         state["loads"] += 1
         state["revision"] = revision
+        state["offline"] = datasets.config.HF_HUB_OFFLINE
+        state.get("meanwhile", lambda: None)()
         return real(str(splits), config, cache_dir=str(tmp_path / "library"), **options)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     return state
 
 
@@ -206,10 +209,106 @@ def test_a_network_that_never_answers(spec_for: SpecFor, monkeypatch: pytest.Mon
         model_info = dataset_info
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr(hub, "DEADLINE_S", 0.05)
-    assert hub.TIMEOUT_S < 30
+    monkeypatch.setattr(network, "DEADLINE_S", 0.05)
+    assert network.TIMEOUT_S < 30
     try:
         with pytest.raises(UserError, match=r"cannot be reached \(TimeoutError\)"):
             prepare_data(spec_for("some/set"))
     finally:
         release.set()
+
+
+def test_what_is_not_kept_is_not_asked_for_again(online: dict[str, Any], spec_for: SpecFor) -> None:
+    """The library alone tries a Hub that was seen not to answer for another 25 s."""
+    prepared = prepare_data(spec_for("some/set", validation="test"))
+    online["commit"] = None
+    prepare_data(spec_for("some/set", validation="test", max_tokens=500))
+    assert (online["offline"], online["revision"]) == (True, "c1")
+    online["offline"] = False
+    assert rebuild_validation(prepared.record) == texts("t")
+    assert online["offline"]
+
+    def gone() -> None:
+        raise FileNotFoundError("not in the library's cache")
+
+    online["meanwhile"] = gone
+    with pytest.raises(network.HubUnreachableError, match="is not kept on this machine"):
+        prepare_data(spec_for("some/set", validation="test", max_tokens=400))
+    online["commit"] = "c1"
+    with pytest.raises(UserError, match=r"correct data\.hub_config"):
+        prepare_data(spec_for("some/set", validation="test", max_tokens=400))
+    assert not online["offline"]
+
+
+def test_a_load_that_never_ends(online: dict[str, Any], spec_for: SpecFor, monkeypatch) -> None:
+    """The network goes after the revision is known: the client alone tries for minutes."""
+    release = threading.Event()
+
+    def block() -> None:
+        online["commit"] = None
+        release.wait()
+
+    monkeypatch.setattr(network, "PATIENCE_S", 0.05)
+    assert network.PATIENCE_S + 2 * network.DEADLINE_S < 30
+    online["meanwhile"] = block
+    try:
+        with pytest.raises(network.HubUnreachableError, match="no route to host"):
+            prepare_data(spec_for("some/set", validation="test"))
+    finally:
+        release.set()
+
+
+def test_a_long_load_is_no_failure(online: dict[str, Any], spec_for: SpecFor, monkeypatch) -> None:
+    monkeypatch.setattr(network, "PATIENCE_S", 0.05)
+    online["meanwhile"] = lambda: time.sleep(0.3)
+    assert prepare_data(spec_for("some/set", validation="test")).train.num_documents == 60
+    assert online["asked"] > 2
+
+
+def http_error(status: int) -> Exception:
+    response = type("Response", (), {"status_code": status})()
+    error = OSError(f"status {status}")
+    error.response = response  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "keeps"),
+    [
+        (ConnectionError("reset by peer"), True),
+        (TimeoutError(), True),
+        (http_error(503), True),
+        (http_error(404), False),
+        (ValueError("not JSON"), False),
+    ],
+)
+def test_a_failing_network_loses_nothing_that_is_committed(
+    online: dict[str, Any], spec_for: SpecFor, monkeypatch, error: Exception, keeps: bool
+) -> None:
+    monkeypatch.setattr(streaming, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(streaming, "COMMIT_BYTES", 1000)
+    state = {"fails": True}
+
+    class Rows:
+        def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+            for number in range(10):
+                if state["fails"] and number == 8:
+                    raise RuntimeError("while reading") from error
+                yield {"text": texts(f"batch {number}")}
+
+    monkeypatch.setattr(hub, "_load", lambda source: Rows())
+    spec = spec_for("some/set", streaming=True)
+    with pytest.raises(UserError, match="while reading") as caught:
+        prepare_data(spec)
+    assert ("start again when it is back" in str(caught.value)) == keeps
+    left = list(Path(spec.cache_dir).glob(".streaming-*/complete/progress.json"))
+    assert len(left) == keeps
+    state["fails"] = False
+    encoded = []
+    real = streaming.encode_in_pieces
+    monkeypatch.setattr(
+        streaming, "encode_in_pieces", lambda t, d: encoded.extend(d := list(d)) or real(t, d)
+    )
+    prepared = prepare_data(spec)
+    assert prepared.train.num_documents + prepared.validation.num_documents == 300
+    assert (len(encoded) < 200) == keeps

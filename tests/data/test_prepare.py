@@ -97,7 +97,7 @@ def test_second_start_on_ten_megabytes_is_quick(tmp_path: Path, spec_for: SpecFo
 @pytest.mark.parametrize(
     "changed",
     [
-        {"tokenizer": "bytes"},
+        {"tokenizer": "bytes", "vocab_size": 259},
         {"vocab_size": 262},
         {"validation_fraction": 0.3},
         {"max_tokens": 100},
@@ -305,6 +305,9 @@ def test_ids_beyond_the_model(
 def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> None:
     train_bpe(["the cat sat on the mat"] * 9, 280).save_pretrained(tmp_path / "tokenizer")
     path = write_documents(tmp_path / "a.jsonl")
+    folder = str(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"data\.vocab_size \(999\).*tokenizer\) has \d+ entries"):
+        prepare_data(spec_for(path, tokenizer=folder, vocab_size=999))
     prepared = prepare_data(spec_for(path, tokenizer=str(tmp_path / "tokenizer")))
     again = prepare_data(spec_for(path, tokenizer=str(tmp_path / "tokenizer")))
     assert again.record == prepared.record

@@ -50,7 +50,7 @@ def same_tokens(one: PreparedData, two: PreparedData) -> bool:
 def test_the_tokens_are_those_of_the_other_way(
     corpus: Path, spec_for: SpecFor, tokenizer: str, small_steps: None
 ) -> None:
-    options = {"tokenizer": tokenizer, "vocab_size": 300}
+    options = {"tokenizer": tokenizer} | ({"vocab_size": 300} if tokenizer == "bpe" else {})
     plain = prepare_data(spec_for(corpus, **options))
     streamed = prepare_data(spec_for(corpus, **options, streaming=True))
     assert same_tokens(plain, streamed)
@@ -94,6 +94,25 @@ def test_one_document_can_not_be_divided(tmp_path: Path, spec_for: SpecFor) -> N
     assert not list(Path(spec.cache_dir).iterdir())
 
 
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_long_document(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch
+) -> None:
+    (tmp_path / "one.txt").write_text("only this " * 500)
+    (tmp_path / "held.txt").write_text("held back")
+    seen = []
+    real = streaming.train_bpe
+
+    def recorded(texts, vocab_size):
+        seen.extend(texts := list(texts))
+        return real(texts, vocab_size)
+
+    monkeypatch.setattr(streaming, "train_bpe", recorded)
+    monkeypatch.setattr(streaming, "TOKENIZER_BYTES", 1000)
+    spec = {"streaming": True, "tokenizer": "bpe", "vocab_size": 262}
+    prepare_data(spec_for(tmp_path / "one.txt", validation=str(tmp_path / "held.txt"), **spec))
+    assert seen == ["only this " * 100]
+
+
 DRIVER = """
 import os, signal, sys
 from retnet.data import DataSpec, prepare_data, streaming
@@ -122,14 +141,14 @@ def test_a_killed_preparation_is_taken_up_again(
     read = json.loads(left.read_text())["documents_read"]
     assert 50 < read < 350
     tokenised = []
-    real = streaming.encode_documents
+    real = streaming.encode_in_pieces
 
     def counted(tokenizer, documents):
         documents = list(documents)
         tokenised.extend(documents)
         return real(tokenizer, documents)
 
-    monkeypatch.setattr(streaming, "encode_documents", counted)
+    monkeypatch.setattr(streaming, "encode_in_pieces", counted)
     monkeypatch.setattr(streaming, "train_bpe", None)  # the tokenizer is there already
     with caplog.at_level(logging.INFO):
         taken_up = prepare_data(spec)

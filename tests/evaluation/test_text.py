@@ -54,6 +54,25 @@ def test_other_validation_data_asks_for_text(tmp_path: Path) -> None:
         validation_text(models)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split", None),
+        ("split", {}),
+        ("split", {"kind": "tail", "fraction": 0.1, "threshold": "many"}),
+        ("source", None),
+        ("source", {"kind": "files"}),
+        ("validation_source", "x"),
+    ],
+)
+def test_an_incomplete_record_asks_for_text(tmp_path: Path, key: str, value: object) -> None:
+    record = {name: entry for name, entry in prepare(tmp_path).items() if name != key}
+    if value is not None:
+        record[key] = value
+    with pytest.raises(UserError, match=r"data record \(data\.json\) is damaged.*--text FILE"):
+        validation_text([checkpoint("a", record), checkpoint("b", record)])
+
+
 def test_no_record_asks_for_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"runs/b has no data\.json .*--text FILE"):
         validation_text([checkpoint("a", prepare(tmp_path)), checkpoint("runs/b", None)])

@@ -123,6 +123,8 @@ def test_a_file_is_no_checkpoint(saved: Path) -> None:
         ({"num_hidden_layers": 3}, "missing from the weights"),
         ({"num_hidden_layers": 1}, "in the weights but not in the model"),
         ({"vocab_size": 258}, "of another shape"),
+        ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
+        ({"hidden_size": "wide"}, r"config\.json: "),
     ],
 )
 def test_a_configuration_that_does_not_fit(copy: Path, changes: dict, message: str) -> None:
@@ -196,6 +198,28 @@ def test_tokenizers_that_do_not_fit(copy: Path) -> None:
         load_checkpoint(copy)
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version"'),
+        ("tokenizer.json", b"\xff\x00"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b'{"tokenizer_class"'),
+        ("tokenizer_config.json", b"\xff"),
+        (
+            "tokenizer_config.json",
+            b'{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}',
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_tokenizer(copy: Path, name: str, content: bytes) -> None:
+    (copy / name).write_bytes(content)
+    (copy / "own.py").write_text("raise SystemExit('this code was run')")
+    fix = "add --trust-remote-code" if b"auto_map" in content else "copy its tokenizer files again"
+    with pytest.raises(UserError, match=rf"tokenizer that cannot be loaded \(.*{fix}$"):
         load_checkpoint(copy)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet.errors import UserError
 from retnet.generation import (
@@ -32,6 +33,50 @@ random_ids = st.lists(st.one_of(st.integers(0, PAD), st.integers(128, 255)), max
 def test_pieces_add_up_to_the_decoded_text(ids: list[int], before: str) -> None:
     expected = TOKENIZER.decode(ids, skip_special_tokens=True)
     assert "".join(stream(ids, before=[BOS, *before.encode()])) == expected
+
+
+broken_bytes = st.lists(
+    st.one_of(
+        st.sampled_from([0x80, 0xBF, 0xC3, 0xE2, 0x82, 0xAC, 0xED, 0xF0, 0x9F, 0x98, 0xF5, 0xFF]),
+        st.integers(0, PAD),
+    ),
+    min_size=30,
+    max_size=200,
+)
+MERGED = byte_tokenizer(tuple(
+    (left, right)
+    for left in bytes_to_unicode().values()
+    for right in (bytes_to_unicode()[0x82], bytes_to_unicode()[0x9F])
+))  # fmt: skip
+
+
+@settings(deadline=None)
+@given(broken_bytes)
+def test_a_long_run_of_broken_bytes_adds_up_too(ids: list[int]) -> None:
+    expected = TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert "".join(stream(ids)) == expected
+    assert "".join(stream(ids, before=[BOS, 0xE2, 0x82])) == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0x80, len(MERGED) - 1), min_size=30, max_size=120))
+def test_tokens_of_several_bytes_add_up_too(ids: list[int]) -> None:
+    expected = MERGED.decode(ids, skip_special_tokens=True)
+    assert "".join(stream(ids, tokenizer=MERGED)) == expected
+
+
+@pytest.mark.parametrize(
+    "endless", [[97], [0xFF], [0x80], [PAD], [9999], [0xE2, 0x82], [0xC3, EOS]]
+)
+def test_only_the_last_tokens_are_kept(endless: list[int]) -> None:
+    """However long the text becomes, also where all of it waits for a character's rest."""
+    made = TextStream(TOKENIZER, [BOS], ["never\0there"])
+    pieces = []
+    for _ in range(300):
+        pieces += [made.push(token) for token in endless]
+        assert len(made._ids) < 40
+    text = "".join([*pieces, made.finish()])
+    assert text == TOKENIZER.decode(endless * 300, skip_special_tokens=True)
 
 
 @given(st.text(), st.text(min_size=1, max_size=3), st.text(max_size=5))

@@ -1,0 +1,135 @@
+"""Asking the Hub so that a network that is not there costs seconds.
+
+One request with a short timeout asks for the revision; only then is anything loaded, and while that
+takes time the Hub is asked again now and then. The client alone would try again for minutes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+from retnet.errors import UserError
+
+T = TypeVar("T")
+# A host name that never resolves, or eight addresses that never answer, outlast the client's own
+# timeout, so the whole request has one too. A data set and a tokenizer may each wait for it, or a
+# load and then the question whether the Hub is still there: together they stay below 30 s.
+TIMEOUT_S = 5.0
+DEADLINE_S = 10.0
+PATIENCE_S = 8.0
+# Packages whose exceptions mean that the network failed.
+TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
+
+
+class HubUnreachableError(UserError):
+    """The Hub does not answer."""
+
+
+def hub_revision(name: str, kind: Literal["dataset", "model"], what: str) -> str:
+    """The commit that the main branch of a Hub repository is at.
+
+    Args:
+        name: Repository name.
+        kind: Of the repository.
+        what: Key and value, for the message.
+
+    Raises:
+        UserError: The Hub does not know the name or refuses access.
+        HubUnreachableError: The Hub cannot be reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = huggingface_hub.HfApi()
+    ask = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        revision = _within(DEADLINE_S, lambda: ask(name, timeout=TIMEOUT_S).sha)
+    except Exception as error:  # every transport has its own; all mean the same here
+        if isinstance(error, HfHubHTTPError) and not is_network_failure(error):
+            raise UserError(
+                f"{what} is no local path, and the Hub refuses it "
+                f"({str(error).splitlines()[0]}): correct the name, or log in if it is private"
+            ) from error
+        raise HubUnreachableError(
+            f"{what} is no local path, and the Hub cannot be reached "
+            f"({reason_of(error)}): correct the path, or connect to the network"
+        ) from error
+    if revision is None:
+        raise UserError(f"{what} has no commit on the Hub: name another one")
+    return revision
+
+
+def while_reachable(
+    call: Callable[[], T], name: str, kind: Literal["dataset", "model"], what: str
+) -> T:
+    """The result of a call to the Hub's client, which may take any time while the Hub answers.
+
+    Args:
+        call: Loads something of the repository.
+        name: Repository name.
+        kind: Of the repository.
+        what: Key and value, for the message.
+
+    Raises:
+        HubUnreachableError: The Hub stopped answering; the client alone would try for minutes.
+    """
+    result = _in_thread(call)
+    while not wait([result], timeout=PATIENCE_S).done:
+        hub_revision(name, kind, what)
+    return result.result()
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The call's result, or TimeoutError."""
+    return _in_thread(call).result(timeout=seconds)
+
+
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """The call's result, some time; a thread left behind does not keep the process alive."""
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return result
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keep the clients to their local caches: what they would ask does not answer."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def is_network_failure(error: BaseException) -> bool:
+    """Whether the network or the server failed, rather than what was asked for."""
+    link: BaseException | None = error
+    while link is not None:
+        status = getattr(getattr(link, "response", None), "status_code", None)
+        if status is not None:
+            return status >= 500 or status == 429
+        if isinstance(link, ConnectionError | TimeoutError):
+            return True
+        if type(link).__module__.startswith(TRANSPORTS):
+            return True
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return False
+
+
+def reason_of(error: Exception) -> str:
+    """The error in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__

@@ -1,0 +1,78 @@
+"""What the tests of mistakes are pointed at: checkpoints, and files with something wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import compare
+import generate
+import train
+from retnet.data import DataSpec, prepare_data
+from retnet.generation import write_manifest
+from tests.generation.builders import MIXERS, save_checkpoint
+
+MAINS = {"train": train.main, "generate": generate.main, "compare": compare.main}
+RUN = "{tiny} data.source={corpus} data.tokenizer=bytes data.seq_len=8 data.cache_dir={new}/cache "\
+      "train.out_dir={new}/run model.hidden_size=16 model.num_heads=2 train.max_steps=1 "\
+      "train.warmup_steps=0 train.device=cpu"  # fmt: skip
+
+# Arguments of generate.py and compare.py without a mistake.
+G, C = "{runs}/retention", "{runs}/retention {runs}/attention --no-speed"
+
+
+def make_bad_files(folder: Path) -> None:
+    (folder / "nothing").mkdir(parents=True)
+    texts = {
+        "list.yaml": b"- a\n", "broken.yaml": b"train: [", "latin.yaml": b"a: \xe9",
+        "twice.yaml": b"train:\n  seed: 1\n  seed: 2\n",
+        "size.yaml": b"data:\n  tokenizer: bytes\n  vocab_size: 5000\n",
+        "unknown.yaml": b"model:\n  hiden_size: 3\n", "empty.txt": b"", "short.txt": b"abc",
+        "binary.txt": bytes(range(256)), "latin.txt": "é".encode("latin-1"), "image.png": b"\x89",
+        "broken.jsonl": b'{"text": "a"}\n{"text"', "broken.parquet": b"PAR1",
+        "broken.jsonl.gz": b"\x1f\x8b\x08",
+    }  # fmt: skip
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+
+
+def make_broken_checkpoints(folder: Path, good: Path) -> None:
+    for name in ("weightless", "cut", "config", "other", "tokenless", "foreign", "garbled",
+                 "unsettled", "typeless"):  # fmt: skip
+        shutil.copytree(good, folder / name)
+    (folder / "weightless/model.safetensors").unlink()
+    weights = folder / "cut/model.safetensors"
+    write_manifest(folder / "cut")
+    weights.write_bytes(weights.read_bytes()[:-7])
+    (folder / "config/config.json").write_text("{")
+    config = json.loads((good / "config.json").read_text())
+    (folder / "other/config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    (folder / "tokenless/tokenizer.json").unlink()
+    (folder / "typeless/config.json").write_text(json.dumps(config | {"dtype": "float7"}))
+    (folder / "garbled/tokenizer.json").write_bytes(b"\xff")
+    (folder / "unsettled/tokenizer_config.json").write_text("{")
+    tokenizer = folder / "foreign/tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["added_tokens"][-1]["id"] = 5000
+    content["model"]["vocab"]["far"] = 5001
+    tokenizer.write_text(json.dumps(content))
+
+
+def make_places(folder: Path) -> dict[str, Path]:
+    """Paths by the names that arguments use: "{corpus}"."""
+    names = ("bad", "broken", "runs")
+    places = {name: folder / name for name in names} | {"corpus": folder / "corpus.jsonl"}
+    rows = [{"text": f"row {i} " * 3, "number": i} for i in range(40)]
+    places["corpus"].write_text("\n".join(map(json.dumps, rows)))
+    spec = DataSpec(source=str(places["corpus"]), tokenizer="bytes", seq_len=8,
+                    cache_dir=str(folder / "cache"))  # fmt: skip
+    record = prepare_data(spec).record
+    for mixer in MIXERS:
+        save_checkpoint(places["runs"] / mixer / "final", mixer, record=record)
+    save_checkpoint(places["runs"] / "unrecorded" / "final")
+    lost = record | {"validation_sha256": "0" * 64}
+    save_checkpoint(places["runs"] / "lost" / "final", record=lost)
+    partial = {key: value for key, value in record.items() if key != "split"}
+    save_checkpoint(places["runs"] / "partial" / "final", record=partial)
+    make_bad_files(places["bad"])
+    make_broken_checkpoints(places["broken"], places["runs"] / "retention/final")
+    return places | {"tiny": Path("configs/tiny.yaml").absolute(), "folder": folder}

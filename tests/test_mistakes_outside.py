@@ -1,0 +1,182 @@
+"""What is wrong around the entry points: streams, devices, networks, texts and prompts."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+import train
+from retnet import cli
+from tests.places import MAINS, RUN, C, G
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_that_is_absent(places: dict[str, Path], tmp_path: Path, capsys) -> None:
+    arguments = [*RUN.format(**places, new=tmp_path).split(), "train.device=cuda"]
+    assert cli.run(train.main, arguments) == 2
+    assert capsys.readouterr().err.startswith("error: train.device (cuda)")
+
+
+@pytest.mark.parametrize("damage", ["tokens.bin", "manifest.json"])
+def test_a_token_file_that_changed_is_made_again(
+    places: dict[str, Path], tmp_path: Path, capsys, damage: str
+) -> None:
+    """Not a mistake that needs the user: the run warns and goes on."""
+    arguments = RUN.format(**places, new=tmp_path).split()
+    assert cli.run(train.main, arguments) == 0
+    (file,) = (tmp_path / "cache").glob(f"*/train/{damage}")
+    file.write_bytes(file.read_bytes()[:-3])
+    shutil.rmtree(tmp_path / "run")
+    assert cli.run(train.main, arguments) == 0
+    assert "is damaged and is made again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("one.txt", "bytes"), ("one.jsonl", "bytes"), ("one.txt", "bpe")]
+)
+def test_a_huge_line_is_a_document(
+    places: dict[str, Path], tmp_path: Path, name: str, tokenizer: str
+) -> None:
+    text = "word " * 1_000_000
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name == "one.jsonl" else text)
+    arguments = RUN.format(**places, new=tmp_path).split()
+    more = [f"data.source={tmp_path / name}", "train.eval_max_tokens=64"]
+    more += [f"data.tokenizer={tokenizer}", "data.vocab_size=261"] * (tokenizer == "bpe")
+    assert cli.run(train.main, [*arguments, *more]) == 0
+
+
+def test_a_vocabulary_that_the_text_cannot_fill(
+    places: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    arguments = RUN.format(**places, new=tmp_path).split()
+    more = ["data.tokenizer=bpe", "data.vocab_size=100000"]
+    for _ in range(2):  # made, and found in the cache
+        assert cli.run(train.main, [*arguments, *more]) == 0
+        assert re.search(
+            r"data\.vocab_size \(100000\): the training text is too small for so many entries, "
+            r"the tokenizer has \d{3}\n",
+            capsys.readouterr().err,
+        )
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_tokenizer_of_the_command_line_has_its_own_size(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    """The file's data.vocab_size is for the file's tokenizer; the run's own file works again."""
+    assert "vocab_size: 2048" in places["tiny"].read_text()
+    arguments = RUN.format(**places, new=tmp_path).split()
+    assert cli.run(train.main, arguments) == 0
+    again = [str(tmp_path / "run/config.yaml"), f"train.out_dir={tmp_path / 'second'}"]
+    assert cli.run(train.main, again) == 0
+
+
+PRINTING = [
+    ("train", "{tiny} --print-config"),
+    ("generate", G + " --prompt a --max-new-tokens 3"),
+    ("compare", C),
+]
+
+
+@pytest.mark.parametrize(("entry", "arguments"), PRINTING)
+def test_output_that_takes_nothing(
+    places: dict[str, Path], capsys, monkeypatch, entry: str, arguments: str
+) -> None:
+    argv = arguments.format(**places).split()
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert cli.run(MAINS[entry], argv) == 2
+        monkeypatch.setattr("sys.stdout", None)  # as Python leaves a descriptor that is closed
+        assert cli.run(MAINS[entry], argv) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: standard output cannot be written (No space left on device): free space there, or "
+        "send it elsewhere",
+        "error: standard output is closed: leave it open, or send it to a file",
+    ]
+
+
+@pytest.mark.parametrize(("entry", "arguments"), PRINTING)
+def test_a_reader_that_has_gone_is_no_mistake(
+    places: dict[str, Path], capsys, monkeypatch, entry: str, arguments: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        assert cli.run(MAINS[entry], arguments.format(**places).split()) == 0
+    assert "rror" not in capsys.readouterr().err
+
+
+def test_input_that_is_closed(places: dict[str, Path], capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.run(generate.main, [str(places["runs"] / "retention"), "-"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is closed: send the prompt")
+
+
+def test_errors_that_nobody_hears(monkeypatch) -> None:
+    """With standard error closed, nothing of it may get into the text."""
+    monkeypatch.setattr("sys.stderr", None)
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    assert cli.run(generate.main, []) == 2
+    assert out.getvalue() == ""
+
+
+def test_a_prompt_beyond_the_training_window(places: dict[str, Path], capsys) -> None:
+    """A RetNet reads any length; a Transformer is warned of, once."""
+    warned = "the prompt has 41 tokens, and this attention model was trained on texts of 16"
+    for mixer, words in (("retention", ""), ("attention", warned)):
+        argv = [str(places["runs"] / mixer), "--prompt", "x" * 40, "--max-new-tokens", "3"]
+        assert cli.run(generate.main, argv) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith(words) and len(lines) == (2 if words else 1)
+
+
+def test_a_prompt_that_no_memory_holds(places: dict[str, Path], capsys, monkeypatch) -> None:
+    """Keys and values of 2 layers of width 16 in float32 and the id: 264 bytes a token."""
+    monkeypatch.setattr("retnet.generation.prompt.memory_of", lambda device: 264 * 50)
+    for tokens, code in ((9, 0), (10, 2)):
+        argv = [str(places["runs"] / "attention"), "--prompt", "x" * 40, "--max-new-tokens"]
+        assert cli.run(generate.main, [*argv, str(tokens)]) == code
+    out, err = capsys.readouterr()
+    assert out.count("x" * 40) == 1
+    assert err.splitlines()[-1] == (
+        "error: a prompt of 41 tokens and --max-new-tokens (10) need 13,464 bytes, 264 a token, "
+        "and cpu has 13,200: at most 50 tokens can fit"
+    )
+    argv[0] = str(places["runs"] / "retention")
+    assert cli.run(generate.main, [*argv, "1000"]) == 0
+
+
+def test_no_answer_within_seconds_is_an_answer(monkeypatch, capsys, tmp_path, places) -> None:
+    """A Hub that never answers costs seconds, not minutes."""
+    monkeypatch.setattr("retnet.data.network.DEADLINE_S", 0.2)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: os.read(pipe[0], 1))
+    pipe = os.pipe()
+    arguments = [*RUN.format(**places, new=tmp_path).split(), "data.source=nobody/nothing"]
+    assert cli.run(train.main, arguments) == 2
+    assert "the Hub cannot be reached" in capsys.readouterr().err
+    os.close(pipe[1])  # and the thread that waits for it ends
+
+
+@pytest.mark.parametrize(("entry", "arguments"), [("compare", ""), ("generate", G)])
+def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> None:
+    """What the interpreter does at its end counts too. train.py's is in tests/training."""
+    command = [
+        sys.executable,
+        MAINS[entry].__code__.co_filename,
+        *arguments.format(**places).split(),
+    ]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=-1, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
