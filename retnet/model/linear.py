@@ -97,7 +97,9 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     blocks = weight if whole == weight.shape[0] else weight[:whole]
     blocks = blocks.view(BLOCKS, -1, inputs)
     if rows <= MOST_LEFT:
-        y = bmm(blocks, x.t().expand(BLOCKS, -1, -1)).view(whole, rows)
+        # MKL wants the strides of a transposed matrix, also where compilers think them irrelevant
+        columns = x.contiguous().as_strided((BLOCKS, inputs, rows), (0, 1, inputs))
+        y = bmm(blocks, columns).view(whole, rows)
         y = y.view(1, whole) if rows == 1 else y.t().contiguous()
     else:
         y = bmm(x.expand(BLOCKS, -1, -1), blocks.mT)

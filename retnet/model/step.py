@@ -108,11 +108,24 @@ class RetentionStep:
         with full_precision(x.device):
             q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
             v = v.view(rows, heads, 1, -1).to(state.dtype)
-            state.mul_(decay).addcmul_(k.mT, v)
-            out = bmm(q.flatten(0, 1), state.flatten(0, 1)).view(rows, heads, -1)
+            if torch.compiler.is_compiling():  # so the new state is written once, and not read
+                out = _read(q, state) * decay + (q * k).sum(-1, keepdim=True) * v
+                state.mul_(decay).addcmul_(k.mT, v)
+            else:
+                state.mul_(decay).addcmul_(k.mT, v)
+                out = _read(q, state)
+            out = out.view(rows, heads, -1)
             out = head_norm(out, self.head_norm, self.eps).view(rows, -1)
         out = out.to(x.dtype)
         return linear(F.silu(gate) * out if self.gated else out, self.output)
+
+
+def _read(q: Tensor, state: Tensor) -> Tensor:
+    """q S: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
+    rows, heads, _, width = q.shape
+    # strides as of a matrix of one row, also where compilers think them irrelevant: see linear
+    q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
+    return bmm(q, state.flatten(0, 1)).view(rows, heads, 1, -1)
 
 
 class AttentionStep:
