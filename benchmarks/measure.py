@@ -58,7 +58,7 @@ class Plan:
     contexts: tuple[int, int, int] = (128, 8192, 65536)
     batch: int = 16
     tokens: int = 16
-    loop_tokens: int = 64
+    loop_tokens: int = 200  # generate.py's default
     keep_memory: bool = True
     form_widths: tuple[int, ...] = (64, 128, 256)
     form_chunks: tuple[int, ...] = (32, 64, 128, 256)

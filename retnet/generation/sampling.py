@@ -15,6 +15,7 @@ from retnet.errors import UserError
 
 MAX_SEED = 2**63 - 1
 LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
+SHIFT_BELOW = 1e-3  # the temperature below which logits are shifted before they are divided by it
 DRAWN_AT_ONCE = 256  # uniform numbers of a row
 
 
@@ -71,13 +72,16 @@ def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
         probabilities: [B, vocab], rows that sum to 1.
         top_p: Above 0, below 1.
     """
+    last = probabilities.shape[1] - 1
     if probabilities.device.type == "cpu":
-        ordered = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
-    else:
-        ordered = probabilities.sort(dim=-1).values
-    cumulative = ordered.cumsum(dim=-1)  # from the least likely on
-    dropped = (cumulative <= 1 - top_p).sum(dim=-1, keepdim=True)
-    threshold = ordered.gather(1, dropped.clamp_(max=ordered.shape[1] - 1))
+        values = probabilities.numpy()
+        ordered = np.sort(values, axis=-1)
+        dropped = [row.cumsum().searchsorted(1 - top_p, side="right") for row in ordered]
+        kept = [row[min(n, last)] for row, n in zip(ordered, dropped, strict=True)]
+        return torch.from_numpy(values * (values >= np.array(kept)[:, None]))
+    sorted_values = probabilities.sort(dim=-1).values
+    number = (sorted_values.cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True)
+    threshold = sorted_values.gather(1, number.clamp_(max=last))
     return probabilities.masked_fill(probabilities < threshold, 0)
 
 
@@ -133,8 +137,9 @@ class Sampler:
         )
 
     def _draw(self, logits: Tensor) -> Tensor:
-        # shifting by the maximum keeps tiny temperatures from overflowing to inf - inf
-        scores = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        if self.temperature < SHIFT_BELOW:  # inf - inf threatens
+            logits = logits - logits.amax(dim=-1, keepdim=True)
+        scores = logits / self.temperature
         top_k = self.sampling.top_k
         if top_k is not None and top_k < scores.shape[1]:
             scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -math.inf)
