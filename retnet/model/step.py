@@ -239,8 +239,22 @@ class DecodeStep:
         return cache.length > 0 and not masked
 
     def compile(self) -> "DecodeStep":
-        """Compile the step at its first call; a growing cache compiles nothing anew."""
-        self.compute = torch.compile(self.compute, dynamic=self.grows, fullgraph=True)
+        """Compile the step at its first call; a growing cache compiles nothing anew.
+
+        Only that cache's sizes are left open: with those of rows and weights, which are no
+        parameters where they are joined, the compiler would be busy for minutes.
+        """
+        compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True)
+        for layer in self.layers:
+            for weight in (*layer[1].inputs, *layer[3].inputs):
+                torch._dynamo.mark_static(weight)
+
+        def compute(tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
+            torch._dynamo.mark_static(tokens)
+            torch._dynamo.mark_static(positions)
+            return compiled(tokens, positions, memories)
+
+        self.compute = compute
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
