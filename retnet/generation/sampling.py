@@ -137,6 +137,9 @@ class Sampler:
         )
 
     def _draw(self, logits: Tensor) -> Tensor:
+        device = logits.device
+        if device.type == "mps":  # which has no float64
+            logits = logits.cpu()
         if self.temperature < SHIFT_BELOW:  # inf - inf threatens
             logits = logits - logits.amax(dim=-1, keepdim=True)
         scores = logits / self.temperature
@@ -149,7 +152,7 @@ class Sampler:
         cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
         at = self._next_uniform().to(logits.device) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, at, right=True)
-        return drawn.squeeze(1).clamp_(max=logits.shape[-1] - 1)
+        return drawn.squeeze(1).clamp_(max=logits.shape[-1] - 1).to(device)
 
     def _next_uniform(self) -> Tensor:
         """The next number of each row, float64 [B, 1]."""

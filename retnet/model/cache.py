@@ -78,8 +78,7 @@ class KVLayer(_Layer):
 
     def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
         present = 0 if self.keys is None else self.keys.shape[2]
-        locked = present > 0 and _locked(self.keys)
-        if end <= present and not locked:
+        if end <= present and not locked(self.keys):
             return
         capacity = max(end, self.capacity, 2 * present if end > present else present)
         for name, new in (("keys", keys), ("values", values)):
@@ -89,12 +88,12 @@ class KVLayer(_Layer):
             setattr(self, name, buffer)
 
 
-def _locked(x: Tensor) -> bool:
+def locked(x: Tensor | None) -> bool:
     """Whether x can't be written here: what inference_mode made, outside it.
 
     A compiled step can't ask; it runs in inference mode whenever its cache was made there.
     """
-    if torch.compiler.is_compiling():
+    if x is None or torch.compiler.is_compiling():
         return False
     return x.is_inference() and not torch.is_inference_mode_enabled()
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import in_full_precision
 from .timing import ChunkDecays, chunk_decays
 
 
@@ -52,19 +53,22 @@ class ChunkwiseRetention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_grad: Tensor, state_grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, saved = ctx.plan, ctx.saved_tensors
-        grads: list[list[Tensor]] = [[], [], []]
-        for index in reversed(range(len(plan.spans))):
-            cut = plan.spans[index]
-            q, k, v, before = saved[4 * index : 4 * index + 4]
-            slope = plan.chunks(out_grad, cut)
-            *found, state_grad = _span_backward(
-                q, k, v, before, slope, state_grad, plan.decays(index)
-            )
-            for own, grad in zip(grads, found, strict=True):
-                own.append(plan.tokens(grad, cut))
-        q, k, v = (own[0] if len(own) == 1 else torch.cat(own[::-1], dim=2) for own in grads)
-        return q, k, v, state_grad, None, None, None, None, None
+        return _gradients(out_grad, state_grad, ctx)
+
+
+@in_full_precision
+def _gradients(out_grad: Tensor, state_grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
+    plan, saved = ctx.plan, ctx.saved_tensors
+    grads: list[list[Tensor]] = [[], [], []]
+    for index in reversed(range(len(plan.spans))):
+        cut = plan.spans[index]
+        q, k, v, before = saved[4 * index : 4 * index + 4]
+        slope = plan.chunks(out_grad, cut)
+        *found, state_grad = _span_backward(q, k, v, before, slope, state_grad, plan.decays(index))
+        for own, grad in zip(grads, found, strict=True):
+            own.append(plan.tokens(grad, cut))
+    q, k, v = (own[0] if len(own) == 1 else torch.cat(own[::-1], dim=2) for own in grads)
+    return q, k, v, state_grad, None, None, None, None, None
 
 
 class _Plan:

@@ -13,8 +13,13 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# keywords of forward that change nothing for one token that is fed to a cache
-_NO_MATTER = {"use_cache", "logits_to_keep", "return_dict"}
+# keywords of forward, and the values with which they change nothing for a token fed to a cache
+_NO_MATTER = {
+    "use_cache": True,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 
 
 class OwnCacheGenerationMixin(GenerationMixin):
@@ -26,7 +31,8 @@ class OwnCacheGenerationMixin(GenerationMixin):
         """An empty memory; the model's."""
         raise NotImplementedError
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers' ``generate``, its single tokens by the lean ``DecodeStep``."""
         with self._single_tokens_by_the_step():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -43,14 +49,12 @@ class OwnCacheGenerationMixin(GenerationMixin):
 
         @functools.wraps(whole)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = {
-                name: value
-                for name, value in kwargs.items()
-                if value is not None and value is not False
-            }
+            given = {name: value for name, value in kwargs.items() if value is not None}
             tokens, cache = given.pop("input_ids", None), given.pop("past_key_values", None)
+            given.pop("logits_to_keep", None)
+            plain = all(value is _NO_MATTER.get(name) for name, value in given.items())
             suits = not args and tokens is not None and tokens.shape[1] == 1 and cache is not None
-            if not (suits and given.keys() <= _NO_MATTER and step.fits(cache)):
+            if not (plain and suits and step.fits(cache)):
                 return whole(*args, **kwargs)
             logits = step(tokens[:, 0], cache)[:, None]
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
@@ -59,7 +63,7 @@ class OwnCacheGenerationMixin(GenerationMixin):
         try:
             yield
         finally:
-            del self.forward
+            vars(self).pop("forward", None)  # another thread's generate may have done it
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

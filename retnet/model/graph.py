@@ -50,15 +50,15 @@ class StepGraph:
     def _capture(self, tokens: Tensor, cache: DecoderCache, held: list[Tensor]) -> None:
         before, length = [x.clone() for x in held], cache.length
         self.tokens = tokens.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        current, stream = torch.cuda.current_stream(tokens.device), torch.cuda.Stream(tokens.device)
+        stream.wait_stream(current)
         on_stream: AbstractContextManager[Any] = torch.cuda.stream(stream)
         with on_stream:
             for _ in range(WARM_UPS):
                 self.step(self.tokens, cache)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.logits = self.step(self.tokens, cache)
         for x, old in zip(held, before, strict=True):  # what the warm-ups have changed
             x.copy_(old)

@@ -3,8 +3,7 @@
 * Many rows: torch gives a float32 matrix product to MKL, whose kernels leave half of some
   processors' arithmetic unused (AVX-512 on AMD's), and a convolution to oneDNN, whose kernels do
   not. A linear layer is a convolution of one pixel: the same numbers up to rounding, the same
-  gradients, through public functions. On an AMD Zen 5 it takes less than half of the time, with
-  AVX2 kernels 0.9 of it.
+  gradients, through public functions. On an AMD Zen 5 it takes less than half of the time.
 * Few rows: the product's time is that of reading W, which MKL does at a third of the memory's
   speed, sharing the work badly between threads. As a batch of products with blocks of W it does
   neither. (GB/s for one row of width 1,024, 2 threads, AMD Zen 5: 22 as one product, 42 as x W^T in
@@ -14,6 +13,7 @@ On other devices, and for other types, it is ``F.linear``.
 """
 
 import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,19 @@ MOST_ROWS = 64  # of a product in blocks; more rows are a matrix product like an
 MIN_TOKENS = 256  # with fewer, rearranging W for a convolution costs more than the product
 IMAGES = 16  # that the tokens are dealt to: with fewer, torch takes no oneDNN in a single thread
 
+PLAIN = (Tensor, nn.Parameter)  # other classes (quantised, sharded) know their own products
+
+
+def _made_by_intel() -> bool:
+    listing = Path("/proc/cpuinfo")
+    text = listing.read_text() if listing.exists() else platform.processor()
+    return "GenuineIntel" in text
+
+
+# On Intel's own processors MKL uses all there is.
 _HAS_KERNELS = (
     platform.machine() in ("x86_64", "AMD64")
+    and not _made_by_intel()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and torch.backends.mkldnn.is_available()
 )
@@ -49,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [out].
     """
     rows = x.numel() // x.shape[-1]
-    if rows <= MOST_ROWS:
+    if 0 < rows <= MOST_ROWS:
         if bias is None and _in_blocks(weight):
             return _few_rows(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
     elif _as_convolution(x, weight):
@@ -82,7 +93,8 @@ def linear_gradients(
 
 def _in_blocks(weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        type(weight) in PLAIN
+        and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
         and weight.shape[0] >= BLOCKS
         and weight.is_contiguous()
@@ -120,6 +132,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 def _as_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
         _HAS_KERNELS
+        and type(weight) in PLAIN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= MIN_TOKENS * x.shape[-1]

@@ -83,12 +83,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = logits.sub_(normaliser).exp_()
                 slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
                 slope = slope.mul_(counted).to(hidden.dtype)
+                if hidden_grad is None and weight_grad is None:
+                    continue
+                part_grad, added = linear_gradients(
+                    part, weight, slope, of_weight=weight_grad is not None
+                )
                 if hidden_grad is not None:
-                    hidden_grad[begin : begin + chunk], added = linear_gradients(
-                        part, weight, slope, of_weight=weight_grad is not None
-                    )
-                    if weight_grad is not None and added is not None:
-                        weight_grad += added
+                    hidden_grad[begin : begin + chunk] = part_grad
+                if weight_grad is not None and added is not None:
+                    weight_grad += added
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total

@@ -163,10 +163,10 @@ class DecoderModel(DecoderPreTrainedModel):
                 f"past_key_values ({type(past_key_values).__name__}) must be a "
                 f"{expected.__name__}: take the one that the model returned, or model.new_cache()"
             )
-        if checkpointing and expected is KVCache:
+        if checkpointing:
             raise ValueError(
-                "past_key_values can't be combined with gradient checkpointing in a Transformer: "
-                "recomputing a layer would append its keys twice"
+                "past_key_values can't be combined with gradient checkpointing: a layer that is "
+                "computed again would begin with a memory that has gone on"
             )
         return past_key_values
 

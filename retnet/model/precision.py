@@ -1,5 +1,7 @@
 """Where autocast must not reach."""
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,3 +13,14 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # the common case
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs with autocast off on the device of its first tensor."""
+
+    @functools.wraps(function)
+    def wrapped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(x.device):
+            return function(x, *args, **kwargs)
+
+    return wrapped

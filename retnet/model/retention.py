@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunkwise import ChunkwiseRetention
+from .precision import in_full_precision
 from .timing import chunk_decays, clock, decay_between, decay_matrix
 
 # Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
@@ -32,6 +33,7 @@ from .timing import chunk_decays, clock, decay_between, decay_matrix
 CHUNKS_PER_SPAN = 8
 
 
+@in_full_precision
 def retention_recurrent(
     q: Tensor,
     k: Tensor,
@@ -74,6 +76,7 @@ def retention_recurrent(
     return torch.cat(outputs, dim=2), state
 
 
+@in_full_precision
 def retention_parallel(
     q: Tensor,
     k: Tensor,
@@ -105,6 +108,7 @@ def retention_parallel(
     return out, state
 
 
+@in_full_precision
 def retention_chunkwise(
     q: Tensor,
     k: Tensor,
@@ -119,7 +123,7 @@ def retention_chunkwise(
     """Retention in chunks of C tokens: O(T C) time, memory linear in T, nothing of size T x T.
 
     Arguments, results and errors as in ``retention_recurrent``; ``chunk_size`` is C >= 1 and may be
-    larger than T or not divide it.
+    larger than T or not divide it. Its gradients have no gradients (those of the other forms do).
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")

@@ -78,7 +78,6 @@ class Rotation:
         # memory (compilers fuse the real form, and know no complex numbers)
         in_pairs = layout == "interleaved" and not torch.compiler.is_compiling()
         self.factor = torch.complex(cos, sin) if in_pairs else None
-        self.reverse = torch.complex(cos, -sin) if in_pairs else None
 
     def scaled(self, scale: float | Tensor) -> "Rotation":
         """The rotation that also multiplies by ``scale``."""
@@ -86,10 +85,10 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""
-        if self.factor is not None:
+        if self.factor is not None and not torch.compiler.is_compiling():
             if not (x.requires_grad and torch.is_grad_enabled()):
                 return _turn(x, self.factor)
-            turned: Tensor = _Turn.apply(x, self.factor, self.reverse)
+            turned: Tensor = _Turn.apply(x, self.factor)
             return turned
         cos, sin = self.cos, self.sin
         if self.layout == "interleaved":
@@ -107,17 +106,17 @@ class _Turn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, reverse: Tensor) -> Tensor:
-        ctx.reverse, ctx.dtype = reverse, x.dtype
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor, ctx.dtype = factor, x.dtype
         return _turn(x, factor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         rows, heads, length, width = slope.shape
         x_slope = slope.new_empty(rows, length, heads, width).transpose(1, 2)
-        torch.mul(_pairs(slope.contiguous()), ctx.reverse, out=_pairs(x_slope))
-        return x_slope.to(ctx.dtype), None, None
+        torch.mul(_pairs(slope.contiguous()), ctx.factor.conj(), out=_pairs(x_slope))
+        return x_slope.to(ctx.dtype), None
 
 
 def _turn(x: Tensor, factor: Tensor) -> Tensor:

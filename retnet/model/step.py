@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import CausalAttention
-from .cache import DecoderCache, KVCache, KVLayer, RetentionLayer
+from .cache import DecoderCache, KVCache, KVLayer, RetentionLayer, locked
 from .configuration import DecoderConfig
 from .decay import head_log_decay
 from .layers import FeedForward, MultiScaleRetention, head_norm
@@ -94,17 +94,20 @@ class RetentionStep:
 
     def __init__(self, mixer: MultiScaleRetention) -> None:
         config = mixer.config
-        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight
+        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight.detach()
         self.heads, self.gated = config.num_heads, config.gate
         self.head_norm, self.eps = config.head_norm, config.head_norm_eps
         gate = config.value_size if config.gate else 0
         self.parts = [2 * config.hidden_size, config.value_size, gate]
+        self.odd = sum(self.parts) % 2 == 1
 
     def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: RetentionLayer) -> Tensor:
         """[B, d] -> [B, d]; ``decay`` is [H, 1, 1], ``turn`` for queries and keys together."""
         rows, heads, state = x.shape[0], self.heads, memory.state
         assert state is not None
         qk, v, gate = _project(x, self.inputs).split_with_sizes(self.parts, dim=1)
+        if self.odd:  # pairs must begin at even places
+            qk = qk.contiguous()
         with full_precision(x.device):
             q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
             v = v.view(rows, heads, 1, -1).to(state.dtype)
@@ -133,13 +136,13 @@ class AttentionStep:
 
     def __init__(self, mixer: CausalAttention) -> None:
         self.heads = mixer.config.num_heads
-        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight
+        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight.detach()
 
     def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: KVLayer) -> Tensor:
         """[B, d] -> [B, d]; there is no decay in it."""
         rows, heads = x.shape[0], self.heads
         qkv = _project(x, self.inputs).view(rows, 3 * heads, 1, -1)
-        q, k = turn(qkv[:, : 2 * heads]).to(x.dtype).split(heads, dim=1)
+        q, k = turn(qkv[:, : 2 * heads]).to(qkv.dtype).split(heads, dim=1)
         keys, values = memory.append(k, qkv[:, 2 * heads :])
         out = F.scaled_dot_product_attention(q, keys, values)
         return linear(out.view(rows, -1), self.output)
@@ -150,7 +153,7 @@ class FeedForwardStep:
 
     def __init__(self, ffn: FeedForward) -> None:
         self.gated = ffn.gate_proj is not None
-        self.inputs, self.output = _weights(_same_input(ffn)), ffn.down_proj.weight
+        self.inputs, self.output = _weights(_same_input(ffn)), ffn.down_proj.weight.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         inner = _project(x, self.inputs)
@@ -160,29 +163,32 @@ class FeedForwardStep:
         return linear(F.gelu(inner), self.output)
 
 
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
     """The norm without its module; ``make_norm`` knows two kinds."""
+    weight = norm.weight.detach()
     if isinstance(norm, nn.LayerNorm):
-        shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        shape, bias, eps = norm.normalized_shape, norm.bias.detach(), norm.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
     assert isinstance(norm, nn.RMSNorm)
-    shape, weight, rms_eps = norm.normalized_shape, norm.weight, norm.eps
+    shape, rms_eps = norm.normalized_shape, norm.eps
     return lambda x: torch.rms_norm(x, shape, weight, rms_eps)
 
 
 def is_plain(model: nn.Module) -> bool:
     """Whether ``DecodeStep`` may stand for the model.
 
-    It must consist of its own modules, none of them wrapped, hooked or in training, on a device
-    that has float64 for the angles.
+    It must consist of its own modules and plain weights, nothing wrapped, hooked, compiled or in
+    training, on a device that has float64 for the angles.
     """
     has_float64 = next(model.parameters()).device.type != "mps"
     return (
         has_float64
         and not model.training
+        and all(type(weight) is nn.Parameter for weight in model.parameters())
         and all(
             type(module) in PLAIN_MODULES
             and "forward" not in vars(module)
+            and module._compiled_call_impl is None
             and not module._forward_hooks
             and not module._forward_pre_hooks
             for module in model.modules()
@@ -203,7 +209,7 @@ class DecodeStep:
         config: DecoderConfig = model.config
         self.compute = self._compute
         self.grows = isinstance(model, TransformerForCausalLM)  # the cache
-        self.embedding = model.model.embed_tokens.weight
+        self.embedding = model.model.embed_tokens.weight.detach()
         mixer_step: Callable = AttentionStep if self.grows else RetentionStep
         self.layers = [
             (
@@ -214,7 +220,7 @@ class DecodeStep:
             )
             for layer in model.model.layers
         ]
-        self.norm, self.output = _norm(model.model.norm), model.lm_head.weight
+        self.norm, self.output = _norm(model.model.norm), model.lm_head.weight.detach()
         self.wide = torch.promote_types(self.embedding.dtype, torch.float32)
         self.layout, device = config.rotary_layout, self.embedding.device
         self.theta = rotary_theta(
@@ -232,11 +238,11 @@ class DecodeStep:
             self.decay = log_decay.to(self.wide).exp()[:, None, None]
 
     def fits(self, cache: DecoderCache) -> bool:
-        """Whether the cache holds something, and nothing that needs a mask."""
+        """Whether the cache holds something, nothing that needs a mask, and can be written here."""
         masked = isinstance(cache, KVCache) and (
             cache.valid is not None or cache.document_start is not None
         )
-        return cache.length > 0 and not masked
+        return cache.length > 0 and not masked and not locked(cache.record)
 
     def compile(self) -> "DecodeStep":
         """Compile the step at its first call; a growing cache compiles nothing anew.
@@ -245,9 +251,11 @@ class DecodeStep:
         parameters where they are joined, the compiler would be busy for minutes.
         """
         compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True)
-        for layer in self.layers:
-            for weight in (*layer[1].inputs, *layer[3].inputs):
+        for _, mixer, _, ffn in self.layers:
+            for weight in (*mixer.inputs, mixer.output, *ffn.inputs, ffn.output):
                 torch._dynamo.mark_static(weight)
+        torch._dynamo.mark_static(self.embedding)
+        torch._dynamo.mark_static(self.output)
 
         def compute(tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
             torch._dynamo.mark_static(tokens)
@@ -269,7 +277,8 @@ class DecodeStep:
     def _compute(self, tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
         hidden = F.embedding(tokens, self.embedding)
         angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]
-        turn = Rotation(*rotation(angles, self.wide, tokens.device), self.layout).scaled(self.scale)
+        cos, sin = rotation(angles, self.wide, tokens.device)
+        turn = Rotation(cos * self.scale, sin * self.scale, self.layout)
         for (norm, mixer, ffn_norm, ffn), memory in zip(self.layers, memories, strict=True):
             hidden = hidden + mixer(norm(hidden), turn, self.decay, memory)
             hidden = hidden + ffn(ffn_norm(hidden))

@@ -17,6 +17,9 @@ def random_ids(rows: int, length: int) -> torch.Tensor:
 
 
 class Stream:
+    def __init__(self, device: torch.device) -> None:
+        pass
+
     def wait_stream(self, other: Any) -> None:
         pass
 
@@ -44,7 +47,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[StepGraph]:
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
     return seen
 
 

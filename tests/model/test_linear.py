@@ -126,3 +126,21 @@ def test_one_thread_and_two_give_the_same_numbers(mixer: str) -> None:
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_and_weights_of_other_classes() -> None:
+    """Quantised and sharded weights know their own product; no rows give no rows."""
+
+    class Own(torch.Tensor):
+        seen = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.seen += func is F.linear
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    assert linear(torch.empty(0, 8), torch.ones(32, 8)).shape == (0, 32)
+    weight = torch.ones(32, 8).as_subclass(Own)
+    for rows in (1, MIN_TOKENS):
+        linear(torch.ones(rows, 8), weight)
+    assert Own.seen == 2

@@ -128,3 +128,21 @@ def test_the_chunked_loss_keeps_no_logits() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(ids, labels=ids, return_logits=False)
     assert max(sizes) < 400 * 3000 / 4
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_one_side_alone_gets_its_gradient(trained: str) -> None:
+    """A frozen body under a head in training, and the other way round."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 300, 8, generator=generator)
+    weight = torch.randn(20, 8, generator=generator)
+    targets = torch.randint(20, (2, 300), generator=generator)
+    leaf = {"hidden": hidden, "weight": weight}[trained].requires_grad_()
+    grads = [
+        torch.autograd.grad(loss, leaf)[0]
+        for loss in (
+            linear_cross_entropy(hidden, weight, targets),
+            causal_lm_loss(F.linear(hidden, weight), targets),
+        )
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)

@@ -269,3 +269,19 @@ def test_the_state_owns_no_more_memory_than_it_needs() -> None:
         _, state = run(form, case, **options)
         assert state.is_contiguous()
         assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+
+
+def test_autocast_reaches_no_form_and_no_backward_pass() -> None:
+    case = random_case(30, dtype=torch.float32)
+    expected = run_with_gradients(retention_recurrent, case)
+    for form, options in (
+        (retention_recurrent, {}),
+        (retention_parallel, {}),
+        (retention_chunkwise, {"chunk_size": 8}),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mine = run_with_gradients(form, case, **options)
+        for a, b in zip(mine, expected, strict=True):
+            if form is retention_chunkwise or a is mine[0] or a is mine[1]:
+                assert a.dtype == torch.float32
+                assert relative(a, b) < 1e-4

@@ -1,6 +1,7 @@
 """The lean decode step against the model's own forward pass."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ RETENTION: dict[str, Any] = {
     "head_norm": st.sampled_from(["groupnorm", "rmsnorm", "none"]),
     "decay": st.sampled_from(["paper", "log_linear", 0.9, 1.0]),
     "gate": st.booleans(),
-    "value_size": st.sampled_from([24, 48]),
+    "value_size": st.sampled_from([12, 24, 36]),
 }
 
 
@@ -245,3 +246,70 @@ def test_generate_that_fails_leaves_the_model_as_it_was(mixer: str) -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(random_ids(1, 3), max_new_tokens=0)
     assert "forward" not in vars(model)
+
+
+def test_an_odd_width_of_all_projections() -> None:
+    """Rotated pairs begin at even places of the memory only."""
+    torch.manual_seed(0)
+    config = RetNetConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_heads=3,
+                          value_size=27, gate=False)  # fmt: skip
+    model, ids = RetNetForCausalLM(config).double().eval(), random_ids(2, 6, 50)
+    made = model.generate(ids, **GREEDY, pad_token_id=0)
+    assert made.equal(model.generate(ids, **GREEDY, pad_token_id=0, use_cache=False))
+
+
+@both_mixers
+def test_a_cache_of_our_prefill_is_gone_on_with_by_generate(mixer: str) -> None:
+    """It was made in inference mode, where generate is not."""
+    model, ids = tiny_model(mixer), random_ids(1, 8)
+    cache = model.new_cache()
+    prefill(model, ids[:, :-1], cache)
+    made = model.generate(ids, past_key_values=cache, **GREEDY, pad_token_id=0)
+    assert made.equal(model.generate(ids, **GREEDY, pad_token_id=0))
+
+
+@both_mixers
+def test_two_threads_may_generate_with_one_model(mixer: str) -> None:
+    model, ids = tiny_model(mixer), [random_ids(1, length) for length in (3, 5, 7, 9)]
+    expected = [model.generate(one, **GREEDY, pad_token_id=0) for one in ids]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda one: model.generate(one, **GREEDY, pad_token_id=0), ids))
+    assert all(a.equal(b) for a, b in zip(made, expected, strict=True))
+    assert "forward" not in vars(model)
+
+
+def test_what_asks_for_something_else_gets_it() -> None:
+    """False is an answer too: the step gives none but the default output."""
+    model, ids = tiny_model("retention"), random_ids(1, 4)
+    cache = model.new_cache()
+    with torch.no_grad(), model._single_tokens_by_the_step():
+        model(input_ids=ids, past_key_values=cache)
+        assert isinstance(
+            model(input_ids=ids[:, :1], past_key_values=cache, return_dict=False), tuple
+        )
+
+
+@both_mixers
+def test_compiled_and_subclassed_parts_are_not_plain(mixer: str) -> None:
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    compiled, quantised = tiny_model(mixer), tiny_model(mixer)
+    compiled.compile()
+    weight = quantised.lm_head.weight
+    quantised.lm_head.weight = Quantised(weight.detach())
+    assert not is_plain(compiled) and not is_plain(quantised)
+
+
+@both_mixers
+def test_the_step_holds_the_weights_of_its_making(mixer: str) -> None:
+    """All of them alike: in-place updates are seen, other storage is not."""
+    model, ids = tiny_model(mixer), random_ids(1, 9)
+    cache = model.new_cache()
+    prefill(model, ids[:, :8], cache)
+    step = DecodeStep(model)
+    with torch.inference_mode():
+        before = step(ids[:, 8], copy.deepcopy(cache))
+        for weight in model.parameters():
+            weight.data = torch.zeros_like(weight)
+        assert step(ids[:, 8], copy.deepcopy(cache)).equal(before)
