@@ -55,4 +55,4 @@ def test_training_with_flat_memory(options, tmp_path: Path, monkeypatch) -> None
                "train__log_every": 2000}  # fmt: skip
     assert run(options, **changes) == 0
     print(f"{STEPS:,} steps, {readings[1] / 1e6:.1f} MB after a tenth, {readings[-1] / 1e6:.1f} MB")
-    assert max(readings[1:]) < 1.02 * readings[1]
+    assert max(readings[1:]) < 1.01 * readings[1]
