@@ -76,7 +76,8 @@ def while_reachable(
         what: Key and value, for the message.
 
     Raises:
-        HubUnreachableError: The Hub stopped answering; the client alone would try for minutes.
+        HubUnreachableError: The Hub stopped answering, or refuses now what it gave before; the
+            client alone would try for minutes.
     """
     result = _in_thread(call)
     asked, failures = time.monotonic(), 0
@@ -85,12 +86,13 @@ def while_reachable(
         try:
             _within(TIMEOUT_S, lambda: hub_revision(name, kind, what))
             failures = 0
-        except (HubUnreachableError, TimeoutError) as error:
+        except (UserError, TimeoutError) as error:
             failures += 1
             if failures == FAILURES:
                 raise HubUnreachableError(
                     f"{what}: the Hub stopped answering during a load, {FAILURES} times in a row "
-                    f"({reason_of(error.__cause__ or error)}): start again when it answers"
+                    f"({reason_of(error.__cause__ or error)}): start again when it answers, or log "
+                    "in again if it refuses"
                 ) from error
     return result.result()
 

@@ -272,7 +272,7 @@ def refused(status: int) -> HfHubHTTPError:
     return HfHubHTTPError(f"{status} from the Hub", response=response)
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [401, 429, 503])
 def test_a_load_outlasts_a_few_failed_polls(
     online: dict[str, Any], spec_for: SpecFor, monkeypatch, status: int
 ) -> None:
@@ -354,3 +354,38 @@ def test_a_failing_network_loses_nothing_that_is_committed(
     prepared = prepare_data(spec)
     assert prepared.train.num_documents + prepared.validation.num_documents == 300
     assert (len(encoded) < 200) == keeps
+
+
+def test_a_refusal_while_streaming_loses_nothing(
+    online: dict[str, Any], spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that expires is not the text's fault: what was committed was deleted."""
+    monkeypatch.setattr(streaming, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(streaming, "COMMIT_BYTES", 1000)
+    monkeypatch.setattr(network, "PATIENCE_S", 0.05)
+    release = threading.Event()
+
+    def answer() -> None:
+        if online["refuses"]:
+            raise refused(401)
+
+    class Rows:
+        def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+            for number in range(10):
+                if number == 8 and not release.is_set():
+                    online["refuses"] = True
+                    release.wait()
+                yield {"text": texts(f"batch {number}")}
+
+    online |= {"answer": answer, "refuses": False}
+    monkeypatch.setattr(hub, "_load", lambda source: Rows())
+    spec = spec_for("some/set", streaming=True)
+    try:
+        with pytest.raises(network.HubUnreachableError, match=r"401 from the Hub.*log in again"):
+            prepare_data(spec)
+    finally:
+        release.set()
+    assert list(Path(spec.cache_dir).glob(".streaming-*/complete/progress.json"))
+    online["refuses"] = False
+    prepared = prepare_data(spec)
+    assert prepared.train.num_documents + prepared.validation.num_documents == 300
