@@ -5,6 +5,7 @@ takes time the Hub is asked again now and then. The client alone would try again
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from retnet.errors import UserError
 
 T = TypeVar("T")
 # A host name that never resolves, or eight addresses that never answer, outlast the client's own
-# timeout, so the whole request has one too. A data set and a tokenizer may each wait for it, or a
-# load and then the question whether the Hub is still there: together they stay below 30 s.
+# timeout, so the whole request has one too. A data set and a tokenizer may each wait for it:
+# together they stay below 30 s. So does a load whose Hub is gone: the Hub is asked every PATIENCE_S
+# and has TIMEOUT_S for each answer. In hours a few of these fail; FAILURES in a row end the load.
 TIMEOUT_S = 5.0
 DEADLINE_S = 10.0
-PATIENCE_S = 8.0
+PATIENCE_S = 7.5
+FAILURES = 3
 # Packages whose exceptions mean that the network failed.
 TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 
@@ -73,11 +76,24 @@ def while_reachable(
         what: Key and value, for the message.
 
     Raises:
-        HubUnreachableError: The Hub stopped answering; the client alone would try for minutes.
+        HubUnreachableError: The Hub stopped answering, or refuses now what it gave before; the
+            client alone would try for minutes.
     """
     result = _in_thread(call)
-    while not wait([result], timeout=PATIENCE_S).done:
-        hub_revision(name, kind, what)
+    asked, failures = time.monotonic(), 0
+    while not wait([result], timeout=max(0.0, asked + PATIENCE_S - time.monotonic())).done:
+        asked = time.monotonic()
+        try:
+            _within(TIMEOUT_S, lambda: hub_revision(name, kind, what))
+            failures = 0
+        except (UserError, TimeoutError) as error:
+            failures += 1
+            if failures == FAILURES:
+                raise HubUnreachableError(
+                    f"{what}: the Hub stopped answering during a load, {FAILURES} times in a row "
+                    f"({reason_of(error.__cause__ or error)}): start again when it answers, or log "
+                    "in again if it refuses"
+                ) from error
     return result.result()
 
 
@@ -129,7 +145,7 @@ def is_network_failure(error: BaseException) -> bool:
     return False
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The error in one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__

@@ -144,7 +144,9 @@ def encode_in_pieces(
     """What ``encode_documents`` gives, a document beyond 131,072 characters piece by piece.
 
     The pieces bound the memory: with our own tokenizers the tokens are those of the whole text,
-    with a pretrained one they may differ at a cut.
+    with a pretrained one they may differ at a cut. Text without a space or a line break in the half
+    of a piece that is searched for one (Chinese, minified code) is cut through its words: there
+    those of a bpe tokenizer may differ too.
 
     Args:
         tokenizer: Any of this module's.

@@ -77,10 +77,12 @@ def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: i
     """
     written, append = 0, writer.add
     for ids, num_bytes in pieces:
-        left = len(ids) if max_tokens is None else min(len(ids), max_tokens - writer.num_tokens)
-        if not left:
+        if writer.num_tokens == max_tokens:
             break
-        append(ids[:left], part := round(num_bytes * left / len(ids)))
+        left = len(ids) if max_tokens is None else min(len(ids), max_tokens - writer.num_tokens)
+        # A tokenizer that strips whitespace gives no ids for a piece of nothing else.
+        part = round(num_bytes * left / len(ids)) if len(ids) else num_bytes
+        append(ids[:left], part)
         written, append = written + part, writer.extend
     return written
 

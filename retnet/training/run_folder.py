@@ -48,11 +48,10 @@ def plan_start(config: Config) -> Start:
         raise UserError(f"train.out_dir ({run}) is a file: name a folder")
     check_writable(config)
     resume = config.train.resume
-    checkpoints = list_checkpoints(run)
     if resume not in ("auto", "never"):
         return _named_start(Path(resume), run)
     if resume == "never":
-        if checkpoints or (run / FINAL).exists():
+        if _holds_run(run):
             raise UserError(
                 f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
                 "or set another train.out_dir"
@@ -149,6 +148,11 @@ def _set_aside_newer(run: Path, start: Path, *, named: bool) -> None:
         logger.warning("%s is not gone on from: it is kept as %s", folder, aside.name)
 
 
+def _holds_run(run: Path) -> bool:
+    """Whether something of a run is there; one that died before its first save has only best/."""
+    return bool(list_checkpoints(run)) or (run / FINAL).exists() or (run / BEST).exists()
+
+
 def _named_start(checkpoint: Path, run: Path) -> Start:
     """From the checkpoint that ``train.resume`` names."""
     if not checkpoint.is_dir():
@@ -162,7 +166,7 @@ def _named_start(checkpoint: Path, run: Path) -> Start:
             "use auto, which takes the newest whole one"
         )
     own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
-    if not own and (list_checkpoints(run) or (run / FINAL).exists()):
+    if not own and _holds_run(run):
         raise UserError(
             f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
             "another: go on with the run there by train.resume=auto, or set another train.out_dir"

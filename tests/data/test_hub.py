@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from retnet.data import DataSpec, hub, network, prepare_data, rebuild_validation, streaming
 from retnet.errors import UserError
@@ -151,6 +153,7 @@ def online(splits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     class Api:
         def dataset_info(self, name: str, timeout: float) -> Info:
             state["asked"] += 1
+            state.get("answer", lambda: None)()
             if state["commit"] is None:
                 raise ConnectionError("no route to host")
             info = Info()
@@ -249,7 +252,6 @@ def test_a_load_that_never_ends(online: dict[str, Any], spec_for: SpecFor, monke
         release.wait()
 
     monkeypatch.setattr(network, "PATIENCE_S", 0.05)
-    assert network.PATIENCE_S + 2 * network.DEADLINE_S < 30
     online["meanwhile"] = block
     try:
         with pytest.raises(network.HubUnreachableError, match="no route to host"):
@@ -263,6 +265,46 @@ def test_a_long_load_is_no_failure(online: dict[str, Any], spec_for: SpecFor, mo
     online["meanwhile"] = lambda: time.sleep(0.3)
     assert prepare_data(spec_for("some/set", validation="test")).train.num_documents == 60
     assert online["asked"] > 2
+
+
+def refused(status: int) -> HfHubHTTPError:
+    response = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+    return HfHubHTTPError(f"{status} from the Hub", response=response)
+
+
+@pytest.mark.parametrize("status", [401, 429, 503])
+def test_a_load_outlasts_a_few_failed_polls(
+    online: dict[str, Any], spec_for: SpecFor, monkeypatch, status: int
+) -> None:
+    """Hours of download poll thousands of times, and any single failure ended them."""
+    monkeypatch.setattr(network, "PATIENCE_S", 0.01)
+    done = threading.Event()
+
+    def answer() -> None:
+        if online["asked"] > 9:
+            done.set()
+        if online["asked"] > 1 and online["asked"] % network.FAILURES:
+            raise refused(status)
+
+    online["answer"], online["meanwhile"] = answer, lambda: done.wait(60)
+    assert prepare_data(spec_for("some/set", validation="test")).train.num_documents == 60
+    assert done.is_set()
+
+
+def test_a_slow_answer_is_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that is gone costs less than 30 s, of which each answer may take TIMEOUT_S."""
+    assert network.FAILURES * network.PATIENCE_S + network.TIMEOUT_S < 30
+    assert network.TIMEOUT_S < network.PATIENCE_S
+    monkeypatch.setattr(network, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(network, "TIMEOUT_S", 0.01)
+    release, asked = threading.Event(), []
+    monkeypatch.setattr(network, "hub_revision", lambda *_: asked.append(1) or release.wait())
+    try:
+        with pytest.raises(network.HubUnreachableError, match=r"3 times in a row \(TimeoutError\)"):
+            network.while_reachable(release.wait, "some/set", "dataset", "data.source (some/set)")
+    finally:
+        release.set()
+    assert len(asked) == network.FAILURES
 
 
 def http_error(status: int) -> Exception:
@@ -312,3 +354,38 @@ def test_a_failing_network_loses_nothing_that_is_committed(
     prepared = prepare_data(spec)
     assert prepared.train.num_documents + prepared.validation.num_documents == 300
     assert (len(encoded) < 200) == keeps
+
+
+def test_a_refusal_while_streaming_loses_nothing(
+    online: dict[str, Any], spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that expires is not the text's fault: what was committed was deleted."""
+    monkeypatch.setattr(streaming, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(streaming, "COMMIT_BYTES", 1000)
+    monkeypatch.setattr(network, "PATIENCE_S", 0.05)
+    release = threading.Event()
+
+    def answer() -> None:
+        if online["refuses"]:
+            raise refused(401)
+
+    class Rows:
+        def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
+            for number in range(10):
+                if number == 8 and not release.is_set():
+                    online["refuses"] = True
+                    release.wait()
+                yield {"text": texts(f"batch {number}")}
+
+    online |= {"answer": answer, "refuses": False}
+    monkeypatch.setattr(hub, "_load", lambda source: Rows())
+    spec = spec_for("some/set", streaming=True)
+    try:
+        with pytest.raises(network.HubUnreachableError, match=r"401 from the Hub.*log in again"):
+            prepare_data(spec)
+    finally:
+        release.set()
+    assert list(Path(spec.cache_dir).glob(".streaming-*/complete/progress.json"))
+    online["refuses"] = False
+    prepared = prepare_data(spec)
+    assert prepared.train.num_documents + prepared.validation.num_documents == 300

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 import retnet.data.tokenizer as tokenizer_module
 from retnet.data import DataSpec, TokenFile, byte_tokenizer, prepare_data, train_bpe
@@ -66,3 +70,22 @@ def test_memory_holds_the_text_of_one_long_document(
         tracemalloc.stop()
     assert prepared.train.num_tokens == size + 2
     assert peak < 3 * size
+
+
+@pytest.mark.parametrize("limit", [None, 18, 23])
+def test_a_piece_without_ids_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """The rest of a document after a long run of spaces, and its end, were dropped."""
+    backend = Tokenizer(WordLevel({"<bos>": 0, "<eos>": 1, "<unk>": 2, "cat": 3}, "<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<unk>"
+    )
+    monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 40)
+    text = "cat " * 20 + " " * 200 + "cat " * 20
+    write_tokens(tmp_path / "t", iter([text]), tokenizer, limit, "test")
+    file = TokenFile.open(tmp_path / "t")
+    assert file.tokens.tolist() == [0, *[3] * 40, 1][:limit]
+    assert file.document_starts.tolist() == [0]
+    assert file.num_bytes == len(text) if limit is None else 0 < file.num_bytes < len(text)

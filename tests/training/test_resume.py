@@ -150,6 +150,18 @@ def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, c
     assert "already holds a run" in error_line(capsys)
 
 
+def test_a_best_alone_is_a_run_too(options, tmp_path: Path, capsys) -> None:
+    """It died before its first save; another run's checkpoint went on beside its best/."""
+    assert run(options) == 0
+    shutil.copytree(tmp_path / "run/best", tmp_path / "b/best")
+    other = {"train__out_dir": tmp_path / "b"}
+    for resume in (tmp_path / "run/checkpoints/step_4", "never"):
+        assert run(options, **other, train__resume=resume) == 2
+        assert "already holds a run" in error_line(capsys)
+    assert run(options, **other) == 0
+    assert len(metrics(tmp_path / "b")) == 6
+
+
 def test_never_and_stopped(options, capsys) -> None:
     assert stopped_at(options, 3, train__resume="never") == 143
     assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
