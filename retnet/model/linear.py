@@ -137,7 +137,6 @@ def _as_convolution(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= MIN_TOKENS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and bool(torch.backends.mkldnn.enabled)
     )
 

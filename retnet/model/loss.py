@@ -55,7 +55,7 @@ def linear_cross_entropy(
         narrow = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(narrow), weight.to(narrow)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
-        return causal_lm_loss(F.linear(hidden, weight), targets, num_items)
+        return causal_lm_loss(linear(hidden, weight), targets, num_items)
     per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU
     chunk = max(MIN_TOKENS_PER_CHUNK, per_chunk // weight.shape[0])
     total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk)

@@ -92,7 +92,9 @@ class TrainSpec:
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "of matrix products; auto: bf16 on GPUs that have it, else fp32"
     )
-    compile: bool = _option(False, "torch.compile the model (needs a C++ compiler on a CPU)")
+    compile: bool = _option(
+        False, "torch.compile the model: for GPUs; on a CPU it needs a C++ compiler and is slower"
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
     fused_optimizer: bool = _option(True, "one kernel for the whole AdamW step")
     eval_every: int = _option(250, "steps between evaluations on the validation tokens")
