@@ -16,6 +16,7 @@ from retnet.data.network import (
     HubUnreachableError,
     hub_revision,
     is_network_failure,
+    is_refusal,
     offline,
     reason_of,
     while_reachable,
@@ -81,10 +82,11 @@ class HubSource:
             except HubUnreachableError:
                 raise
             except Exception as error:  # whatever the builder meets in a damaged file
-                if not self.is_folder and is_network_failure(error):
+                if not self.is_folder and (is_network_failure(error) or is_refusal(error)):
                     raise HubUnreachableError(
-                        f"{self.key} ({self.name}): the network failed while it was being read "
-                        f"({reason_of(error)}): start again when it is back"
+                        f"{self.key} ({self.name}): the Hub failed while it was being read "
+                        f"({reason_of(error)}): start again when it is back, or log in again if "
+                        "it refuses"
                     ) from error
                 raise UserError(
                     f"{self.key} ({self.name}) cannot be read ({reason_of(error)}): "

@@ -132,17 +132,32 @@ def offline() -> Iterator[None]:
 
 def is_network_failure(error: BaseException) -> bool:
     """Whether the network or the server failed, rather than what was asked for."""
-    link: BaseException | None = error
-    while link is not None:
-        status = getattr(getattr(link, "response", None), "status_code", None)
+    for link in _chain(error):
+        status = _status(link)
         if status is not None:
             return status >= 500 or status == 429
         if isinstance(link, ConnectionError | TimeoutError):
             return True
         if type(link).__module__.startswith(TRANSPORTS):
             return True
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return False
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server wants a login: of one that gave before, a token that expired."""
+    return next(filter(None, map(_status, _chain(error))), None) in (401, 403)
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it comes from, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def reason_of(error: BaseException) -> str:

@@ -320,6 +320,8 @@ def http_error(status: int) -> Exception:
         (ConnectionError("reset by peer"), True),
         (TimeoutError(), True),
         (http_error(503), True),
+        (http_error(401), True),
+        (http_error(403), True),
         (http_error(404), False),
         (ValueError("not JSON"), False),
     ],
