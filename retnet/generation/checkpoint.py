@@ -26,7 +26,7 @@ from retnet.errors import UserError
 from retnet.generation.integrity import MANIFEST, find_damage
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
-from retnet.model.step import lay_out_for_decoding
+from retnet.model.step_parts import lay_out_for_decoding
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -6,6 +6,7 @@ does not grow with the text.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ MAX_SEED = 2**63 - 1
 LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
 SHIFT_BELOW = 1e-3  # the temperature below which logits are shifted before they are divided by it
 DRAWN_AT_ONCE = 256  # uniform numbers of a row
+BLOCK = 128  # tokens of a vocabulary that are summed at once
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,56 @@ def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
         probabilities: [B, vocab], rows that sum to 1.
         top_p: Above 0, below 1.
     """
-    last = probabilities.shape[1] - 1
     if probabilities.device.type == "cpu":
         values = probabilities.numpy()
-        ordered = np.sort(values, axis=-1)
-        dropped = [row.cumsum().searchsorted(1 - top_p, side="right") for row in ordered]
-        kept = [row[min(n, last)] for row, n in zip(ordered, dropped, strict=True)]
-        return torch.from_numpy(values * (values >= np.array(kept)[:, None]))
+        lowest = [row[_reached(row, 1 - top_p)] for row in np.sort(values, axis=-1)]
+        return torch.from_numpy(values * (values >= np.array(lowest)[:, None]))
     sorted_values = probabilities.sort(dim=-1).values
     number = (sorted_values.cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True)
-    threshold = sorted_values.gather(1, number.clamp_(max=last))
+    threshold = sorted_values.gather(1, number.clamp_(max=probabilities.shape[1] - 1))
     return probabilities.masked_fill(probabilities < threshold, 0)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The token of each row at which the distribution function passes a number.
+
+    Args:
+        weights: [B, vocab], what the tokens' probabilities are proportional to.
+        uniform: float64 [B, 1], from 0 to below 1.
+
+    Returns:
+        int64 [B]; no token of weight 0.
+    """
+    if weights.device.type == "cpu":
+        rows = zip(weights.numpy(), uniform.flatten().tolist(), strict=True)
+        return torch.tensor([_reached(row, share) for row, share in rows])
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    at = uniform.to(weights.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(1)
+
+
+def _reached(weights: np.ndarray, share: float) -> int:
+    """The first index at which the running sum of [vocab] weights exceeds a share of their sum.
+
+    Sums of blocks find the block, and only that one is summed step by step: a running sum over all
+    would take longer than the softmax.
+    """
+    sums = np.add.reduceat(weights, _block_starts(len(weights))).cumsum(dtype=np.float64)
+    level = share * sums[-1]
+    block = min(int(sums.searchsorted(level, side="right")), len(sums) - 1)
+    start = block * BLOCK
+    running = weights[start : start + BLOCK].cumsum(dtype=np.float64)
+    if block > 0:
+        level -= sums[block - 1]
+    within = int(running.searchsorted(level, side="right"))
+    if within == len(running):  # by rounding: the last one that adds something
+        within = int(running.searchsorted(running[-1]))
+    return start + within
+
+
+@lru_cache
+def _block_starts(vocab: int) -> np.ndarray:
+    return np.arange(0, vocab, BLOCK)
 
 
 class Sampler:
@@ -149,10 +190,7 @@ class Sampler:
         probabilities = scores.softmax(dim=-1)
         if self.sampling.top_p < 1.0:
             probabilities = keep_top_p(probabilities, self.sampling.top_p)
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        at = self._next_uniform().to(logits.device) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, at, right=True)
-        return drawn.squeeze(1).clamp_(max=logits.shape[-1] - 1).to(device)
+        return draw(probabilities, self._next_uniform()).to(device)
 
     def _next_uniform(self) -> Tensor:
         """The next number of each row, float64 [B, 1]."""

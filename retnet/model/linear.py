@@ -4,10 +4,14 @@
   processors' arithmetic unused (AVX-512 on AMD's), and a convolution to oneDNN, whose kernels do
   not. A linear layer is a convolution of one pixel: the same numbers up to rounding, the same
   gradients, through public functions. On an AMD Zen 5 it takes less than half of the time.
-* Few rows: the product's time is that of reading W, which MKL does at a third of the memory's
+* Few rows: rearranging W for a convolution would cost more than the product. As W x^T it is the
+  rows that are rearranged, and W is read as it lies: also twice as fast, where the product is large
+  enough to pay for the call.
+  Packed beforehand in oneDNN's own layout it is faster still (``pack``), at the price of a copy.
+* Very few: the product's time is that of reading W, which MKL does at a third of the memory's
   speed, sharing the work badly between threads. As a batch of products with blocks of W it does
   neither. (GB/s for one row of width 1,024, 2 threads, AMD Zen 5: 22 as one product, 42 as x W^T in
-  blocks, 63 as W x^T in blocks; for 16 rows 9, 15 and 13.)
+  blocks, 63 as W x^T in blocks; for 16 rows 9, 15 and 13, and 33 as a convolution.)
 
 On other devices, and for other types, it is ``F.linear``.
 """
@@ -22,7 +26,8 @@ from torch import Tensor, nn
 BLOCKS = 16  # of W; measured: anything from 8 to 64 is as fast
 MOST_LEFT = 4  # rows up to which W x^T is the faster way, above it x W^T
 MOST_ROWS = 64  # of a product in blocks; more rows are a matrix product like any other
-MIN_TOKENS = 256  # with fewer, rearranging W for a convolution costs more than the product
+MIN_TOKENS = 256  # from which x is rearranged for a convolution, with fewer it is W
+MIN_PRODUCTS = 2**24  # multiplications from which a convolution of few rows pays for its call
 IMAGES = 16  # that the tokens are dealt to: with fewer, torch takes no oneDNN in a single thread
 
 PLAIN = (Tensor, nn.Parameter)  # other classes (quantised, sharded) know their own products
@@ -60,12 +65,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [out].
     """
     rows = x.numel() // x.shape[-1]
-    if 0 < rows <= MOST_ROWS:
-        if bias is None and _in_blocks(weight):
-            return _few_rows(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
-    elif _as_convolution(x, weight):
-        y = F.conv2d(_pixels(x), weight[:, :, None, None], bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    if rows >= MIN_TOKENS:
+        if _has_kernels(x, weight):
+            y = F.conv2d(_pixels(x), weight[:, :, None, None], bias)
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    elif rows > 0 and bias is None:
+        few = _few_rows(x.reshape(rows, -1), weight)
+        if few is not None:
+            return few.view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
@@ -80,7 +87,7 @@ def linear_gradients(
         slope: [N, out], the gradient of the result.
         of_weight: Whether the weight's is wanted.
     """
-    if not _as_convolution(x, weight):
+    if x.shape[0] < MIN_TOKENS or not _has_kernels(x, weight):
         return slope @ weight, slope.T @ x if of_weight else None
     kernel = weight[:, :, None, None]
     x_slope, weight_slope, _ = torch.ops.aten.convolution_backward(
@@ -91,7 +98,49 @@ def linear_gradients(
     return x_slope, weight_slope.view(weight.shape) if of_weight else None
 
 
-def _in_blocks(weight: Tensor) -> bool:
+class PackedWeight:
+    """A copy of a weight in the layout of oneDNN's kernels, without gradients.
+
+    Args:
+        weight: [out, in], float32 on a CPU.
+        rows: Of the products; with another number they are right, but may be slower.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        # what torch.compile makes of a frozen linear layer; torch has no public name for it
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        return y
+
+
+def pack(weight: Tensor | PackedWeight, rows: int) -> Tensor | PackedWeight:
+    """The weight packed for products with that many rows, or as it is where that is not slower."""
+    if isinstance(weight, Tensor) and rows > MOST_LEFT and _has_kernels(weight):
+        return PackedWeight(weight, rows)
+    return weight
+
+
+def product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """``linear`` for a weight that may be packed: [rows, in] -> [rows, out]."""
+    return linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor | None:
+    """[rows, in] -> [rows, out]; None where no way is faster than a plain product."""
+    rows = x.shape[0]
+    if rows > MOST_LEFT and torch.compiler.is_compiling():
+        return None
+    large = rows > MOST_LEFT and rows * weight.numel() >= MIN_PRODUCTS
+    if large and _has_kernels(x, weight):
+        y = F.conv2d(_pixels(weight), x[:, :, None, None])  # [images, rows, 1, out / images]
+        return y.transpose(0, 1).reshape(rows, -1).contiguous()
+    return _in_blocks(x, weight) if rows <= MOST_ROWS and _has_blocks(weight) else None
+
+
+def _has_blocks(weight: Tensor) -> bool:
     return (
         type(weight) in PLAIN
         and weight.device.type == "cpu"
@@ -102,7 +151,7 @@ def _in_blocks(weight: Tensor) -> bool:
     )
 
 
-def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+def _in_blocks(x: Tensor, weight: Tensor) -> Tensor:
     """[rows, in] -> [rows, out]."""
     rows, inputs = x.shape
     whole = weight.shape[0] // BLOCKS * BLOCKS
@@ -129,13 +178,14 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0)
 
 
-def _as_convolution(x: Tensor, weight: Tensor) -> bool:
+def _has_kernels(*tensors: Tensor) -> bool:
+    """Whether oneDNN's products of these are the faster ones."""
     return (
         _HAS_KERNELS
-        and type(weight) in PLAIN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= MIN_TOKENS * x.shape[-1]
+        and all(
+            type(x) in PLAIN and x.device.type == "cpu" and x.dtype == torch.float32
+            for x in tensors
+        )
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )

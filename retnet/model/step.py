@@ -3,15 +3,16 @@
 The plain form of this is the model's own forward pass, ``decode_one``: right for every model, but
 made for whole texts. For one token its cost is not arithmetic, it is the modules called, the
 operators started, and the weights read at less than the memory's speed. ``DecodeStep`` computes the
-same (the tests compare the two) and differs in three things:
+same (the tests compare the two) and differs in this:
 
 * Projections of the same input are one product, where ``lay_out_for_decoding`` has stored their
   weights one after the other.
 * Decays are computed once, rotations once a step; nothing is looked up in the configuration.
 * The state is updated in place; nothing that a step allocates outlives it.
+* For many rows side by side the weights are packed once, where that pays.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import CausalAttention
-from .cache import DecoderCache, KVCache, KVLayer, RetentionLayer, locked
+from .cache import DecoderCache, KVCache, locked
 from .configuration import DecoderConfig
 from .decay import head_log_decay
-from .layers import FeedForward, MultiScaleRetention, head_norm
-from .linear import Linear, bmm, linear
+from .layers import FeedForward, MultiScaleRetention
+from .linear import MOST_LEFT, Linear, PackedWeight, pack, product
 from .modeling import (
     DecoderForCausalLM,
     DecoderLayer,
@@ -32,9 +33,9 @@ from .modeling import (
     TransformerForCausalLM,
     TransformerModel,
 )
-from .precision import full_precision
 from .rotary import Rotation, rotary_theta, rotation
 from .sequence import NEXT_POSITION, SEGMENT
+from .step_parts import AttentionStep, FeedForwardStep, RetentionStep, StepPart, step_norm
 
 # what a model is made of when nobody has wrapped, quantised or adapted a part of it
 PLAIN_MODULES = {
@@ -42,136 +43,7 @@ PLAIN_MODULES = {
     TransformerForCausalLM, TransformerModel, Linear, nn.Dropout, nn.Embedding, nn.LayerNorm,
     nn.ModuleList, nn.RMSNorm,
 }  # fmt: skip
-
-
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """Store the weights that ``DecodeStep`` multiplies together one after the other, in place."""
-    for module in model.modules():
-        linears = _same_input(module)
-        if len(linears) > 1 and len(_weights(linears)) > 1:
-            whole = torch.cat([linear.weight.detach() for linear in linears])
-            parts = whole.split([linear.out_features for linear in linears])
-            for linear, part in zip(linears, parts, strict=True):
-                linear.weight.data = part
-
-
-def _same_input(module: nn.Module) -> list[nn.Linear]:
-    """The projections in a mixer or feed-forward network that all read its input."""
-    if isinstance(module, MultiScaleRetention):
-        found = [module.q_proj, module.k_proj, module.v_proj, module.g_proj]
-    elif isinstance(module, CausalAttention):
-        found = [module.q_proj, module.k_proj, module.v_proj]
-    elif isinstance(module, FeedForward):
-        found = [module.gate_proj, module.up_proj]
-    else:
-        found = []
-    return [linear for linear in found if linear is not None]
-
-
-def _weights(linears: Sequence[nn.Linear]) -> list[Tensor]:
-    """Their weights; as a single matrix [sum of out, in] where they are stored as one."""
-    weights = [linear.weight.detach() for linear in linears]
-    first, inputs = weights[0], weights[0].shape[1]
-    offset = first.storage_offset()
-    for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and weight.is_contiguous() and weight.storage_offset() == offset):
-            return weights
-        offset += weight.numel()
-    outputs = sum(weight.shape[0] for weight in weights)
-    return [first.as_strided((outputs, inputs), (inputs, 1))]
-
-
-def _project(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """[B, in] -> [B, sum of out]."""
-    if len(weights) == 1:
-        return linear(x, weights[0])
-    return torch.cat([linear(x, weight) for weight in weights], dim=1)
-
-
-class RetentionStep:
-    """``MultiScaleRetention`` for one token per row, its state updated in place."""
-
-    def __init__(self, mixer: MultiScaleRetention) -> None:
-        config = mixer.config
-        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight.detach()
-        self.heads, self.gated = config.num_heads, config.gate
-        self.head_norm, self.eps = config.head_norm, config.head_norm_eps
-        gate = config.value_size if config.gate else 0
-        self.parts = [2 * config.hidden_size, config.value_size, gate]
-        self.odd = sum(self.parts) % 2 == 1
-
-    def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: RetentionLayer) -> Tensor:
-        """[B, d] -> [B, d]; ``decay`` is [H, 1, 1], ``turn`` for queries and keys together."""
-        rows, heads, state = x.shape[0], self.heads, memory.state
-        assert state is not None
-        qk, v, gate = _project(x, self.inputs).split_with_sizes(self.parts, dim=1)
-        if self.odd:  # pairs must begin at even places
-            qk = qk.contiguous()
-        with full_precision(x.device):
-            q, k = turn(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
-            v = v.view(rows, heads, 1, -1).to(state.dtype)
-            if torch.compiler.is_compiling():  # so the new state is written once, and not read
-                out = _read(q, state) * decay + (q * k).sum(-1, keepdim=True) * v
-                state.mul_(decay).addcmul_(k.mT, v)
-            else:
-                state.mul_(decay).addcmul_(k.mT, v)
-                out = _read(q, state)
-            out = out.view(rows, heads, -1)
-            out = head_norm(out, self.head_norm, self.eps).view(rows, -1)
-        out = out.to(x.dtype)
-        return linear(F.silu(gate) * out if self.gated else out, self.output)
-
-
-def _read(q: Tensor, state: Tensor) -> Tensor:
-    """q S: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
-    rows, heads, _, width = q.shape
-    # strides as of a matrix of one row, also where compilers think them irrelevant: see linear
-    q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
-    return bmm(q, state.flatten(0, 1)).view(rows, heads, 1, -1)
-
-
-class AttentionStep:
-    """``CausalAttention`` for one token per row, its keys and values appended to the cache."""
-
-    def __init__(self, mixer: CausalAttention) -> None:
-        self.heads = mixer.config.num_heads
-        self.inputs, self.output = _weights(_same_input(mixer)), mixer.o_proj.weight.detach()
-
-    def __call__(self, x: Tensor, turn: Rotation, decay: Tensor, memory: KVLayer) -> Tensor:
-        """[B, d] -> [B, d]; there is no decay in it."""
-        rows, heads = x.shape[0], self.heads
-        qkv = _project(x, self.inputs).view(rows, 3 * heads, 1, -1)
-        q, k = turn(qkv[:, : 2 * heads]).to(qkv.dtype).split(heads, dim=1)
-        keys, values = memory.append(k, qkv[:, 2 * heads :])
-        out = F.scaled_dot_product_attention(q, keys, values)
-        return linear(out.view(rows, -1), self.output)
-
-
-class FeedForwardStep:
-    """``FeedForward`` for few rows."""
-
-    def __init__(self, ffn: FeedForward) -> None:
-        self.gated = ffn.gate_proj is not None
-        self.inputs, self.output = _weights(_same_input(ffn)), ffn.down_proj.weight.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        inner = _project(x, self.inputs)
-        if self.gated:
-            gate, inner = inner.chunk(2, dim=1)
-            return linear(F.silu(gate) * inner, self.output)
-        return linear(F.gelu(inner), self.output)
-
-
-def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
-    """The norm without its module; ``make_norm`` knows two kinds."""
-    weight = norm.weight.detach()
-    if isinstance(norm, nn.LayerNorm):
-        shape, bias, eps = norm.normalized_shape, norm.bias.detach(), norm.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    assert isinstance(norm, nn.RMSNorm)
-    shape, rms_eps = norm.normalized_shape, norm.eps
-    return lambda x: torch.rms_norm(x, shape, weight, rms_eps)
+MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of many rows faster
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -199,7 +71,8 @@ def is_plain(model: nn.Module) -> bool:
 class DecodeStep:
     """One token per row: tokens [B] in, the logits that follow [B, vocab] out, the cache updated.
 
-    It holds the model's weights as they are stored when it is made, and copies none.
+    It holds the model's weights as they are stored when it is made, and copies none; except on a
+    CPU whose kernels are faster with packed ones, for more rows than a few, up to ``MOST_PACKED``.
 
     Args:
         model: For which ``is_plain`` holds.
@@ -208,19 +81,21 @@ class DecodeStep:
     def __init__(self, model: DecoderForCausalLM) -> None:
         config: DecoderConfig = model.config
         self.compute = self._compute
+        self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
         self.grows = isinstance(model, TransformerForCausalLM)  # the cache
         self.embedding = model.model.embed_tokens.weight.detach()
         mixer_step: Callable = AttentionStep if self.grows else RetentionStep
         self.layers = [
             (
-                _norm(layer.mixer_norm),
+                step_norm(layer.mixer_norm),
                 mixer_step(layer.mixer),
-                _norm(layer.ffn_norm),
+                step_norm(layer.ffn_norm),
                 FeedForwardStep(layer.ffn),
             )
             for layer in model.model.layers
         ]
-        self.norm, self.output = _norm(model.model.norm), model.lm_head.weight.detach()
+        self.norm = step_norm(model.model.norm)
+        self.output: Tensor | PackedWeight = model.lm_head.weight.detach()
         self.wide = torch.promote_types(self.embedding.dtype, torch.float32)
         self.layout, device = config.rotary_layout, self.embedding.device
         self.theta = rotary_theta(
@@ -250,12 +125,13 @@ class DecodeStep:
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
         """
+        self.may_pack = False  # the compiler knows no packed weights
         compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True)
-        for _, mixer, _, ffn in self.layers:
-            for weight in (*mixer.inputs, mixer.output, *ffn.inputs, ffn.output):
+        for weight in (self.embedding, self.output):
+            torch._dynamo.mark_static(weight)
+        for part in self._parts():
+            for weight in (*part.inputs, part.output):
                 torch._dynamo.mark_static(weight)
-        torch._dynamo.mark_static(self.embedding)
-        torch._dynamo.mark_static(self.output)
 
         def compute(tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
             torch._dynamo.mark_static(tokens)
@@ -268,11 +144,23 @@ class DecodeStep:
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """tokens int64 [B] -> logits [B, vocab]; ``fits(cache)`` must hold."""
         assert cache.record is not None
+        if self.may_pack and len(tokens) > MOST_LEFT:
+            self.may_pack = False
+            self._pack(len(tokens))
         logits = self.compute(tokens, cache.record[:, NEXT_POSITION], cache.layers)
         cache.record[:, :SEGMENT] += 1
         cache.length += 1
         cache.last_hidden = None
         return logits
+
+    def _parts(self) -> Iterator[StepPart]:
+        for _, mixer, _, ffn in self.layers:
+            yield from (mixer, ffn)
+
+    def _pack(self, rows: int) -> None:
+        for part in self._parts():
+            part.pack(rows)
+        self.output = pack(self.output, rows)
 
     def _compute(self, tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
         hidden = F.embedding(tokens, self.embedding)
@@ -282,4 +170,4 @@ class DecodeStep:
         for (norm, mixer, ffn_norm, ffn), memory in zip(self.layers, memories, strict=True):
             hidden = hidden + mixer(norm(hidden), turn, self.decay, memory)
             hidden = hidden + ffn(ffn_norm(hidden))
-        return linear(self.norm(hidden), self.output)
+        return product(self.norm(hidden), self.output)

@@ -8,7 +8,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from retnet.errors import UserError
 from retnet.generation import Sampler, Sampling
-from retnet.generation.sampling import DRAWN_AT_ONCE, keep_top_p
+from retnet.generation.sampling import BLOCK, DRAWN_AT_ONCE, draw, keep_top_p
 
 LOGITS = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1.0]], dtype=torch.float64)
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
@@ -66,6 +66,26 @@ def test_top_p_keeps_what_transformers_keeps(rows, vocab, top_p, spread, cut) ->
         assert kept.equal(probabilities.where(kept > 0, 0))
     else:  # all are equally likely: none may go
         assert kept.equal(probabilities)
+
+
+@given(
+    vocab=st.sampled_from([1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 1000]),
+    share=st.floats(0, 1, exclude_max=True) | st.just(1 - 2**-53),
+    cut=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_draws_invert_the_distribution_function(vocab: int, share: float, cut: int, dtype) -> None:
+    """Up to rounding; and a token without weight is never drawn."""
+    generator = torch.Generator().manual_seed(cut)
+    weights = torch.rand(1, vocab, dtype=dtype, generator=generator)
+    weights[:, cut + 1 :] = 0
+    weights[torch.rand(1, vocab, generator=generator) < 0.3] = 0
+    weights[:, min(cut, vocab - 1)] = 0.5
+    token = draw(weights, torch.tensor([[share]], dtype=torch.float64)).item()
+    running = weights[0].double().cumsum(0) / weights.double().sum()
+    assert weights[0, token] > 0
+    assert running[token] > share - 1e-6
+    assert token == 0 or running[token - 1] <= share + 1e-6
 
 
 @given(st.integers(2, 40), st.integers(1, 6), st.sampled_from([0.5, 1.3, 2.0]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retnet.model import linear as module
-from retnet.model.linear import MIN_TOKENS, Linear, linear, linear_gradients
+from retnet.model.linear import MIN_TOKENS, MOST_LEFT, Linear, linear, linear_gradients
 from tests.model.conftest import make_model, random_ids
 
 needs_kernels = pytest.mark.skipif(not module._HAS_KERNELS, reason="a CPU without AVX-512")
@@ -60,6 +60,29 @@ def test_outputs_and_gradients(shape: tuple[int, ...], inputs: int, outputs: int
                 torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-3)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(MOST_LEFT + 1, MIN_TOKENS - 1),
+    inputs=st.integers(1, 40),
+    outputs=st.sampled_from([1, 7, 16, 33, 64]),
+    grad=st.booleans(),
+)
+def test_few_rows_as_a_convolution(rows: int, inputs: int, outputs: int, grad: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_HAS_KERNELS", True)
+        patch.setattr(module, "MIN_PRODUCTS", 1)
+        x = torch.randn(rows, inputs, requires_grad=grad)
+        weight = torch.randn(outputs, inputs, requires_grad=grad)
+        mine, plain = linear(x, weight), F.linear(x, weight)
+        assert mine.is_contiguous()
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
+        if grad:
+            slope = torch.randn(rows, outputs)
+            grads = [torch.autograd.grad(out, (x, weight), slope) for out in (mine, plain)]
+            for own, expected in zip(*grads, strict=True):
+                torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-3)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(1, 70), st.booleans())
 def test_products_of_few_rows(rows: int, inputs: int, outputs: int, transposed: bool) -> None:
@@ -100,6 +123,18 @@ def test_it_is_taken_where_it_pays(convolutions: list[Tensor]) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         layer(x)
     assert not convolutions
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "outputs", "taken"),
+    [(4, 8192, False), (5, 4096, True), (16, 1024, True), (15, 1024, False), (255, 1024, True)],
+)
+def test_few_rows_take_it_where_it_pays(rows, outputs, taken, convolutions) -> None:
+    """Products large enough, and more rows than reading the weight alone would decide about."""
+    layer, x = Linear(1024, outputs, bias=False), torch.randn(rows, 1024)
+    layer(x)
+    assert [tuple(x.shape) for x in convolutions] == [(16, 1024, 1, outputs // 16)] * taken
 
 
 @needs_kernels

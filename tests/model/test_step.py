@@ -17,7 +17,11 @@ from retnet.generation import (
     make_step,
     prefill,
 )
-from retnet.model.step import DecodeStep, is_plain, lay_out_for_decoding
+from retnet.model import linear as linear_module
+from retnet.model import step as step_module
+from retnet.model.linear import MOST_LEFT, PackedWeight
+from retnet.model.step import MOST_PACKED, DecodeStep, is_plain
+from retnet.model.step_parts import lay_out_for_decoding
 from tests.generation.builders import MIXERS, VOCAB, tiny_model
 
 both_mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -82,6 +86,35 @@ def test_the_step_is_the_forward_pass(mixer: str, draw: st.DataObject) -> None:
         torch.testing.assert_close(logits, step(ids[:, 0], plain_cache), rtol=1e-9, atol=1e-10)
     assert lean_cache.length == plain_cache.length == 13
     assert lean_cache.record.equal(plain_cache.record)
+
+
+@both_mixers
+@pytest.mark.parametrize(
+    ("rows", "most", "packs"),
+    [(MOST_LEFT, MOST_PACKED, False), (MOST_LEFT + 1, MOST_PACKED, True), (70, 1, False)],
+)
+def test_weights_are_packed_for_many_rows(
+    mixer: str, rows: int, most: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to so many bytes; then the step is right for any number of rows."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(linear_module, "_HAS_KERNELS", True)  # right on every CPU, if not faster
+    monkeypatch.setattr(step_module, "MOST_PACKED", most)
+    model = tiny_model(mixer, dtype=torch.float32)
+    step = DecodeStep(model)
+    with torch.inference_mode():
+        for count in (rows, 2 * rows, 1):
+            ids = random_ids(count, 9)
+            cache = model.new_cache()
+            prefill(model, ids[:, :8], cache)
+            expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
+            logits = step(ids[:, 8], cache)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            if count == rows:
+                assert isinstance(step.output, PackedWeight) == packs
+                weights = [w for part in step._parts() for w in (*part.inputs, part.output)]
+                assert all(isinstance(weight, PackedWeight) == packs for weight in weights)
 
 
 @both_mixers
