@@ -18,7 +18,7 @@ from .sequence import describe_tokens
 
 IGNORE_INDEX = -100
 MIN_TOKENS_PER_CHUNK = 256  # fewer make the matrix products slow
-LOGITS_PER_CHUNK = 2**20  # 4 MiB of float32, which a CPU's cache holds
+LOGITS_PER_CHUNK = 2**22  # 16 MiB of float32
 LOGITS_PER_CHUNK_GPU = 2**25
 
 
@@ -77,19 +77,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 counted = labels != IGNORE_INDEX
                 labels = labels.clamp(min=0)
                 logits = linear(part, weight).to(wide)
-                normaliser = logits.logsumexp(1, keepdim=True)
+                slope = logits.softmax(1)
+                # ln of the sum of all exp(logit), from the token of which softmax knows it best
+                normaliser = logits.amax(1, keepdim=True) - slope.amax(1, keepdim=True).log()
                 total += ((normaliser - logits.gather(1, labels)) * counted).sum()
-                # d loss / d logits = softmax - one-hot, in place of the logits
-                slope = logits.sub_(normaliser).exp_()
-                slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
-                slope = slope.mul_(counted).to(hidden.dtype)
                 if hidden_grad is None and weight_grad is None:
                     continue
+                # d loss / d logits = softmax - one-hot, of the tokens that are counted
+                slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
+                counted = counted.to(hidden.dtype)
                 part_grad, added = linear_gradients(
-                    part, weight, slope, of_weight=weight_grad is not None
+                    part * counted, weight, slope.to(hidden.dtype), of_weight=weight_grad is not None
                 )
                 if hidden_grad is not None:
-                    hidden_grad[begin : begin + chunk] = part_grad
+                    torch.mul(part_grad, counted, out=hidden_grad[begin : begin + chunk])
                 if weight_grad is not None and added is not None:
                     weight_grad += added
         ctx.save_for_backward(hidden_grad, weight_grad)
