@@ -17,7 +17,8 @@ from retnet.errors import UserError
 MAX_SEED = 2**63 - 1
 LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
 SHIFT_BELOW = 1e-3  # the temperature below which logits are shifted before they are divided by it
-DRAWN_AT_ONCE = 256  # uniform numbers of a row
+ATTEMPTS = 3  # to draw a token of the top p without a sort
+DRAWN_AT_ONCE = 256  # tokens of a row for which there are uniform numbers
 BLOCK = 128  # tokens of a vocabulary that are summed at once
 
 
@@ -66,15 +67,13 @@ class Sampling:
 def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep each row's smallest set of tokens that has probability ``top_p``; the others get 0.
 
-    Tokens as likely as the last one kept are kept too. Only values are sorted, no indices, which
-    numpy does ten times faster than torch on a CPU: the sort is most of what a token costs beside
-    the model.
+    Tokens as likely as the last one kept are kept too.
 
     Args:
         probabilities: [B, vocab], rows that sum to 1.
         top_p: Above 0, below 1.
     """
-    if probabilities.device.type == "cpu":
+    if probabilities.device.type == "cpu":  # only values are sorted, which numpy does fastest
         values = probabilities.numpy()
         lowest = [row[_reached(row, 1 - top_p)] for row in np.sort(values, axis=-1)]
         return torch.from_numpy(values * (values >= np.array(lowest)[:, None]))
@@ -84,22 +83,55 @@ def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
     return probabilities.masked_fill(probabilities < threshold, 0)
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The token of each row at which the distribution function passes a number.
+def draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """Draw a token of each row, among those that ``keep_top_p`` keeps.
+
+    A token drawn among all is one of them exactly if those more likely than it have less than
+    probability ``top_p`` together: what is drawn otherwise is thrown away. Only where all attempts
+    were, the kept ones have to be found, by a sort that takes longer than all the rest. The same
+    numbers give the same tokens on every device, and none waits for another.
 
     Args:
-        weights: [B, vocab], what the tokens' probabilities are proportional to.
-        uniform: float64 [B, 1], from 0 to below 1.
+        probabilities: [B, vocab], rows that sum to 1.
+        top_p: Above 0, up to 1.
+        uniform: float64 [B, ATTEMPTS + 1] on the CPU, from 0 to below 1.
 
     Returns:
-        int64 [B]; no token of weight 0.
+        int64 [B].
     """
-    if weights.device.type == "cpu":
-        rows = zip(weights.numpy(), uniform.flatten().tolist(), strict=True)
-        return torch.tensor([_reached(row, share) for row, share in rows])
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    at = uniform.to(weights.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, at, right=True).squeeze(1)
+    if probabilities.device.type == "cpu":
+        rows = zip(probabilities.numpy(), uniform.tolist(), strict=True)
+        return torch.tensor([_draw_row(row, top_p, shares) for row, shares in rows])
+    return _draw_rows(probabilities, top_p, uniform.to(probabilities.device))
+
+
+def _draw_row(values: np.ndarray, top_p: float, shares: list[float]) -> int:
+    """``draw`` for one row [vocab]."""
+    for share in shares[:ATTEMPTS]:
+        token = _reached(values, share)
+        if top_p == 1 or (values * (values > values[token])).sum() < top_p:
+            return token
+    (kept,) = keep_top_p(torch.from_numpy(values[None]), top_p).numpy()
+    return _reached(kept, shares[ATTEMPTS])
+
+
+def _draw_rows(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """``draw`` for all rows at once, on any device."""
+
+    def reached(weights: Tensor, shares: Tensor) -> Tensor:
+        running = weights.cumsum(dim=-1, dtype=torch.float64)
+        return torch.searchsorted(running, shares * running[:, -1:], right=True)
+
+    drawn = reached(probabilities, uniform[:, :ATTEMPTS])
+    if top_p == 1:
+        return drawn[:, 0]
+    own = probabilities.gather(1, drawn)[..., None]
+    every = probabilities[:, None]
+    kept = torch.where(every > own, every, 0).sum(-1) < top_p  # [B, ATTEMPTS]
+    token = reached(keep_top_p(probabilities, top_p), uniform[:, ATTEMPTS:])[:, 0]
+    for attempt in reversed(range(ATTEMPTS)):
+        token = torch.where(kept[:, attempt], drawn[:, attempt], token)
+    return token
 
 
 def _reached(weights: np.ndarray, share: float) -> int:
@@ -129,8 +161,8 @@ def _block_starts(vocab: int) -> np.ndarray:
 class Sampler:
     """Draws the next token of every row of a batch.
 
-    A draw inverts the distribution function at one uniform number per row. The numbers come from
-    generators on the CPU, so the same seed gives the same text on every device that computes the
+    A draw inverts the distribution function at uniform numbers. The numbers come from generators,
+    one per row, on the CPU, so the same seed gives the same text on every device that computes the
     same logits, and drawing never waits for a device.
 
     Args:
@@ -147,7 +179,7 @@ class Sampler:
             torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED)
             for row in range(len(prompt_ids))
         ]
-        self.uniform: Tensor | None = None  # [B, DRAWN_AT_ONCE]
+        self.uniform: Tensor | None = None  # [B, DRAWN_AT_ONCE, ATTEMPTS + 1]
         self.used = DRAWN_AT_ONCE
 
     @torch.inference_mode()
@@ -187,18 +219,16 @@ class Sampler:
         top_k = self.sampling.top_k
         if top_k is not None and top_k < scores.shape[1]:
             scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -math.inf)
-        probabilities = scores.softmax(dim=-1)
-        if self.sampling.top_p < 1.0:
-            probabilities = keep_top_p(probabilities, self.sampling.top_p)
-        return draw(probabilities, self._next_uniform()).to(device)
+        tokens = draw(scores.softmax(dim=-1), self.sampling.top_p, self._next_uniform())
+        return tokens.to(device)
 
     def _next_uniform(self) -> Tensor:
-        """The next number of each row, float64 [B, 1]."""
+        """The next numbers of each row, float64 [B, ATTEMPTS + 1]."""
         if self.uniform is None or self.used == DRAWN_AT_ONCE:
+            shape = (DRAWN_AT_ONCE, ATTEMPTS + 1)
             draws = [
-                torch.rand(DRAWN_AT_ONCE, dtype=torch.float64, generator=own)
-                for own in self.generators
+                torch.rand(shape, dtype=torch.float64, generator=own) for own in self.generators
             ]
             self.uniform, self.used = torch.stack(draws), 0
         self.used += 1
-        return self.uniform[:, self.used - 1 : self.used]
+        return self.uniform[:, self.used - 1]

@@ -87,7 +87,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
                 counted = counted.to(hidden.dtype)
                 part_grad, added = linear_gradients(
-                    part * counted, weight, slope.to(hidden.dtype), of_weight=weight_grad is not None
+                    part * counted,
+                    weight,
+                    slope.to(hidden.dtype),
+                    of_weight=weight_grad is not None,
                 )
                 if hidden_grad is not None:
                     torch.mul(part_grad, counted, out=hidden_grad[begin : begin + chunk])

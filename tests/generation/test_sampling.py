@@ -8,7 +8,14 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from retnet.errors import UserError
 from retnet.generation import Sampler, Sampling
-from retnet.generation.sampling import BLOCK, DRAWN_AT_ONCE, draw, keep_top_p
+from retnet.generation.sampling import (
+    ATTEMPTS,
+    BLOCK,
+    DRAWN_AT_ONCE,
+    _draw_rows,
+    draw,
+    keep_top_p,
+)
 
 LOGITS = torch.tensor([[0.0, 3.0, 2.0, 1.0, -1.0]], dtype=torch.float64)
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
@@ -81,11 +88,42 @@ def test_draws_invert_the_distribution_function(vocab: int, share: float, cut: i
     weights[:, cut + 1 :] = 0
     weights[torch.rand(1, vocab, generator=generator) < 0.3] = 0
     weights[:, min(cut, vocab - 1)] = 0.5
-    token = draw(weights, torch.tensor([[share]], dtype=torch.float64)).item()
-    running = weights[0].double().cumsum(0) / weights.double().sum()
-    assert weights[0, token] > 0
+    probabilities = weights / weights.sum()
+    uniform = torch.full((1, ATTEMPTS + 1), share, dtype=torch.float64)
+    token = draw(probabilities, 1.0, uniform).item()
+    running = probabilities[0].double().cumsum(0)
+    assert probabilities[0, token] > 0
     assert running[token] > share - 1e-6
     assert token == 0 or running[token - 1] <= share + 1e-6
+
+
+@given(
+    rows=st.integers(1, 3),
+    vocab=st.sampled_from([1, 5, 2 * BLOCK + 1]),
+    top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_every_device_draws_the_same(rows: int, vocab: int, top_p: float, seed: int) -> None:
+    """Row by row with a sort where it is needed, and all rows at once; both from what is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = 2 * torch.randn(rows, vocab, dtype=torch.float64, generator=generator)
+    probabilities = scores.softmax(-1)
+    uniform = torch.rand(rows, ATTEMPTS + 1, dtype=torch.float64, generator=generator)
+    tokens = draw(probabilities, top_p, uniform)
+    assert tokens.equal(_draw_rows(probabilities, top_p, uniform))
+    if top_p < 1:
+        assert (keep_top_p(probabilities, top_p).gather(1, tokens[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_draws_of_the_top_p_follow_their_distribution(top_p: float) -> None:
+    """Also where the first attempts are seldom among them."""
+    logits = torch.linspace(0, 1, 8, dtype=torch.float64)[None]
+    sampler = Sampler(Sampling(temperature=1.0, top_p=top_p), HISTORY)
+    tokens = torch.cat([sampler(logits) for _ in range(4000)])
+    kept = keep_top_p(logits.softmax(-1), top_p)[0]
+    shares = torch.bincount(tokens, minlength=8) / 4000
+    assert (shares - kept / kept.sum()).abs().max() < 0.03
 
 
 @given(st.integers(2, 40), st.integers(1, 6), st.sampled_from([0.5, 1.3, 2.0]))
