@@ -82,7 +82,7 @@ def train(config: Config) -> int:
                 "the run in %s is finished (%d steps): nothing to do. A longer run: "
                 "train.max_steps; another one: train.out_dir",
                 config.train.out_dir,
-                config.train.max_steps,
+                start.finished,
             )
             return 0
         trainer = _set_up(config, accelerator, start)

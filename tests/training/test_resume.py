@@ -211,13 +211,6 @@ def test_a_named_checkpoint_of_another_model(
     assert not (tmp_path / "b").exists()
 
 
-def test_another_model_in_a_folder_without_its_configuration(options, tmp_path: Path, capsys):
-    assert run(options) == 0
-    (tmp_path / "run/config.yaml").unlink()
-    assert run([*options, "model.hidden_size=32", "train.max_steps=8"]) == 2
-    assert "step_6) is another model: " in error_line(capsys)
-
-
 def test_a_named_checkpoint_of_another_vocabulary(options, tmp_path: Path, capsys) -> None:
     assert run(options) == 0
     named = as_options({"train.resume": tmp_path / "run/checkpoints/step_4"})
