@@ -44,6 +44,7 @@ from retnet.training.run_folder import (
 )
 from retnet.training.signals import stop_on_signals
 from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
+from retnet.training.validation import check_sample
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
     data = _prepare(config, accelerator)
     trainer = build_trainer(config, accelerator, data)
+    check_sample(trainer.bare_model, data.tokenizer, config.train)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
     elif config.model.init_from:
