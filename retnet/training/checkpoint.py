@@ -46,6 +46,7 @@ OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
 TRAINING_STATE = "training_state.json"
 ALWAYS_THERE = ("config.json", "model.safetensors", "tokenizer.json", DATA_RECORD, TRAINING_STATE)
+TAKE_OVER = "take over the model section of its run's config.yaml"
 _TEMPORARY = ".unfinished-"
 _REPLACED = ".unfinished-old-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -183,7 +184,7 @@ def load_checkpoint_state(
     weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
     if "lm_head.weight" not in weights:  # tied
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    what, fix = f"checkpoint ({folder})", "take over the model section of its run's config.yaml"
+    what, fix = f"checkpoint ({folder})", TAKE_OVER
     own: Any = get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
     options = StateDictOptions(full_state_dict=True)
