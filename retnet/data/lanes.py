@@ -15,6 +15,7 @@ from retnet.data.batches import IGNORED, ValidationBatches
 from retnet.data.token_file import TokenFile
 from retnet.errors import UserError
 
+VALIDATION_LANES = 32  # enough to fill batches, and as many processes
 LEAST_WINDOWS = 16  # of a validation lane, whose first window begins without a state
 
 
@@ -100,7 +101,12 @@ class CarriedBatches:
 
 
 class CarriedValidationBatches(ValidationBatches):
-    """All validation windows, each counted once, in lanes: a batch continues the one before it."""
+    """All validation windows, each counted once, in lanes that are read from window to window.
+
+    The lanes depend on the text alone, so that the loss is the same however they are divided among
+    batches and processes. Every process gets as many batches of as many rows; what there is not
+    has labels of -100.
+    """
 
     def __init__(
         self,
@@ -112,21 +118,38 @@ class CarriedValidationBatches(ValidationBatches):
         world_size: int = 1,
         max_tokens: int | None = None,
     ) -> None:
-        """Cut lanes of at least 16 windows, where there are so many; at most ``batch_size``."""
-        windows = -(-min(tokens.num_tokens, max_tokens or tokens.num_tokens) // seq_len)
+        """Cut up to 32 lanes of at least 16 windows, where there are so many."""
         super().__init__(
             tokens,
             seq_len=seq_len,
-            batch_size=max(1, min(batch_size, windows // (LEAST_WINDOWS * world_size))),
+            batch_size=batch_size,
             rank=rank,
             world_size=world_size,
             max_tokens=max_tokens,
         )
+        windows = len(self._starts)
+        lanes = max(1, min(VALIDATION_LANES, windows // LEAST_WINDOWS))
+        self._lane_length = -(-windows // lanes)
+        filled = -(-windows // self._lane_length)
+        self._own_lanes = -(-filled // world_size)
+
+    def __len__(self) -> int:
+        return -(-self._own_lanes // self._batch_size) * self._lane_length
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        lanes = self._rank * self._batch_size + np.arange(self._batch_size)
-        for index in range(len(self)):
-            windows = lanes * len(self) + index
+        for batches in self.courses():
+            yield from batches
+
+    def courses(self) -> Iterator[Iterator[dict[str, Tensor]]]:
+        """The batches in courses: a batch continues the rows of the one before it in its course."""
+        first = self._rank * self._own_lanes
+        own = np.arange(first, first + self._own_lanes)
+        for row in range(0, self._own_lanes, self._batch_size):
+            yield self._course(own[row : row + self._batch_size])
+
+    def _course(self, lanes: np.ndarray) -> Iterator[dict[str, Tensor]]:
+        for index in range(self._lane_length):
+            windows = lanes * self._lane_length + index
             there = torch.from_numpy(windows < len(self._starts))
             starts = self._starts[np.minimum(windows, len(self._starts) - 1)]
             batch = self._windows.batch(starts, self._end, name_documents=True)

@@ -1,5 +1,6 @@
 """From a configuration to a model."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from retnet.training.config import RETENTION_KEYS, Config, ModelSpec
 logger = logging.getLogger(__name__)
 
 Model = RetNetForCausalLM | TransformerForCausalLM
+# what changes no shape, and what the weights have been trained for
+MEANINGS = ("num_heads", "decay", "rotary_layout", "rotary_frequencies")
 
 
 def model_config(
@@ -91,13 +94,13 @@ def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedToke
         raise UserError(f"model.init_from ({file}) can't be read: {error}") from error
     if "lm_head.weight" not in weights and model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    check_same_model(
-        model.state_dict(),
-        weights,
-        f"model.init_from ({init_from})",
+    what = f"model.init_from ({init_from})"
+    fix = (
         "take over the model section of its config.yaml, and its tokenizer "
-        f"(data.tokenizer={folder})",
+        f"(data.tokenizer={folder})"
     )
+    check_same_model(model.state_dict(), weights, what, fix)
+    check_same_meaning(model, folder, what, fix)
     has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
     if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(
@@ -118,4 +121,27 @@ def check_same_model(
         if here != there:
             raise UserError(
                 f"{what} is another model: {name} is {there} there and {here} here; {fix}"
+            )
+
+
+def check_same_meaning(model: Model, folder: Path, what: str, fix: str) -> None:
+    """Raise a ``UserError`` when a checkpoint's weights, of the same shapes, are for another model.
+
+    Args:
+        model: That is to take them.
+        folder: The checkpoint.
+        what: How the error speaks of the checkpoint.
+        fix: What to do.
+    """
+    file = folder / "config.json"
+    try:
+        stored = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{what}: {file} can't be read ({error}), restore it") from error
+    own = model.config.to_dict()
+    for key in MEANINGS:
+        if key in own and key in stored and own[key] != stored[key]:
+            raise UserError(
+                f"{what} is another model: model.{key} is {stored[key]} there and {own[key]} here; "
+                f"{fix}"
             )

@@ -15,6 +15,7 @@ the same names and whole tensors for a plain, a DDP and a sharded model.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from retnet.errors import UserError
-from retnet.generation import DATA_RECORD, write_manifest
+from retnet.generation import DATA_RECORD, MANIFEST, find_damage, write_manifest
 from retnet.training.build import Model, check_same_model
 
 CHECKPOINTS = "checkpoints"
@@ -44,6 +45,8 @@ FINAL = "final"
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
 TRAINING_STATE = "training_state.json"
+ALWAYS_THERE = ("config.json", "model.safetensors", "tokenizer.json", DATA_RECORD, TRAINING_STATE)
+TAKE_OVER = "take over the model section of its run's config.yaml"
 _TEMPORARY = ".unfinished-"
 _REPLACED = ".unfinished-old-"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -86,9 +89,39 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    folders = [p for p in (run / CHECKPOINTS).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(folders, key=lambda p: int(p.name[5:]))
+    """The run's checkpoints, oldest first.
+
+    Raises:
+        UserError: Whether there are any can't be seen.
+    """
+    parent = run / CHECKPOINTS
+    try:
+        entries = list(parent.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{parent} can't be read ({error.strerror or error}), and what is there decides where "
+            "the run begins: make it readable, or set another train.out_dir"
+        ) from error
+    folders = [path for path in entries if re.fullmatch(r"step_[0-9]+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
+
+
+def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
+    """What is wrong with a checkpoint, or None when it is as it was written.
+
+    Args:
+        folder: The checkpoint.
+        resumable: Whether it must hold the optimizer's state.
+    """
+    damage = find_damage(folder)
+    if damage is not None:
+        return damage
+    described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
+    lacking = [name for name in needed if name not in described]
+    return f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
 
 
 def save_checkpoint(
@@ -151,7 +184,7 @@ def load_checkpoint_state(
     weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
     if "lm_head.weight" not in weights:  # tied
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    what, fix = f"checkpoint ({folder})", "take over the model section of its run's config.yaml"
+    what, fix = f"checkpoint ({folder})", TAKE_OVER
     own: Any = get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
     options = StateDictOptions(full_state_dict=True)

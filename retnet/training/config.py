@@ -152,6 +152,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error)) from error
+        except TypeError as error:  # a mapping for the one key that is a list
+            raise UserError("train.trackers must be a list, as train.trackers=[wandb]") from error
     try:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
@@ -263,6 +265,11 @@ def _train_problems(train: TrainSpec) -> list[str]:
         problems.append(
             f"train.final_learning_rate ({train.final_learning_rate}) is a share of the peak: it "
             "must be between 0 and 1"
+        )
+    if train.weight_decay * train.learning_rate > 1:
+        problems.append(
+            f"train.weight_decay ({train.weight_decay}) times train.learning_rate "
+            f"({train.learning_rate}) is what a step takes off each weight: it must be at most 1"
         )
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(train, key) < 1:

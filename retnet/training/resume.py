@@ -7,7 +7,8 @@ from typing import Any
 
 from retnet.errors import UserError
 from retnet.generation import DATA_RECORD
-from retnet.training.checkpoint import load_checkpoint_state
+from retnet.training.build import check_same_meaning
+from retnet.training.checkpoint import TAKE_OVER, load_checkpoint_state
 from retnet.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ def go_on(trainer: Trainer, checkpoint: Path) -> None:
     """
     _check_data(trainer, checkpoint)
     progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
+    check_same_meaning(trainer.bare_model, checkpoint, f"checkpoint ({checkpoint})", TAKE_OVER)
     if progress.global_batch != trainer.batches.global_batch:
         raise UserError(
             f"train.batch_size x train.gradient_accumulation_steps x processes "

@@ -1,13 +1,11 @@
 """Setting a run up, running it, and saying how it ended."""
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
 from retnet.allocator import keep_freed_memory
@@ -30,10 +28,11 @@ from retnet.training.build import (
 )
 from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import FINAL, Progress, step_folder
-from retnet.training.config import Config, TrainSpec, command_to_go_on
+from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import DivergedError
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
+from retnet.training.processes import build_accelerator
 from retnet.training.report import describe_run
 from retnet.training.resume import go_on
 from retnet.training.run_folder import (
@@ -45,12 +44,11 @@ from retnet.training.run_folder import (
 )
 from retnet.training.signals import stop_on_signals
 from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
+from retnet.training.validation import check_sample
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LAUNCHED_WITH = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE
 
 
 def train(config: Config) -> int:
@@ -85,7 +83,7 @@ def train(config: Config) -> int:
                 "the run in %s is finished (%d steps): nothing to do. A longer run: "
                 "train.max_steps; another one: train.out_dir",
                 config.train.out_dir,
-                config.train.max_steps,
+                start.finished,
             )
             return 0
         trainer = _set_up(config, accelerator, start)
@@ -123,6 +121,7 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
     data = _prepare(config, accelerator)
     trainer = build_trainer(config, accelerator, data)
+    check_sample(trainer.bare_model, data.tokenizer, config.train)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
     elif config.model.init_from:
@@ -171,56 +170,6 @@ def _run(trainer: Trainer) -> int:
         run / FINAL,
     )
     return 0
-
-
-def build_accelerator(spec: TrainSpec) -> Accelerator:
-    """Device, processes and precision.
-
-    Raises:
-        UserError: They are not to be had here.
-    """
-    cuda = torch.cuda.is_available()
-    if spec.device == "cuda" and not cuda:
-        raise UserError("train.device (cuda) is not available here: use auto or cpu")
-    cpu = spec.device == "cpu" or not cuda
-    precision = spec.precision
-    if precision == "auto":
-        precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "fp32"
-    world_size = _world_size()
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(spec.trackers) or None,
-        project_dir=spec.out_dir,
-    )
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
-            "process: start several processes with torchrun"
-        )
-    return accelerator
-
-
-def _world_size() -> int:
-    """The number of processes that the environment speaks of, as torchrun sets it.
-
-    Raises:
-        UserError: It can't be had; libraries would end in a traceback or wait for the others.
-    """
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(
-            f"WORLD_SIZE ({text}) must be a whole number of at least 1: unset it, or start several "
-            "processes with torchrun, which sets it"
-        )
-    missing = [name for name in LAUNCHED_WITH if name not in os.environ]
-    if int(text) > 1 and missing:
-        raise UserError(
-            f"WORLD_SIZE ({text}) is set, but {', '.join(missing)} not: unset it, or start several "
-            "processes with torchrun, which sets them all"
-        )
-    return int(text)
 
 
 def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) -> Trainer:

@@ -9,12 +9,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from retnet.errors import UserError
-from retnet.generation import find_damage
 from retnet.training.checkpoint import (
     BEST,
     CHECKPOINTS,
     FINAL,
     TRAINING_STATE,
+    checkpoint_damage,
     list_checkpoints,
     remove_unfinished,
     replace_text,
@@ -31,10 +31,17 @@ SET_ASIDE = "set-aside-"
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from a checkpoint, anew (None), or not at all."""
+    """How a run begins: from a checkpoint, anew (None), or not at all.
+
+    Attributes:
+        checkpoint: To go on from.
+        finished: The steps of a run that has come to its end; 0 where there is something to do.
+        damaged_end: Whether final/ is there and not to be used.
+    """
 
     checkpoint: Path | None = None
-    finished: bool = False
+    finished: int = 0
+    damaged_end: bool = False
 
 
 def plan_start(config: Config) -> Start:
@@ -49,7 +56,7 @@ def plan_start(config: Config) -> Start:
     check_writable(config)
     resume = config.train.resume
     if resume not in ("auto", "never"):
-        return _named_start(Path(resume), run)
+        return _named_start(Path(resume), run, config.train.max_steps)
     if resume == "never":
         if _holds_run(run):
             raise UserError(
@@ -57,11 +64,7 @@ def plan_start(config: Config) -> Start:
                 "or set another train.out_dir"
             )
         return Start()
-    if (run / CONFIG).is_file():
-        _check_same_configuration(config, run)
-    if _step_of(run / FINAL) >= config.train.max_steps:
-        return Start(finished=True)
-    return Start(_newest_whole(run))
+    return _automatic_start(config, run)
 
 
 def run_lock(config: Config) -> FileLock:
@@ -124,22 +127,25 @@ def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
         if start.checkpoint is not None:
-            _set_aside_newer(run, start.checkpoint, named=config.train.resume != "auto")
+            _set_aside_newer(run, start, named=config.train.resume != "auto")
         replace_text(run / CONFIG, to_yaml(config))
         return (run / BEST).is_dir()
     except OSError as error:
         raise _not_writable(run, error) from error
 
 
-def _set_aside_newer(run: Path, start: Path, *, named: bool) -> None:
-    """Rename what is newer than the checkpoint to go on from.
+def _set_aside_newer(run: Path, start: Start, *, named: bool) -> None:
+    """Rename what is newer than the checkpoint to go on from, and an end that is damaged.
 
     Under auto, final/ and best/ are of the same course: the run comes to them again.
     """
-    step = _step_of(start)
+    assert start.checkpoint is not None
+    step = _step_of(start.checkpoint)
     newer = [folder for folder in list_checkpoints(run) if int(folder.name[5:]) > step]
     if named:
         newer += [folder for folder in (run / BEST, run / FINAL) if _step_of(folder) > step]
+    elif start.damaged_end:
+        newer.append(run / FINAL)
     for folder in newer:
         aside = folder.with_name(SET_ASIDE + folder.name)
         if aside.exists():
@@ -153,13 +159,35 @@ def _holds_run(run: Path) -> bool:
     return bool(list_checkpoints(run)) or (run / FINAL).exists() or (run / BEST).exists()
 
 
-def _named_start(checkpoint: Path, run: Path) -> Start:
+def _automatic_start(config: Config, run: Path) -> Start:
+    """From the newest whole checkpoint of the run folder."""
+    _check_same_configuration(config, run)
+    final, damage = run / FINAL, None
+    if final.exists():
+        damage = checkpoint_damage(final, resumable=False)
+        done = _step_of(final)
+        if damage is None and done >= config.train.max_steps:
+            return Start(finished=done)
+    checkpoint = _newest_whole(run)
+    if checkpoint is None and final.exists():  # it was written after the last checkpoint
+        raise UserError(
+            f"train.out_dir ({run}) has {FINAL}/ and no checkpoint in {CHECKPOINTS}/ to go on "
+            "from: put one back, or set another train.out_dir (model.init_from takes the weights)"
+        )
+    if checkpoint is not None:
+        _check_length(checkpoint, config.train.max_steps)
+    if damage is not None:
+        logger.warning("checkpoint (%s) is damaged, %s: it is written again", final, damage)
+    return Start(checkpoint, damaged_end=damage is not None)
+
+
+def _named_start(checkpoint: Path, run: Path, max_steps: int) -> Start:
     """From the checkpoint that ``train.resume`` names."""
     if not checkpoint.is_dir():
         raise UserError(
             f"train.resume ({checkpoint}) must be auto, never, or a checkpoint folder that exists"
         )
-    damage = find_damage(checkpoint)
+    damage = checkpoint_damage(checkpoint, resumable=checkpoint.parent.name == CHECKPOINTS)
     if damage is not None:
         raise UserError(
             f"train.resume ({checkpoint}) is no whole checkpoint, {damage}: name another one, or "
@@ -171,7 +199,17 @@ def _named_start(checkpoint: Path, run: Path) -> Start:
             f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
             "another: go on with the run there by train.resume=auto, or set another train.out_dir"
         )
+    _check_length(checkpoint, max_steps)
     return Start(checkpoint)
+
+
+def _check_length(checkpoint: Path, max_steps: int) -> None:
+    step = _step_of(checkpoint)
+    if step > max_steps:
+        raise UserError(
+            f"train.max_steps ({max_steps}) is less than the {step} steps of checkpoint "
+            f"({checkpoint}): set at least {step}, or name an earlier checkpoint by train.resume"
+        )
 
 
 def _newest_whole(run: Path) -> Path | None:
@@ -179,7 +217,7 @@ def _newest_whole(run: Path) -> Path | None:
     checkpoints = list_checkpoints(run)
     damages: list[str] = []
     for folder in reversed(checkpoints):
-        damage = find_damage(folder)
+        damage = checkpoint_damage(folder, resumable=True)
         if damage is None:
             for line in damages:
                 logger.warning("%s: going back to %s", line, folder.name)
@@ -209,7 +247,24 @@ def _not_writable(run: Path, error: OSError) -> UserError:
 
 
 def _check_same_configuration(config: Config, run: Path) -> None:
-    before, now = flatten(load_config(run / CONFIG)), flatten(config)
+    """Compare with the configuration of the run that is in the folder, if there is one."""
+    file = run / CONFIG
+    if not file.is_file():
+        checkpoints = list_checkpoints(run)
+        if checkpoints or (run / FINAL).exists():
+            named = f" go on by train.resume={checkpoints[-1]}," if checkpoints else ""
+            raise UserError(
+                f"train.out_dir ({run}) holds a run without its {CONFIG}, so that it can't be "
+                f"compared with this configuration: restore it,{named} or set another train.out_dir"
+            )
+        return
+    try:
+        before, now = flatten(load_config(file)), flatten(config)
+    except UserError as error:
+        raise UserError(
+            f"{file}, the configuration of the run in train.out_dir, is damaged: {error}; restore "
+            "it, or go on by train.resume=CHECKPOINT, which writes it again"
+        ) from error
     changes = [
         f"{key} ({before[key]} -> {now[key]})"
         for key in now

@@ -8,10 +8,10 @@ import errno
 import importlib.util
 import json
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from retnet.training.config import Config, flatten
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+WANDB_FILES_ONLY = ("offline", "dryrun", "disabled")
+WANDB_MODES = ("online", "run", "shared", *WANDB_FILES_ONLY)
 NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 
 
@@ -37,7 +39,7 @@ class MetricsFile:
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS
-        kept = list(_lines_until(self.path, step))
+        kept = _lines_until(self.path, step)
         self.losses = [json.loads(line)["train/loss"] for line in kept]
         replace_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
@@ -62,20 +64,46 @@ class MetricsFile:
         self._file.close()
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """The lines of the steps up to ``step``; a damaged one is left out with a warning."""
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps up to ``step``, each once and in order.
+
+    A damaged one is left out with a warning, and one warning says when steps are missing, there
+    twice or out of order; of a step that is there twice the later line stands.
+    """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
+    steps: list[int] = []
+    kept: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            if entry["step"] > step:
-                return  # that step comes again
-            float(entry["train/loss"])
-        except (ValueError, KeyError, TypeError):
+        found = _step_of_line(line)
+        if found is None:
             if number < len(lines):  # the last has no end: an interruption cut it off
                 logger.warning("%s line %d can't be read and is left out", path, number)
-        else:
-            yield line.decode()
+        elif found <= step:  # else that step comes again
+            steps.append(found)
+            kept[found] = line.decode()
+    # a run that began with another run's checkpoint has none of the steps before it
+    missing = set(range(min(kept), step + 1)) - kept.keys() if kept else set()
+    if missing or steps != sorted(kept):
+        logger.warning(
+            "%s should have each step up to %d once and in order: %d are missing, %d are there "
+            "twice; it is put in order",
+            path,
+            step,
+            len(missing),
+            len(steps) - len(kept),
+        )
+    return [kept[found] for found in sorted(kept)]
+
+
+def _step_of_line(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl is of; None when it is none that a run wrote."""
+    try:
+        entry = json.loads(line)
+        step, loss = entry["step"], entry["train/loss"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = type(step) is int and step >= 1  # True is an int too
+    return step if whole and isinstance(loss, float) and math.isfinite(loss) else None
 
 
 class Console:
@@ -132,8 +160,15 @@ def check_trackers(config: Config) -> None:
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
+    if "wandb" not in config.train.trackers:
+        return
     mode = _wandb_mode()
-    if "wandb" in config.train.trackers and mode not in ("offline", "disabled"):
+    if mode not in WANDB_MODES:
+        raise UserError(
+            f"WANDB_MODE ({mode}) must be one of {', '.join(WANDB_MODES)}: unset it to write the "
+            "run to files"
+        )
+    if mode not in WANDB_FILES_ONLY:
         import wandb
 
         if not wandb.login(prompt=False, verify=False):
@@ -157,7 +192,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     run = Path(str(config.train.out_dir))
     mode = _wandb_mode()
     wandb: dict[str, Any] = {"mode": mode, "dir": str(run), "name": run.name}
-    if mode not in ("offline", "disabled"):
+    if mode not in WANDB_FILES_ONLY:
         wandb["settings"] = {"init_timeout": NETWORK_WAIT_S}
     try:
         accelerator.init_trackers(

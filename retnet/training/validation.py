@@ -8,8 +8,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
+from retnet.errors import UserError
 from retnet.evaluation import evaluate_batches
-from retnet.generation import sample_text
+from retnet.generation import encode_prompt, sample_text
+from retnet.generation.prompt import check_length
 from retnet.training.build import Model
 from retnet.training.config import Config, TrainSpec
 
@@ -39,8 +41,7 @@ def validate(
         reset = config.data.reset_state_at_documents
         batches = ValidationBatches(tokens, **cut, reset_at_documents=reset)
     with accelerator.autocast():
-        cache = model.new_cache() if spec.carry_state else None
-        nll, targets = evaluate_batches(model, batches, cache)
+        nll, targets = sum_losses(model, batches)
     both = torch.tensor([nll, targets], dtype=torch.float64, device=accelerator.device)
     if accelerator.num_processes > 1:
         both = accelerator.reduce(both, reduction="sum")
@@ -52,6 +53,26 @@ def validate(
         "val/bits_per_byte": nll / math.log(2) / batches.num_bytes,
     }
     return values, int(targets)
+
+
+def sum_losses(model: Model, batches: ValidationBatches) -> tuple[float, int]:
+    """The nats of all of a process's targets and their number; carried where batches are."""
+    if not isinstance(batches, CarriedValidationBatches):
+        return evaluate_batches(model, batches)
+    parts = [evaluate_batches(model, part, model.new_cache()) for part in batches.courses()]
+    return sum(nll for nll, _ in parts), sum(targets for _, targets in parts)
+
+
+def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec) -> None:
+    """Raise a ``UserError`` when no memory holds a sample of ``train.sample_tokens``."""
+    if not spec.sample_tokens:
+        return
+    prompt = encode_prompt(tokenizer, spec.sample_prompt)
+    try:
+        check_length(model, prompt.shape[1], spec.sample_tokens, num_samples=1)
+    except UserError as error:  # it speaks of generate.py's argument
+        message = str(error).replace("--max-new-tokens", "train.sample_tokens")
+        raise UserError(message) from error
 
 
 def sample_lines(

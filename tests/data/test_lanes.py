@@ -95,7 +95,38 @@ def test_validation_counts_each_target_once(world_size: int, max_tokens: int | N
 
 def test_validation_lanes_go_on() -> None:
     tokens = tokens_of([300])
-    batches = list(CarriedValidationBatches(tokens, seq_len=4, batch_size=4))
-    for one, two in pairwise(batches[:-1]):
+    batches = CarriedValidationBatches(tokens, seq_len=4, batch_size=3)
+    courses = [list(course) for course in batches.courses()]
+    assert [len(course[0]["input_ids"]) for course in courses] == [3, 1]  # 75 windows: 4 lanes
+    assert len(batches) == len(list(batches)) == 2 * 19
+    for one, two in (pair for course in courses for pair in pairwise(course[:-1])):
         assert (one["shift_labels"][:, -1] == two["input_ids"][:, 0]).all()
-    assert len(batches[0]["input_ids"]) == 4
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(2, 1), (8, 1), (99, 1), (4, 2), (1, 5)])
+def test_validation_lanes_are_of_the_text_alone(batch_size: int, world_size: int) -> None:
+    """And every process has as many batches, of at most the rows that are asked for."""
+    tokens = tokens_of([90, 700, 3, 410, 800])
+
+    def courses(rank: int, **cut: int) -> list[list[dict]]:
+        batches = CarriedValidationBatches(tokens, seq_len=4, rank=rank, **cut)
+        return [list(course) for course in batches.courses()]
+
+    def lanes(found: list[list[dict]]) -> list[list[int]]:
+        rows = []
+        for course in found:
+            for row in range(len(course[0]["input_ids"])):
+                labels = [batch["shift_labels"][row] for batch in course]
+                counted = [x.item() for x in np.concatenate(labels) if x != -100]
+                rows += [counted] * bool(counted)
+        return rows
+
+    whole = lanes(courses(0, batch_size=64, world_size=1))
+    assert len(whole) == 30  # 503 windows, 17 in a lane
+    parts = [
+        courses(rank, batch_size=batch_size, world_size=world_size) for rank in range(world_size)
+    ]
+    assert [lane for part in parts for lane in lanes(part)] == whole
+    shapes = [[[len(b["input_ids"]) for b in course] for course in part] for part in parts]
+    assert all(shape == shapes[0] for shape in shapes)
+    assert max(rows for course in shapes[0] for rows in course) <= batch_size

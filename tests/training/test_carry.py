@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import train
-from retnet import cli
+from retnet import RetNetConfig, RetNetForCausalLM, cli
+from retnet.data import CarriedValidationBatches
+from retnet.training.validation import sum_losses
+from tests.data.corpora import tokens_of
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run, weights
 
@@ -69,6 +72,24 @@ def test_a_run_that_stops_keeps_the_state_of_its_last_whole_step(options, tmp_pa
     assert run(options, **more) == 0
     a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_validation_loss_is_the_same_however_its_rows_are_divided() -> None:
+    tokens = tokens_of([90, 700, 3, 410, 800])
+    torch.manual_seed(0)
+    config = RetNetConfig(vocab_size=4000, hidden_size=16, num_hidden_layers=2, num_heads=2)
+    model = RetNetForCausalLM(config)
+    sums = []
+    for batch_size, world_size in ((2, 1), (8, 1), (4, 2)):
+        parts = [
+            sum_losses(model, CarriedValidationBatches(tokens, seq_len=4, batch_size=batch_size,
+                                                       rank=rank, world_size=world_size))
+            for rank in range(world_size)
+        ]  # fmt: skip
+        sums.append([sum(values) for values in zip(*parts, strict=True)])
+    assert sums[0][1] == sums[1][1] == sums[2][1] > 1900
+    assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-6)
+    assert sums[0][0] == pytest.approx(sums[2][0], rel=1e-6)
 
 
 def test_a_checkpoint_without_states(options, tmp_path: Path, capsys) -> None:

@@ -196,6 +196,9 @@ def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys
         ("model.mixer=retention", "model.mixer=attention"),
         ("model.tie_word_embeddings=true", "model.tie_word_embeddings=false"),
         ("model.tie_word_embeddings=false", "model.tie_word_embeddings=true"),
+        ("model.num_heads=2", "model.num_heads=4"),  # of the same shapes
+        ("model.decay=paper", "model.decay=0.9"),
+        ("model.rotary_layout=half", "model.rotary_layout=interleaved"),
     ],
 )
 def test_a_named_checkpoint_of_another_model(
@@ -211,11 +214,16 @@ def test_a_named_checkpoint_of_another_model(
     assert not (tmp_path / "b").exists()
 
 
-def test_another_model_in_a_folder_without_its_configuration(options, tmp_path: Path, capsys):
-    assert run(options) == 0
-    (tmp_path / "run/config.yaml").unlink()
-    assert run([*options, "model.hidden_size=32", "train.max_steps=8"]) == 2
-    assert "step_6) is another model: " in error_line(capsys)
+@pytest.mark.parametrize("change", ["model.num_heads=4", "model.decay=1"])
+def test_initial_weights_that_mean_something_else(
+    options, tmp_path: Path, capsys, change: str
+) -> None:
+    assert run(options, train__max_steps=2) == 0
+    other = as_options({"model.init_from": tmp_path / "run", "train.out_dir": tmp_path / "b"})
+    assert run([*options, *other, change]) == 2
+    key = change.partition("=")[0]
+    assert f"({tmp_path / 'run'}) is another model: {key} is" in error_line(capsys)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_named_checkpoint_of_another_vocabulary(options, tmp_path: Path, capsys) -> None:

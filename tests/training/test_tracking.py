@@ -1,6 +1,7 @@
 """metrics.jsonl and other trackers: what fails in them is said in one line."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ def test_wandb_online_without_an_account(options, tmp_path: Path, capsys, monkey
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: WANDB_MODE (online) needs an account")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wandb_mode_that_is_none(options, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    assert run([*options, "train.trackers=[wandb]"]) == 2
+    assert capsys.readouterr().err.startswith("error: WANDB_MODE (foo) must be one of online, ")
+    assert not (tmp_path / "run").exists()
+    assert run(options, train__max_steps=2) == 0  # without wandb it has no meaning
 
 
 def test_wandb_that_can_not_be_started(options, capsys, monkeypatch) -> None:
@@ -46,10 +55,39 @@ def test_a_full_disk_in_a_tracker(options, tmp_path: Path, capsys) -> None:
     assert run(options) == 0
 
 
+def line(step: object, loss: object = 1.0) -> bytes:
+    return json.dumps({"step": step, "train/loss": loss}).encode()
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "words"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5], None),
+        ([3, 4, 5], [3, 4, 5], None),  # begun with another run's checkpoint
+        ([1, 900, 3, 4, 5], [1, 3, 4, 5], "1 are missing, 0 are there twice"),
+        ([1, 5, 3, 4, 5], [1, 3, 4, 5], "1 are missing, 1 are there twice"),
+        ([1, 2, 2, 3, 4, 5], [1, 2, 3, 4, 5], "0 are missing, 1 are there twice"),
+        ([1, 3, 2, 4, 5], [1, 2, 3, 4, 5], "it is put in order"),
+        ([1, 2, 3], [1, 2, 3], "2 are missing"),
+    ],
+)
+def test_steps_out_of_their_place(
+    tmp_path: Path, caplog, steps: list[int], kept: list[int], words: str | None
+) -> None:
+    (tmp_path / METRICS).write_bytes(b"".join(line(step) + b"\n" for step in steps))
+    MetricsFile(tmp_path, 5).close()
+    rows = [json.loads(row) for row in (tmp_path / METRICS).read_bytes().splitlines()]
+    assert [row["step"] for row in rows] == kept
+    assert len(caplog.records) == (words is not None)
+    assert (words or "") in caplog.text
+
+
 def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path, caplog) -> None:
     """Alone: the good ones after it stay. What an interruption cut off is no damage."""
     good = [json.dumps({"step": step, "train/loss": 9.0 - step}).encode() for step in range(1, 8)]
-    bad = [b"\xff\xfe", b'{"train/loss": 1.0}', b'{"step": 2}', b"[]", b"", good[1][:-4]]
+    bad = [b"\xff\xfe", b'{"train/loss": 1.0}', b'{"step": 2}', b"[]", b"", good[1][:-4],
+           b"[" * 100_000, line(3.5), line(True), line(-2), line(2, "1.0"), line(2, 10**400),
+           line(2, math.nan)]  # fmt: skip
     for damage in bad:
         lines = [good[0], damage, *good[2:6], good[6][:-3]]
         (tmp_path / METRICS).write_bytes(b"\n".join(lines))

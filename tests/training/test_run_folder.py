@@ -1,0 +1,159 @@
+"""A finished run's folder that lost something: nothing that is left in it gets lost too."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_mistakes import tree
+from tests.training.test_faults import bound_by_permissions, flip_a_bit
+from tests.training.test_resume import error_line, step_in
+from tests.training.test_train import metrics, run, weights
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def finished(options, tmp_path: Path, made: dict[str, Path], capsys) -> Path:
+    """The folder of a finished run with checkpoints of steps 4 and 6; trained once."""
+    folder = tmp_path / "run"
+    if made:
+        shutil.copytree(made["run"], folder)
+        shutil.copytree(made["run"].parent / "cache", tmp_path / "cache")
+    else:
+        assert run(options) == 0
+        made["run"] = Path(shutil.copytree(tmp_path, f"{tmp_path}-kept")) / "run"
+    capsys.readouterr()
+    return folder
+
+
+def is_refused(folder: Path, options: list[str], capsys, words: str, **changes: object) -> None:
+    before = tree(folder)
+    assert run(options, **changes) == 2
+    line = error_line(capsys)
+    assert words in line, line
+    assert tree(folder) == before
+
+
+def test_checkpoints_that_can_not_be_listed(options, finished: Path, capsys) -> None:
+    """Nobody knows what is there: not the moment to begin at step 0."""
+    folder = finished / "checkpoints"
+    for change in ({"train__max_steps": 8}, {"train__resume": "never"}):
+        folder.chmod(0)
+        try:
+            with bound_by_permissions():
+                assert run(options, **change) == 2
+        finally:
+            folder.chmod(0o755)
+        assert f"{folder} can't be read (Permission denied)" in error_line(capsys)
+    assert len(metrics(finished)) == 6
+    shutil.rmtree(folder)
+    folder.touch()
+    is_refused(finished, options, capsys, f"{folder} can't be read (Not a dir", train__max_steps=8)
+
+
+def test_a_folder_with_the_name_of_no_step(options, finished: Path) -> None:
+    (finished / "checkpoints/step_\u00b2").mkdir()
+    assert run(options, train__max_steps=8) == 0
+    assert step_in(finished / "final") == 8
+
+
+def test_an_end_without_checkpoints(options, finished: Path, capsys) -> None:
+    shutil.rmtree(finished / "checkpoints")
+    words = f"train.out_dir ({finished}) has final/ and no checkpoint in checkpoints/"
+    is_refused(finished, options, capsys, words, train__max_steps=8)
+    assert run(options) == 0
+    assert "is finished (6 steps)" in capsys.readouterr().err
+    flip_a_bit(finished / "final")
+    is_refused(finished, options, capsys, words)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(options, finished: Path) -> None:
+    shutil.rmtree(finished / "checkpoints")
+    shutil.rmtree(finished / "final")
+    assert run(options) == 0
+    assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_fewer_steps_than_are_done(options, finished: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = finished / "checkpoints/step_6"
+    words = f"train.max_steps (4) is less than the 6 steps of checkpoint ({checkpoint})"
+    named = {"train__resume": checkpoint, "train__out_dir": tmp_path / "b", "train__max_steps": 4}
+    is_refused(finished, options, capsys, words, **named)
+    assert not (tmp_path / "b").exists()
+    assert run(options, train__max_steps=4) == 0
+    assert "is finished (6 steps): nothing to do" in capsys.readouterr().err
+    shutil.rmtree(finished / "final")
+    is_refused(finished, options, capsys, words, train__max_steps=4)
+    assert run(options, train__max_steps=6) == 0
+    assert step_in(finished / "final") == 6
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def without_files(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": {}}')
+
+
+@pytest.mark.parametrize("damage", [without_weights, flip_a_bit, without_files])
+def test_a_damaged_end_is_written_again(
+    options, finished: Path, capsys, damage: Callable[[Path], object]
+) -> None:
+    expected, rows = weights(finished / "best"), (finished / "metrics.jsonl").read_bytes()
+    damage(finished / "final")
+    assert run(options) == 0
+    printed = capsys.readouterr().err
+    assert f"checkpoint ({finished / 'final'}) is damaged" in printed
+    found = weights(finished / "final")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (finished / "set-aside-final").is_dir()
+    assert (finished / "metrics.jsonl").read_bytes() == rows
+    assert run(options) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_manifest_without_files_makes_no_whole_checkpoint(
+    options, finished: Path, tmp_path: Path, capsys
+) -> None:
+    newest = finished / "checkpoints/step_6"
+    without_files(newest)
+    named = {"train__resume": newest, "train__out_dir": tmp_path / "b"}
+    is_refused(finished, options, capsys, "is no whole checkpoint, manifest.json says", **named)
+    manifest = json.loads((finished / "final/manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "training_state.json").write_bytes(
+        (finished / "final/training_state.json").read_bytes()
+    )
+    assert run(options, train__max_steps=8) == 0
+    printed = capsys.readouterr().err
+    assert "manifest.json says nothing of optimizer.safetensors: going back to step_4" in printed
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "final"])
+def test_a_folder_without_its_configuration(options, finished: Path, capsys, left: str) -> None:
+    (finished / "config.yaml").unlink()
+    shutil.rmtree(finished / {"checkpoints": "final", "final": "checkpoints"}[left])
+    other = {"model__norm": "rmsnorm", "train__max_steps": 8}
+    is_refused(finished, options, capsys, "holds a run without its config.yaml", **other)
+    if left == "checkpoints":
+        newest = finished / "checkpoints/step_6"
+        is_refused(finished, options, capsys, f"go on by train.resume={newest}, or set another")
+        assert run(options, train__max_steps=8, train__resume=newest) == 0
+        assert (finished / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "content", ["train: [", "train:\n  max_steps: many\n", "train:\n  keep: 0\n"]
+)
+def test_a_damaged_configuration_is_named(options, finished: Path, capsys, content: str) -> None:
+    (finished / "config.yaml").write_text(content)
+    words = f"{finished / 'config.yaml'}, the configuration of the run in train.out_dir, is damaged"
+    is_refused(finished, options, capsys, words)
