@@ -1,7 +1,6 @@
 """Finding and loading the checkpoint a user means: local files and safetensors only."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +22,12 @@ from transformers.utils.logging import (
 )
 
 from retnet.errors import UserError
-from retnet.generation.integrity import MANIFEST, find_damage
+from retnet.generation.weights import WEIGHTS, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 from retnet.model.step_parts import lay_out_for_decoding
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 DATA_RECORD = "data.json"
 MODEL_TYPES = (RetNetConfig.model_type, TransformerConfig.model_type)
@@ -137,48 +134,27 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path)
     _check_config(folder, trust_remote_code)
-    _check_weights(folder)
     check_weights_unchanged(folder)
     model = _load_model(folder, dtype, trust_remote_code)
     model.to(torch.device(device))  # type: ignore[arg-type]
     lay_out_for_decoding(model)
     tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
     record_file = folder / DATA_RECORD
-    record = _read_json(record_file) if record_file.is_file() else None
+    record = read_json(record_file) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
-def check_weights_unchanged(folder: Path) -> None:
-    """Raise a ``UserError`` when the weights are not those that the folder's manifest describes.
-
-    The other files are text that one may want to edit; a folder without a manifest is accepted.
-    """
-    damage = find_damage(folder, only=(WEIGHTS,)) if (folder / MANIFEST).is_file() else None
-    if damage is not None:
-        raise UserError(
-            f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
-            "you changed the weights yourself"
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not readable JSON ({error}): copy the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold an object: copy the checkpoint again")
-    return content
-
-
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise UserError(
             f"{folder / CONFIG}: dtype ({dtype}) is none of torch's: copy the checkpoint again"
+        )
+    if config.get("transformers_weights") is not None:
+        raise UserError(
+            f"{folder / CONFIG}: transformers_weights ({config['transformers_weights']}) names a "
+            f"file of weights: remove it, they are in {WEIGHTS}"
         )
     model_type = config.get("model_type")
     if model_type == FLA_MODEL_TYPE:
@@ -198,27 +174,6 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
             f"{folder / CONFIG}: model_type ({model_type}) needs code from the checkpoint's own "
             "folder: read that code, then add --trust-remote-code"
         )
-
-
-def _check_weights(folder: Path) -> None:
-    if (folder / WEIGHTS).is_file():
-        return
-    if (folder / WEIGHTS_INDEX).is_file():
-        index = _read_json(folder / WEIGHTS_INDEX)
-        shards = sorted(set(index.get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise UserError(
-                f"checkpoint ({folder}) is incomplete, {missing[0]} is missing: copy it again"
-            )
-        return
-    pickled = next((file.name for file in folder.glob("*.bin")), None)
-    if pickled:
-        raise UserError(
-            f"checkpoint ({folder}) has pickled weights ({pickled}), which can run code: save them "
-            f"as {WEIGHTS}"
-        )
-    raise UserError(f"checkpoint ({folder}) is incomplete, {WEIGHTS} is missing: copy it again")
 
 
 @contextmanager
