@@ -59,6 +59,11 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:  # not of a file that the user could know
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

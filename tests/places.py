@@ -29,6 +29,7 @@ def make_bad_files(folder: Path) -> None:
         "unknown.yaml": b"model:\n  hiden_size: 3\n", "empty.txt": b"", "short.txt": b"abc",
         "binary.txt": bytes(range(256)), "latin.txt": "é".encode("latin-1"), "image.png": b"\x89",
         "broken.jsonl": b'{"text": "a"}\n{"text"', "broken.parquet": b"PAR1",
+        "null.yaml": b'data: {source: "a\\0b"}', "denied.yaml": b"",
         "broken.jsonl.gz": b"\x1f\x8b\x08",
     }  # fmt: skip
     for name, content in texts.items():
@@ -61,6 +62,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     """Paths by the names that arguments use: "{corpus}"."""
     names = ("bad", "broken", "runs")
     places = {name: folder / name for name in names} | {"corpus": folder / "corpus.jsonl"}
+    places["long"] = folder / ("x" * 300)  # no system takes such a name
     rows = [{"text": f"row {i} " * 3, "number": i} for i in range(40)]
     places["corpus"].write_text("\n".join(map(json.dumps, rows)))
     spec = DataSpec(source=str(places["corpus"]), tokenizer="bytes", seq_len=8,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-LEAVES = {"errors", "cli", "allocator"}
+LEAVES = {"errors", "cli", "allocator", "paths"}
 MAY_IMPORT = {
     "model": set(),
     "data": LEAVES,

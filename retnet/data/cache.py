@@ -22,6 +22,7 @@ from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
+from retnet.paths import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
         entry: The folder.
         tokenizer: The tokenizer of its tokens; None for the one that was trained with them.
     """
-    if not entry.exists():
+    if kind_of(entry, "data.cache_dir") is None:
         return None
     try:
         record = json.loads((entry / RECORD).read_text(encoding="utf-8"))

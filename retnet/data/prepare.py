@@ -44,6 +44,7 @@ from retnet.data.tokenizer import (
 )
 from retnet.data.writing import count, read_documents_of, write_tokens
 from retnet.errors import UserError
+from retnet.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
         )
     fingerprints = _fingerprints(spec, source, validation)
     name = _entry_name(spec, source, validation, fingerprints, tokenizer)
-    entry = Path(spec.cache_dir).expanduser() / name
+    entry = expand(spec.cache_dir, "data.cache_dir") / name
     prepared = open_entry(entry, tokenizer)
     if prepared is None:
         with resumable(entry) if spec.streaming else unfinished(entry) as folder:

@@ -26,6 +26,7 @@ from retnet.generation.weights import WEIGHTS, check_weights_unchanged, read_jso
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 from retnet.model.step_parts import lay_out_for_decoding
+from retnet.paths import kind_of
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -69,12 +70,14 @@ def find_checkpoint(path: str | Path) -> Path:
             newest of its ``checkpoints``.
 
     Raises:
-        UserError: There is none; the message lists checkpoints that are near.
+        UserError: There is none; the message lists checkpoints that are near. Or the path cannot
+            be reached.
     """
     path = Path(path)
-    if not path.exists():
+    kind = kind_of(path, "checkpoint")
+    if kind is None:
         raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
-    if not path.is_dir():
+    if kind != "folder":
         raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
     numbered = [
         (int(match[1]), folder)
@@ -83,7 +86,7 @@ def find_checkpoint(path: str | Path) -> Path:
     ]
     newest_first = [folder for _, folder in sorted(numbered, reverse=True)]
     for folder in (path, path / "final", path / "best", *newest_first):
-        if (folder / CONFIG).is_file():
+        if kind_of(folder / CONFIG, "checkpoint") == "file":
             return folder
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 

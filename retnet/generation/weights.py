@@ -6,6 +6,7 @@ from typing import Any
 
 from retnet.errors import UserError
 from retnet.generation.integrity import MANIFEST, find_damage
+from retnet.paths import kind_of
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -63,7 +64,7 @@ def _shards(folder: Path) -> list[str]:
                 "the folder, and others can run code: save the weights again"
             )
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    missing = [shard for shard in shards if kind_of(folder / shard, str(index)) != "file"]
     if missing:
         raise UserError(
             f"checkpoint ({folder}) is incomplete, {missing[0]} is missing: copy it again"

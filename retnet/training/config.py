@@ -14,6 +14,7 @@ from retnet.data import DataSpec
 from retnet.data.spec import BPE
 from retnet.errors import UserError
 from retnet.model import RetNetConfig
+from retnet.paths import kind_of
 
 
 def _option(default: Any, text: str) -> Any:
@@ -193,14 +194,18 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
+    if kind_of(path, "configuration") != "file":
         near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except OSError as error:
+        raise UserError(
+            f"configuration ({path}) cannot be read ({error.strerror}): check its permissions"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"configuration ({path}) is not valid YAML: {error}") from error
     if loaded is None:
         return OmegaConf.create({})
