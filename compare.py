@@ -9,24 +9,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, positive_int, run
-from retnet.errors import UserError
-from retnet.evaluation import (
-    CONTEXTS,
-    check_writable,
-    compare_checkpoints,
-    format_comparison,
-    text_of_file,
-    to_json,
-    validation_text,
-    write_json,
-)
-from retnet.generation import (
-    add_loading_options,
-    load_checkpoint,
-    loading_arguments,
-    text_output,
-)
+try:  # the imports take seconds
+    from retnet.cli import ArgumentParser, positive_int, run
+    from retnet.errors import UserError
+    from retnet.evaluation import (
+        CONTEXTS,
+        check_writable,
+        compare_checkpoints,
+        format_comparison,
+        text_of_file,
+        to_json,
+        validation_text,
+        write_json,
+    )
+    from retnet.generation import (
+        add_loading_options,
+        load_checkpoint,
+        loading_arguments,
+        text_output,
+    )
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def build_parser() -> ArgumentParser:

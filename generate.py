@@ -12,20 +12,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, positive_int, run
-from retnet.errors import UserError
-from retnet.generation import (
-    Sampling,
-    Usage,
-    add_loading_options,
-    decode_utf8,
-    load_checkpoint,
-    loading_arguments,
-    print_samples,
-    read_prompt,
-    stream_text,
-    text_output,
-)
+try:  # the imports take seconds
+    from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, positive_int, run
+    from retnet.errors import UserError
+    from retnet.generation import (
+        Sampling,
+        Usage,
+        add_loading_options,
+        decode_utf8,
+        load_checkpoint,
+        loading_arguments,
+        print_samples,
+        read_prompt,
+        stream_text,
+        text_output,
+    )
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def build_parser() -> ArgumentParser:
