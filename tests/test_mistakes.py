@@ -20,6 +20,7 @@ CONFIGURATION = [
     ("{bad}/list.yaml", "configuration ({bad}/list.yaml) must have the sections"),
     ("{bad}/broken.yaml", "configuration ({bad}/broken.yaml) is not valid YAML"),
     ("{bad}/latin.yaml", "configuration ({bad}/latin.yaml) is not valid YAML"),
+    ("{bad}/deep.yaml", "configuration ({bad}/deep.yaml) is not valid YAML"),
     ("{bad}/twice.yaml", "configuration ({bad}/twice.yaml) is not valid YAML"),
     ("{long}.yaml", "configuration ({long}.yaml) cannot be reached (File name too long)"),
     ("{bad}/unknown.yaml", "Key 'hiden_size' not in"),
@@ -83,6 +84,8 @@ DATA = [
     (RUN + " data.source={bad}/image.png", "data.source ({bad}/image.png) has a suffix"),
     (RUN + " data.source={bad}/short.txt", "data.seq_len (8)"),
     (RUN + " data.source={bad}/broken.jsonl", "{bad}/broken.jsonl line 2 is not JSON"),
+    (RUN + " data.source={bad}/deep.jsonl", "{bad}/deep.jsonl line 1 is not JSON"),
+    (RUN + " data.source={bad}/deep.jsonl data.streaming=true", "deep.jsonl line 1 is not JSON"),
     (RUN + " data.source={bad}/broken.parquet", "is not a readable parquet file"),
     (RUN + " data.source={bad}/broken.jsonl.gz", "{bad}/broken.jsonl.gz is damaged"),
     (RUN + " data.text_field=body", "data.text_field (body) is not a field of"),
@@ -95,6 +98,14 @@ DATA = [
     (RUN + " data.seq_len=100000", "data.seq_len (100000) is longer than the training text"),
     (RUN + " data.max_tokens=4", "data.seq_len (8) is longer than the training text"),
     (RUN + " data.tokenizer=bpe data.vocab_size=100", "data.vocab_size (100) is too small"),
+    (
+        RUN + " data.tokenizer=bpe data.vocab_size=99999999999999999999",
+        "is too large to be trained",
+    ),
+    (
+        RUN + " data.max_tokens=99999999999999999999",
+        "data.max_tokens (99999999999999999999)",
+    ),
     (RUN + " data.vocab_size=5000", "data.vocab_size (5000) is the size of a bpe tokenizer to be"),
     (
         RUN.replace("{tiny}", "{bad}/size.yaml").replace("data.tokenizer=bytes", ""),

@@ -121,17 +121,20 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
         source = reopen_source(given or record["source"])
         rule = SplitRule.from_record(record["split"])
         wanted, made_by = record["validation_sha256"], record["source"].get("python")
+        read = record.get("documents_read")
+        if read is not None and (type(read) is not int or read < 0):
+            raise ValueError(f"documents_read ({read!r})")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
         ) from error
-    if "documents_read" in record:
+    if read is not None:
         source = as_stream(source)
     total = DocumentsHash()
     documents = []
-    for text in islice(read_documents_of(source), None if given else record.get("documents_read")):
+    for text in islice(read_documents_of(source), None if given else read):
         part = text if given else rule.divide(text)[1]
         if part:
             documents.append(part)

@@ -10,6 +10,8 @@ BYTES = "bytes"
 BPE = "bpe"
 # A trained BPE holds the 256 bytes, <bos>, <eos>, <pad> and at least one merge.
 MIN_BPE_VOCAB_SIZE = 256 + 3 + 1
+MAX_TOKENS = 2**63 - 1  # of a window or a corpus: positions are int64
+MAX_BPE_VOCAB_SIZE = 1 << 24  # the trainer reserves memory for so many at once
 
 
 def _option(default: Any, text: str) -> Any:
@@ -83,9 +85,14 @@ class DataSpec:
                 "has 256 bytes and 3 special tokens before its first merge: "
                 f"use at least {MIN_BPE_VOCAB_SIZE}, or data.tokenizer=bytes"
             )
+        if self.tokenizer == BPE and self.vocab_size > MAX_BPE_VOCAB_SIZE:
+            problems.append(
+                f"data.vocab_size ({self.vocab_size}) is too large to be trained: use at most "
+                f"{MAX_BPE_VOCAB_SIZE}"
+            )
         for key in ("seq_len", "max_tokens"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                problems.append(f"data.{key} ({value}) is out of range: use at least 1")
+            if value is not None and not 1 <= value <= MAX_TOKENS:
+                problems.append(f"data.{key} ({value}) is out of range: use 1 to {MAX_TOKENS}")
         if problems:
             raise UserError("; ".join(problems))

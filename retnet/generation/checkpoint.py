@@ -21,7 +21,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from retnet.errors import UserError
+from retnet.errors import UserError, is_out_of_memory
 from retnet.generation.weights import WEIGHTS, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
@@ -209,8 +209,13 @@ def _load_model(
         raise UserError(
             f"checkpoint ({folder}) has damaged weights ({error}): copy it again"
         ) from error
-    except (ValueError, TypeError) as error:  # of the configuration's own checks, and of types
-        raise UserError(f"{folder / CONFIG}: {error}") from error
+    except Exception as error:  # each wrong value of the configuration fails in a way of its own
+        if is_out_of_memory(error):
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UserError(
+            f"{folder / CONFIG}: {kind}{error}: correct it, or copy the checkpoint again"
+        ) from error
     model, info = loaded
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     for names, problem in (

@@ -126,6 +126,8 @@ def test_a_file_is_no_checkpoint(saved: Path) -> None:
         ({"vocab_size": 258}, "of another shape"),
         ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
         ({"hidden_size": "wide"}, r"config\.json: "),
+        ({"quantization_config": 3}, r"config\.json: "),
+        ({"id2label": 3}, r"config\.json: "),
     ],
 )
 def test_a_configuration_that_does_not_fit(copy: Path, changes: dict, message: str) -> None:
