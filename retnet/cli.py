@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from retnet.errors import UserError
+from retnet.errors import UserError, is_out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -58,6 +58,15 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or "an allocation failed"
+        print(
+            f"error: out of memory ({reason}): make the model, the batch or the text smaller",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
     except OSError as error:
         if error.filename is None:  # not of a file that the user could know

@@ -50,6 +50,12 @@ CONFIGURATION = [
     (RUN + " model.hidden_size=15", "model.hidden_size (15) must be"),
     (RUN + " model.hidden_size=0", "model.hidden_size (0)"),
     (RUN + " model.num_hidden_layers=0", "model.num_hidden_layers (0)"),
+    (RUN + " model.num_hidden_layers=1000000000", "model.num_hidden_layers (1000000000) must"),
+    (RUN + " model.hidden_size=200000000", "model.hidden_size (200000000), model.num"),
+    (RUN + " model.intermediate_size=999999999999", "model.intermediate_size (999999999999), mod"),
+    (RUN + " train.batch_size=99999999999999", "train.batch_size (99999999999999) rows of"),
+    (RUN + " train.gradient_accumulation_steps=1000000000000", "must be at most 1000000"),
+    (RUN + " train.max_steps=99999999999999999999", "train.max_steps (99999999999999999999) must"),
     (RUN + " model.dropout=1.5", "model.dropout (1.5)"),
     (RUN + " model.decay=2", "model.decay (2)"),
     (RUN + " model.decay=papr", "model.decay ('papr') must be"),
@@ -77,6 +83,11 @@ DATA = [
     (RUN + " data.source=~nobodyx/x", "data.source (~nobodyx/x) has no home folder"),
     (RUN.replace("{tiny} data.source={corpus}", "{bad}/null.yaml"), "data.source (a\0b) cannot be"),
     (RUN + " data.source={bad}/empty.txt", "data.source ({bad}/empty.txt) is empty"),
+    (
+        RUN + " data.source={bad}/empty.txt data.streaming=true",
+        "{bad}/empty.txt) is empty",
+    ),
+    (RUN + " data.source={bad}/short.txt data.streaming=true", "short.txt) leaves the validation"),
     (RUN + " data.source={bad}/nothing", "is a folder without a file to read"),
     (RUN + " data.source={bad}/*.xyz", "data.source ({bad}/*.xyz) matches no file"),
     (RUN + " data.source={bad}/binary.txt", "{bad}/binary.txt is not UTF-8 text: the first bad"),
@@ -187,6 +198,10 @@ COMPARISON = [
     (C + " --context 8 --stride 9", "stride (9) must be from 1 to context (8)"),
     (C + " --carry-state", "--carry-state needs a recurrent model"),
     (C + " --contexts 8", "not allowed with argument --no-speed"),
+    (
+        "{runs}/retention {runs}/attention --contexts 8 99999999999999",
+        "--contexts (99,999,999,999,999) needs 799,",
+    ),
     (C + " --json {new}/no/out.json", "--json ({new}/no/out.json)"),
     ("{runs}/retention {runs}/unrecorded --no-speed", "{runs}/unrecorded"),
     ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
@@ -207,9 +222,9 @@ ROWS = [
 
 
 def tree(*folders: Path) -> dict[str, int]:
-    """Every file there with the time it was changed."""
+    """Every file there with the time it was changed, and every folder."""
     files = [file for folder in folders for file in folder.rglob("*")]
-    return {str(file): file.stat().st_mtime_ns for file in files if file.is_file()}
+    return {str(file): file.stat().st_mtime_ns if file.is_file() else 0 for file in files}
 
 
 @pytest.mark.parametrize(("entry", "arguments", "words"), ROWS)

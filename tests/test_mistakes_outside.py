@@ -195,6 +195,25 @@ def test_errors_of_files_are_one_line_wherever_they_come_from(capsys) -> None:
         cli.run(fails, [5, "of no file"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_an_allocation_that_fails_is_one_line(capsys, error: Exception) -> None:
+    def fails(argv) -> None:
+        raise error
+
+    assert cli.run(fails, []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory (")
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError):
+        cli.run(fails, [])
+
+
 @pytest.mark.parametrize(("entry", "arguments"), [("compare", ""), ("generate", G)])
 def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> None:
     """What the interpreter does at its end counts too. train.py's is in tests/training."""

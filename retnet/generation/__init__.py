@@ -15,7 +15,7 @@ from retnet.generation.decode import (
 )
 from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
-from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
+from retnet.generation.prompt import check_memory, decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
 
@@ -31,6 +31,7 @@ __all__ = [
     "Usage",
     "add_loading_options",
     "check_compiler",
+    "check_memory",
     "decode_one",
     "decode_utf8",
     "encode_prompt",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -22,7 +23,7 @@ from transformers.utils.logging import (
 )
 
 from retnet.errors import UserError, is_out_of_memory
-from retnet.generation.weights import WEIGHTS, check_weights_unchanged, read_json
+from retnet.generation.weights import WEIGHTS, check_size, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 from retnet.model.step_parts import lay_out_for_decoding
@@ -196,8 +197,13 @@ def _load_model(
 ) -> DecoderForCausalLM:
     try:
         with _no_progress_bars():
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            check_size(folder, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 use_safetensors=True,
@@ -205,6 +211,8 @@ def _load_model(
                 ignore_mismatched_sizes=True,  # reported below, with the parameter's name
                 output_loading_info=True,
             )
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(
             f"checkpoint ({folder}) has damaged weights ({error}): copy it again"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from retnet.errors import UserError
 from retnet.generation.integrity import MANIFEST, find_damage
 from retnet.paths import kind_of
@@ -75,6 +77,31 @@ def _shards(folder: Path) -> list[str]:
 def _is_path(name: str) -> bool:
     """Whether a name leads out of its folder, on this system or another; or is none at all."""
     return any(sign in name for sign in ("/", "\\", ":", "\0"))
+
+
+def check_size(folder: Path, config: Any) -> None:
+    """Find out before a model is built whether its weights are far too few.
+
+    Args:
+        folder: The checkpoint.
+        config: Its configuration as transformers reads it.
+
+    Raises:
+        UserError: The files have fewer bytes than the model has parameters.
+        SafetensorError: A file is cut off or none of the format.
+    """
+    stored = 0
+    for name in weight_files(folder):
+        with safe_open(folder / name, framework="pt"):
+            stored += (folder / name).stat().st_size
+    width, layers = config.hidden_size, config.num_hidden_layers
+    block = getattr(config, "mixer_parameters", 0) + 2 * width * config.intermediate_size
+    least = config.vocab_size * width + layers * block
+    if least > stored:
+        raise UserError(
+            f"checkpoint ({folder}) is incomplete, its weights have {stored:,} bytes and "
+            f"config.json describes a model of {least:,} parameters at least: copy it again"
+        )
 
 
 def check_weights_unchanged(folder: Path) -> None:

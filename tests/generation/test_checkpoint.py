@@ -126,6 +126,8 @@ def test_a_file_is_no_checkpoint(saved: Path) -> None:
         ({"vocab_size": 258}, "of another shape"),
         ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
         ({"hidden_size": "wide"}, r"config\.json: "),
+        ({"vocab_size": 10**12}, "config.json describes a model of 16,000,0.* parameters at least"),
+        ({"num_hidden_layers": 10**9}, "config.json describes a model of .* parameters at least"),
         ({"quantization_config": 3}, r"config\.json: "),
         ({"id2label": 3}, r"config\.json: "),
     ],
