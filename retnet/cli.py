@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
@@ -28,6 +29,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return value
+
+
+def file_path(text: str) -> Path:
+    """An argparse type: a path; an empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must be the path of a file")
+    return Path(text)
 
 
 def configure_logging() -> None:

@@ -1,8 +1,11 @@
 """What the tests of mistakes are pointed at: checkpoints, and files with something wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 import compare
 import generate
@@ -39,9 +42,12 @@ def make_bad_files(folder: Path) -> None:
 
 def make_broken_checkpoints(folder: Path, good: Path) -> None:
     for name in ("weightless", "cut", "config", "other", "tokenless", "foreign", "garbled",
-                 "unsettled", "typeless"):  # fmt: skip
+                 "unsettled", "typeless", "nan"):  # fmt: skip
         shutil.copytree(good, folder / name)
     (folder / "weightless/model.safetensors").unlink()
+    diverged = load_file(folder / "nan/model.safetensors")
+    diverged["model.norm.weight"].fill_(math.nan)
+    save_file(diverged, folder / "nan/model.safetensors", metadata={"format": "pt"})
     weights = folder / "cut/model.safetensors"
     write_manifest(folder / "cut")
     weights.write_bytes(weights.read_bytes()[:-7])

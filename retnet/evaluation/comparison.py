@@ -99,7 +99,7 @@ def compare_checkpoints(
 
     Raises:
         UserError: See ``score_documents``; or no document is as long as the context asked for;
-            or the machine cannot hold a length to measure after.
+            or the machine cannot hold a length to measure after; or a loss is not finite.
     """
     window = training_window(checkpoints[0]) if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
@@ -120,6 +120,11 @@ def compare_checkpoints(
             carry_state=carry_state,
             progress=f"scoring {name}",
         )
+        if not np.isfinite(own.nll).all():
+            raise UserError(
+                f"checkpoint ({checkpoint.path}) gives a loss that is not finite: its weights are "
+                "damaged or of a run that diverged, so take another one"
+            )
         if context is not None and context > own.targets.max() and not carry_state:
             raise UserError(
                 f"--context ({context}) is longer than the text, whose longest document gives "

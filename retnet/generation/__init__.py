@@ -1,6 +1,12 @@
 """From a checkpoint to text: loading, prefill, decoding, sampling, streaming."""
 
-from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoint, load_checkpoint
+from retnet.generation.checkpoint import (
+    DATA_RECORD,
+    Checkpoint,
+    check_finite,
+    find_checkpoint,
+    load_checkpoint,
+)
 from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import (
     ENDED,
@@ -31,6 +37,7 @@ __all__ = [
     "Usage",
     "add_loading_options",
     "check_compiler",
+    "check_finite",
     "check_memory",
     "decode_one",
     "decode_utf8",

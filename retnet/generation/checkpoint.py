@@ -19,10 +19,14 @@ from transformers import (
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
+    get_verbosity,
     is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
 )
 
 from retnet.errors import UserError, is_out_of_memory
+from retnet.generation.decode import prefill
 from retnet.generation.weights import WEIGHTS, check_size, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
@@ -74,6 +78,8 @@ def find_checkpoint(path: str | Path) -> Path:
         UserError: There is none; the message lists checkpoints that are near. Or the path cannot
             be reached.
     """
+    if not str(path):
+        raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
     path = Path(path)
     kind = kind_of(path, "checkpoint")
     if kind is None:
@@ -148,6 +154,21 @@ def load_checkpoint(
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Find out before a text is begun whether a model can make one.
+
+    Raises:
+        UserError: The logits after ``<bos>`` are not finite.
+    """
+    model = checkpoint.model
+    begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
+    if not prefill(model, begin, model.new_cache()).isfinite().all():
+        raise UserError(
+            f"checkpoint ({checkpoint.path}) gives logits that are not finite: its weights are "
+            "damaged or of a run that diverged, so take another one"
+        )
+
+
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
     config = read_json(folder / CONFIG)
     dtype = config.get("dtype", config.get("torch_dtype"))
@@ -181,13 +202,15 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from showing one; loading takes no time that needs it."""
-    shown = is_progress_bar_enabled()
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar, which loading takes no time for, and no table of what does not fit."""
+    shown, verbosity = is_progress_bar_enabled(), get_verbosity()
     disable_progress_bar()
+    set_verbosity_error()
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if shown:
             enable_progress_bar()
 
@@ -196,7 +219,7 @@ def _load_model(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> DecoderForCausalLM:
     try:
-        with _no_progress_bars():
+        with _quiet_transformers():
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )

@@ -151,6 +151,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     merged = layers[0]
     for layer in layers[1:]:
         try:
+            _check_nothing_missing(layer)
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error)) from error
@@ -235,6 +236,15 @@ def _read_override(text: str) -> Any:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument ({text}) can't be read: {reason}; quote the value") from error
+
+
+def _check_nothing_missing(layer: Any) -> None:
+    """Raise a ``UserError`` for OmegaConf's ``???``, which a merge passes over."""
+    missing = sorted(OmegaConf.missing_keys(layer))
+    if missing:
+        raise UserError(
+            f"configuration key ({missing[0]}): ??? is no value: set it, or leave it out"
+        )
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import get_verbosity
 
 from retnet.errors import UserError
 from retnet.generation import (
@@ -132,10 +133,16 @@ def test_a_file_is_no_checkpoint(saved: Path) -> None:
         ({"id2label": 3}, r"config\.json: "),
     ],
 )
-def test_a_configuration_that_does_not_fit(copy: Path, changes: dict, message: str) -> None:
+def test_a_configuration_that_does_not_fit(
+    copy: Path, changes: dict, message: str, capfd, caplog
+) -> None:
     change_config(copy, **changes)
+    verbosity = get_verbosity()
     with pytest.raises(UserError, match=message):
         load_checkpoint(copy)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records  # no table of transformers' before the error
+    assert get_verbosity() == verbosity
 
 
 def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, monkeypatch) -> None:
