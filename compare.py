@@ -7,26 +7,29 @@ to the first model with a 95 % interval, and how fast and in how much memory it 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from retnet.cli import ArgumentParser, positive_int, run
-from retnet.errors import UserError
-from retnet.evaluation import (
-    CONTEXTS,
-    check_writable,
-    compare_checkpoints,
-    format_comparison,
-    text_of_file,
-    to_json,
-    validation_text,
-    write_json,
-)
-from retnet.generation import (
-    add_loading_options,
-    load_checkpoint,
-    loading_arguments,
-    text_output,
-)
+try:  # the imports take seconds
+    from retnet.cli import ArgumentParser, file_path, positive_int, run
+    from retnet.errors import UserError
+    from retnet.evaluation import (
+        CONTEXTS,
+        check_writable,
+        compare_checkpoints,
+        format_comparison,
+        text_of_file,
+        to_json,
+        validation_text,
+        write_json,
+    )
+    from retnet.generation import (
+        add_loading_options,
+        load_checkpoint,
+        loading_arguments,
+        text_output,
+    )
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def build_parser() -> ArgumentParser:
@@ -35,7 +38,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint or run folders, 2 or more")
     text = "a text, .jsonl, .csv or .parquet file (the first model's validation data)"
-    add("--text", type=Path, metavar="FILE", help=text)
+    add("--text", type=file_path, metavar="FILE", help=text)
     add("--text-field", metavar="NAME", help="field of the file's rows with the text (text)")
     context = "tokens of a window (the first model's training window)"
     add("--context", type=positive_int, metavar="N", help=context)
@@ -48,7 +51,7 @@ def build_parser() -> ArgumentParser:
     speed.add_argument("--no-speed", action="store_true", help="do not measure decoding")
     after = f"measure decoding after so many tokens ({' '.join(map(str, CONTEXTS))})"
     speed.add_argument("--contexts", nargs="+", type=positive_int, metavar="N", help=after)
-    add("--json", type=Path, metavar="FILE", help="also write everything to this file")
+    add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     add_loading_options(parser)
     return parser
 

@@ -12,20 +12,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, positive_int, run
-from retnet.errors import UserError
-from retnet.generation import (
-    Sampling,
-    Usage,
-    add_loading_options,
-    decode_utf8,
-    load_checkpoint,
-    loading_arguments,
-    print_samples,
-    read_prompt,
-    stream_text,
-    text_output,
-)
+try:  # the imports take seconds
+    from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, file_path, positive_int, run
+    from retnet.errors import UserError
+    from retnet.generation import (
+        Sampling,
+        Usage,
+        add_loading_options,
+        check_finite,
+        decode_utf8,
+        load_checkpoint,
+        loading_arguments,
+        print_samples,
+        read_prompt,
+        stream_text,
+        text_output,
+    )
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def build_parser() -> ArgumentParser:
@@ -36,7 +41,9 @@ def build_parser() -> ArgumentParser:
     add("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the text to continue; without one it starts from <bos>")
-    prompt.add_argument("--prompt-file", type=Path, help="a UTF-8 file to continue; - is stdin")
+    prompt.add_argument(
+        "--prompt-file", type=file_path, help="a UTF-8 file to continue; - is stdin"
+    )
     add("--max-new-tokens", type=positive_int, default=200, help="the most to make (200)")
     add("--temperature", type=float, help=f"above 0, lower is bolder ({Sampling.temperature})")
     add("--top-k", type=int, help="keep the k most likely tokens (all)")
@@ -77,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
     sampling, prompt, usage = sampling_of(arguments), prompt_of(arguments), Usage()
     checkpoint = load_checkpoint(arguments.checkpoint, **loading_arguments(arguments))
+    check_finite(checkpoint)
     pieces = stream_text(
         checkpoint.model,
         checkpoint.tokenizer,

@@ -4,10 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from retnet.cli import ArgumentParser, run
-from retnet.errors import UserError
-from retnet.generation import text_output
-from retnet.training import describe_keys, load_config, to_yaml, train
+try:  # the imports take seconds
+    from retnet.cli import ArgumentParser, run
+    from retnet.errors import UserError
+    from retnet.generation import text_output
+    from retnet.training import describe_keys, load_config, to_yaml, train
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def main(argv: Sequence[str]) -> int:

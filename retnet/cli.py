@@ -5,11 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from retnet.errors import UserError
+from retnet.errors import UserError, is_out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -28,6 +29,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return value
+
+
+def file_path(text: str) -> Path:
+    """An argparse type: a path; an empty one would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must be the path of a file")
+    return Path(text)
 
 
 def configure_logging() -> None:
@@ -58,6 +66,20 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split()) or "an allocation failed"
+        print(
+            f"error: out of memory ({reason}): make the model, the batch or the text smaller",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.filename is None:  # not of a file that the user could know
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The one exception for what a user did wrong."""
+"""The one exception for what a user did wrong, and how others are told apart."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     The message is one line that names the key or file, its value and the fix. The entry points
     print it as ``error: <message>`` and exit with code 2; anything else keeps its traceback.
     """
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, in Python, numpy or torch, on whatever device."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

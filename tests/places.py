@@ -1,8 +1,11 @@
 """What the tests of mistakes are pointed at: checkpoints, and files with something wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
 
 import compare
 import generate
@@ -29,6 +32,8 @@ def make_bad_files(folder: Path) -> None:
         "unknown.yaml": b"model:\n  hiden_size: 3\n", "empty.txt": b"", "short.txt": b"abc",
         "binary.txt": bytes(range(256)), "latin.txt": "é".encode("latin-1"), "image.png": b"\x89",
         "broken.jsonl": b'{"text": "a"}\n{"text"', "broken.parquet": b"PAR1",
+        "null.yaml": b'data: {source: "a\\0b"}', "denied.yaml": b"",
+        "deep.yaml": b"[" * 3000, "deep.jsonl": b"[" * 100_000,
         "broken.jsonl.gz": b"\x1f\x8b\x08",
     }  # fmt: skip
     for name, content in texts.items():
@@ -37,9 +42,12 @@ def make_bad_files(folder: Path) -> None:
 
 def make_broken_checkpoints(folder: Path, good: Path) -> None:
     for name in ("weightless", "cut", "config", "other", "tokenless", "foreign", "garbled",
-                 "unsettled", "typeless"):  # fmt: skip
+                 "unsettled", "typeless", "nan"):  # fmt: skip
         shutil.copytree(good, folder / name)
     (folder / "weightless/model.safetensors").unlink()
+    diverged = load_file(folder / "nan/model.safetensors")
+    diverged["model.norm.weight"].fill_(math.nan)
+    save_file(diverged, folder / "nan/model.safetensors", metadata={"format": "pt"})
     weights = folder / "cut/model.safetensors"
     write_manifest(folder / "cut")
     weights.write_bytes(weights.read_bytes()[:-7])
@@ -61,6 +69,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     """Paths by the names that arguments use: "{corpus}"."""
     names = ("bad", "broken", "runs")
     places = {name: folder / name for name in names} | {"corpus": folder / "corpus.jsonl"}
+    places["long"] = folder / ("x" * 300)  # no system takes such a name
     rows = [{"text": f"row {i} " * 3, "number": i} for i in range(40)]
     places["corpus"].write_text("\n".join(map(json.dumps, rows)))
     spec = DataSpec(source=str(places["corpus"]), tokenizer="bytes", seq_len=8,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-LEAVES = {"errors", "cli", "allocator"}
+LEAVES = {"errors", "cli", "allocator", "memory", "paths"}
 MAY_IMPORT = {
     "model": set(),
     "data": LEAVES,

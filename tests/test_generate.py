@@ -146,6 +146,13 @@ def test_a_wrong_checkpoint_lists_those_near(main) -> None:
     assert "retention/final" in err
 
 
+def test_a_checkpoint_without_a_name(main, tmp_path: Path, monkeypatch) -> None:
+    save_checkpoint(tmp_path)
+    monkeypatch.chdir(tmp_path)  # which an empty path would mean
+    for name in ("", str(tmp_path)):
+        assert run(generate.main, [name, "--max-new-tokens", "1"]) == (0 if name else 2)
+
+
 def test_ctrl_c_keeps_the_text_and_ends_quietly(main, monkeypatch) -> None:
     def interrupted(*args, **kwargs):
         yield ["abc"]

@@ -20,7 +20,9 @@ CONFIGURATION = [
     ("{bad}/list.yaml", "configuration ({bad}/list.yaml) must have the sections"),
     ("{bad}/broken.yaml", "configuration ({bad}/broken.yaml) is not valid YAML"),
     ("{bad}/latin.yaml", "configuration ({bad}/latin.yaml) is not valid YAML"),
+    ("{bad}/deep.yaml", "configuration ({bad}/deep.yaml) is not valid YAML"),
     ("{bad}/twice.yaml", "configuration ({bad}/twice.yaml) is not valid YAML"),
+    ("{long}.yaml", "configuration ({long}.yaml) cannot be reached (File name too long)"),
     ("{bad}/unknown.yaml", "Key 'hiden_size' not in"),
     (RUN + " model.hiden_size=3", "Did you mean one of: 'hidden_size'"),
     (RUN + " trian.max_steps=3", "Did you mean: 'train'"),
@@ -53,6 +55,12 @@ CONFIGURATION = [
     (RUN + " model.hidden_size=15", "model.hidden_size (15) must be"),
     (RUN + " model.hidden_size=0", "model.hidden_size (0)"),
     (RUN + " model.num_hidden_layers=0", "model.num_hidden_layers (0)"),
+    (RUN + " model.num_hidden_layers=1000000000", "model.num_hidden_layers (1000000000) must"),
+    (RUN + " model.hidden_size=200000000", "model.hidden_size (200000000), model.num"),
+    (RUN + " model.intermediate_size=999999999999", "model.intermediate_size (999999999999), mod"),
+    (RUN + " train.batch_size=99999999999999", "train.batch_size (99999999999999) rows of"),
+    (RUN + " train.gradient_accumulation_steps=1000000000000", "must be at most 1000000"),
+    (RUN + " train.max_steps=99999999999999999999", "train.max_steps (99999999999999999999) must"),
     (RUN + " model.dropout=1.5", "model.dropout (1.5)"),
     (RUN + " model.decay=2", "model.decay (2)"),
     (RUN + " model.decay=papr", "model.decay ('papr') must be"),
@@ -67,6 +75,8 @@ CONFIGURATION = [
     (RUN + " train.sample_prompt=\udcff", "is not UTF-8: write it in UTF-8"),
     (RUN + " train.out_dir={corpus}", "train.out_dir ({corpus}) is a file: name a folder"),
     (RUN + " train.out_dir=/proc/nowhere", "train.out_dir (/proc/nowhere) can't be written"),
+    (RUN + " train.out_dir={long}", "{long}: File name too long"),
+    (RUN + " train.resume={long}", "{long}: File name too long"),
     (RUN + " train.resume={new}/no", "train.resume ({new}/no) must be auto, never, or"),
     (RUN + " train.resume={runs}/retention/final", "train.resume ({runs}/retention/final)"),
 ]  # fmt: skip
@@ -74,7 +84,15 @@ CONFIGURATION = [
 DATA = [
     (RUN + " data.source={new}/no.txt", "data.source ({new}/no.txt) does not exist"),
     (RUN + " data.source=", "data.source"),
+    (RUN + " data.source={long}", "data.source ({long}) cannot be reached (File name too long)"),
+    (RUN + " data.source=~nobodyx/x", "data.source (~nobodyx/x) has no home folder"),
+    (RUN.replace("{tiny} data.source={corpus}", "{bad}/null.yaml"), "data.source (a\0b) cannot be"),
     (RUN + " data.source={bad}/empty.txt", "data.source ({bad}/empty.txt) is empty"),
+    (
+        RUN + " data.source={bad}/empty.txt data.streaming=true",
+        "{bad}/empty.txt) is empty",
+    ),
+    (RUN + " data.source={bad}/short.txt data.streaming=true", "short.txt) leaves the validation"),
     (RUN + " data.source={bad}/nothing", "is a folder without a file to read"),
     (RUN + " data.source={bad}/*.xyz", "data.source ({bad}/*.xyz) matches no file"),
     (RUN + " data.source={bad}/binary.txt", "{bad}/binary.txt is not UTF-8 text: the first bad"),
@@ -82,10 +100,13 @@ DATA = [
     (RUN + " data.source={bad}/image.png", "data.source ({bad}/image.png) has a suffix"),
     (RUN + " data.source={bad}/short.txt", "data.seq_len (8)"),
     (RUN + " data.source={bad}/broken.jsonl", "{bad}/broken.jsonl line 2 is not JSON"),
+    (RUN + " data.source={bad}/deep.jsonl", "{bad}/deep.jsonl line 1 is not JSON"),
+    (RUN + " data.source={bad}/deep.jsonl data.streaming=true", "deep.jsonl line 1 is not JSON"),
     (RUN + " data.source={bad}/broken.parquet", "is not a readable parquet file"),
     (RUN + " data.source={bad}/broken.jsonl.gz", "{bad}/broken.jsonl.gz is damaged"),
     (RUN + " data.text_field=body", "data.text_field (body) is not a field of"),
     (RUN + " data.text_field=number", "data.text_field (number) of"),
+    (RUN + " data.validation={long}", "data.validation ({long}) cannot be reached"),
     (RUN + " data.validation={new}/no.txt", "data.validation ({new}/no.txt)"),
     (RUN + " data.validation={bad}/empty.txt", "data.validation ({bad}/empty.txt) is empty"),
     (RUN + " data.validation=test", "data.validation (test) is no file, folder or glob"),
@@ -93,18 +114,31 @@ DATA = [
     (RUN + " data.seq_len=100000", "data.seq_len (100000) is longer than the training text"),
     (RUN + " data.max_tokens=4", "data.seq_len (8) is longer than the training text"),
     (RUN + " data.tokenizer=bpe data.vocab_size=100", "data.vocab_size (100) is too small"),
+    (
+        RUN + " data.tokenizer=bpe data.vocab_size=99999999999999999999",
+        "is too large to be trained",
+    ),
+    (
+        RUN + " data.max_tokens=99999999999999999999",
+        "data.max_tokens (99999999999999999999)",
+    ),
     (RUN + " data.vocab_size=5000", "data.vocab_size (5000) is the size of a bpe tokenizer to be"),
     (
         RUN.replace("{tiny}", "{bad}/size.yaml").replace("data.tokenizer=bytes", ""),
         "and data.tokenizer (bytes) has 259 entries",
     ),
     (RUN + " data.tokenizer={bad}", "data.tokenizer ({bad}) is a folder without a tokenizer"),
+    (RUN + " data.tokenizer={long}", "data.tokenizer ({long}) cannot be reached"),
+    (RUN + " data.tokenizer=~nobodyx/x", "data.tokenizer (~nobodyx/x) has no home folder"),
     (RUN + " data.tokenizer={new}/no", "data.tokenizer ({new}/no) is not a folder"),
     (RUN + " data.tokenizer=nobody/nothing", "data.tokenizer (nobody/nothing)"),
     (RUN + " data.source=nobody/nothing", "data.source (nobody/nothing)"),
     (RUN + " data.hub_config=x", "data.hub_config (x) has no meaning"),
     (RUN + " data.split=test", "data.split (test) has no meaning"),
     (RUN + " data.cache_dir=/proc/nowhere", "data.cache_dir (/proc/nowhere) cannot be written"),
+    (RUN + " data.cache_dir={long}", "data.cache_dir ({long}"),
+    (RUN + " data.cache_dir=~nobodyx/x", "data.cache_dir (~nobodyx/x) has no home folder"),
+    (RUN + " model.init_from={long}", "checkpoint ({long}) cannot be reached"),
     (RUN + " model.init_from={new}/no", "checkpoint ({new}/no) does not exist"),
     (
         RUN + " model.init_from={runs}/retention data.cache_dir={folder}/cache",
@@ -115,6 +149,7 @@ DATA = [
 GENERATION = [
     ("", "the following arguments are required: checkpoint"),
     ("{runs}/retentoin", "retention/final"),
+    ("{long}", "checkpoint ({long}) cannot be reached (File name too long)"),
     ("{runs}/retention/final/config.json", "is a file: name its folder"),
     ("{bad}", "checkpoint ({bad}) holds no config.json"),
     ("{broken}/weightless", "model.safetensors is missing: copy it again"),
@@ -126,6 +161,8 @@ GENERATION = [
     ("{broken}/unsettled", "checkpoint ({broken}/unsettled) has a tokenizer that cannot be loaded"),
     ("{broken}/typeless", "{broken}/typeless/config.json: dtype (float7) is none of torch's"),
     ("{broken}/foreign", "use the tokenizer the model was trained with"),
+    ("{broken}/nan --prompt ab", "checkpoint ({broken}/nan) gives logits that are not finite"),
+    ("{broken}/nan --num-samples 2", "checkpoint ({broken}/nan) gives logits that are not finite"),
     (G + " --max-new-tokens -1", "--max-new-tokens: '-1' must be a whole number of at least 1"),
     (G + " --max-new-tokens many", "--max-new-tokens: 'many' must be"),
     (G + " --temperature 0", "temperature (0.0) must be above 0: use --greedy"),
@@ -139,6 +176,7 @@ GENERATION = [
     (G + " --seed -1", "seed (-1)"),
     (G + " --greedy --top-k 3", "--top-k has no effect with --greedy"),
     (G + " --num-samples 0", "--num-samples: '0' must be"),
+    (G + " --prompt-file=", "--prompt-file: '' must be the path of a file"),
     (G + " --prompt-file {new}/no", "--prompt-file ({new}/no) cannot be read"),
     (G + " --prompt-file {bad}/binary.txt", "{bad}/binary.txt is not UTF-8 at byte"),
     (G + " -", "standard input is not UTF-8 at byte 1 (0xff): convert it"),
@@ -158,6 +196,10 @@ COMPARISON = [
     ("{runs}/retention {runs}/no", "checkpoint ({runs}/no) does not exist"),
     ("{runs}/retention {broken}/cut", "checkpoint ({broken}/cut) is damaged"),
     (C + " --text {new}/no.txt", "--text ({new}/no.txt) does not exist"),
+    ("{runs}/retention {broken}/nan --no-speed", "checkpoint ({broken}/nan) gives a loss that is"),
+    (C + " --text=", "--text: '' must be the path of a file"),
+    (C + " --json=", "--json: '' must be the path of a file"),
+    (C + " --text {long}", "--text ({long}) cannot be reached (File name too long)"),
     (C + " --text {bad}/empty.txt", "--text ({bad}/empty.txt) is empty"),
     (C + " --text {bad}/latin.txt", "{bad}/latin.txt is not UTF-8 text"),
     (C + " --text {corpus} --text-field body", "--text-field (body) is not a field of"),
@@ -167,11 +209,16 @@ COMPARISON = [
     (C + " --context 8 --stride 9", "stride (9) must be from 1 to context (8)"),
     (C + " --carry-state", "--carry-state needs a recurrent model"),
     (C + " --contexts 8", "not allowed with argument --no-speed"),
+    (
+        "{runs}/retention {runs}/attention --contexts 8 99999999999999",
+        "--contexts (99,999,999,999,999) needs 799,",
+    ),
     (C + " --json {new}/no/out.json", "--json ({new}/no/out.json)"),
     ("{runs}/retention {runs}/unrecorded --no-speed", "{runs}/unrecorded"),
     ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
     ("{runs}/partial {runs}/partial --no-speed", "is damaged, 'split' is missing"),
     ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
+    (C + " --json {long}", "--json ({long}) cannot be reached (File name too long)"),
     (C + " --json /proc/out.json", "--json (/proc/out.json) cannot be written"),
     (C + " --json /dev/null", "--json (/dev/null) is a device or pipe: name a file"),
 ]
@@ -186,9 +233,9 @@ ROWS = [
 
 
 def tree(*folders: Path) -> dict[str, int]:
-    """Every file there with the time it was changed."""
+    """Every file there with the time it was changed, and every folder."""
     files = [file for folder in folders for file in folder.rglob("*")]
-    return {str(file): file.stat().st_mtime_ns for file in files if file.is_file()}
+    return {str(file): file.stat().st_mtime_ns if file.is_file() else 0 for file in files}
 
 
 @pytest.mark.parametrize(("entry", "arguments", "words"), ROWS)

@@ -168,6 +168,52 @@ def test_no_answer_within_seconds_is_an_answer(monkeypatch, capsys, tmp_path, pl
     os.close(pipe[1])  # and the thread that waits for it ends
 
 
+def test_a_file_that_may_not_be_read(places: dict[str, Path], capsys, monkeypatch) -> None:
+    """Permissions do not apply to the superuser, who may run this."""
+    file = places["bad"] / "denied.yaml"
+    real = Path.read_text
+
+    def denied(path: Path, *args, **options) -> str:
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert cli.run(train.main, [str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: configuration ({file}) cannot be read (Permission denied): check its permissions\n"
+    )
+
+
+def test_errors_of_files_are_one_line_wherever_they_come_from(capsys) -> None:
+    def fails(argv) -> None:
+        raise OSError(*argv)
+
+    assert cli.run(fails, [30, "Read-only file system", "/there/it is"]) == 2
+    assert capsys.readouterr().err == "error: /there/it is: Read-only file system\n"
+    with pytest.raises(OSError, match="of no file"):
+        cli.run(fails, [5, "of no file"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_an_allocation_that_fails_is_one_line(capsys, error: Exception) -> None:
+    def fails(argv) -> None:
+        raise error
+
+    assert cli.run(fails, []) == 2
+    assert capsys.readouterr().err.startswith("error: out of memory (")
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError):
+        cli.run(fails, [])
+
+
 @pytest.mark.parametrize(("entry", "arguments"), [("compare", ""), ("generate", G)])
 def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> None:
     """What the interpreter does at its end counts too. train.py's is in tests/training."""

@@ -119,12 +119,17 @@ class TrainingBatches:
             [B, T], where boundaries matter and some row holds one.
         """
         first = (micro_step * self._world_size + self._rank) * self._batch_size
-        starts = self.window_starts(step)[first : first + self._batch_size]
+        starts = self._starts(self._rows(step)[first : first + self._batch_size])
         return self._windows.batch(np.array(starts), self._num_tokens)
 
     def window_starts(self, step: int) -> list[int]:
         """The first token of every row of a step, over all processes and micro-steps."""
-        rows = range(step * self.global_batch, (step + 1) * self.global_batch)
+        return self._starts(self._rows(step))
+
+    def _rows(self, step: int) -> range:
+        return range(step * self.global_batch, (step + 1) * self.global_batch)
+
+    def _starts(self, rows: range) -> list[int]:
         return [self._start(*divmod(row, self.windows_per_epoch)) for row in rows]
 
     def epoch(self, step: int) -> float:

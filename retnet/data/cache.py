@@ -22,6 +22,7 @@ from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
+from retnet.paths import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
         entry: The folder.
         tokenizer: The tokenizer of its tokens; None for the one that was trained with them.
     """
-    if not entry.exists():
+    if kind_of(entry, "data.cache_dir") is None:
         return None
     try:
         record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
@@ -97,7 +98,7 @@ def unfinished(entry: Path) -> Iterator[Path]:
     Raises:
         UserError: The cache folder cannot be written.
     """
-    made = [parent for parent in (entry.parent, *entry.parent.parents) if not parent.exists()]
+    made = _missing_folders(entry.parent)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         for old in entry.parent.glob(f"{TEMPORARY}*"):  # of processes that were killed
@@ -115,19 +116,31 @@ def unfinished(entry: Path) -> Iterator[Path]:
         raise _not_writable(entry.parent, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
+        _remove_empty(made)
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the innermost first."""
+    return [missing for missing in (folder, *folder.parents) if not missing.exists()]
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in made:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
 def resumable(entry: Path) -> Iterator[Path]:
     """A folder beside ``entry`` that stays when the block is interrupted, for the next attempt.
 
+    It goes, with parents made for it, when the text is at fault.
+
     Raises:
         UserError: The cache folder cannot be written, or another process is at work there.
     """
     folder = entry.with_name(f"{STREAMING}{entry.name}")
+    made = _missing_folders(entry.parent)
     lock = FileLock(f"{folder}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +164,7 @@ def resumable(entry: Path) -> Iterator[Path]:
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+        _remove_empty(made)
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:

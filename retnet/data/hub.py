@@ -23,6 +23,7 @@ from retnet.data.network import (
 )
 from retnet.data.readers import READERS, missing_field, suffix_of, text_of_row
 from retnet.errors import UserError
+from retnet.paths import kind_of
 
 T = TypeVar("T")
 ROWS = 1000
@@ -153,7 +154,7 @@ def open_hub(
     Raises:
         UserError: There is no such data set, or it is no local path and the Hub cannot be reached.
     """
-    if not Path(location).is_dir() and revision is None:
+    if revision is None and kind_of(Path(location), key) != "folder":
         revision = hub_revision(location, "dataset", f"{key} ({location})")
     return HubSource(location, key, text_field, hub_config, split, revision)
 

@@ -44,6 +44,7 @@ from retnet.data.tokenizer import (
 )
 from retnet.data.writing import count, read_documents_of, write_tokens
 from retnet.errors import UserError
+from retnet.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
         )
     fingerprints = _fingerprints(spec, source, validation)
     name = _entry_name(spec, source, validation, fingerprints, tokenizer)
-    entry = Path(spec.cache_dir).expanduser() / name
+    entry = expand(spec.cache_dir, "data.cache_dir") / name
     prepared = open_entry(entry, tokenizer)
     if prepared is None:
         with resumable(entry) if spec.streaming else unfinished(entry) as folder:
@@ -120,17 +121,20 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
         source = reopen_source(given or record["source"])
         rule = SplitRule.from_record(record["split"])
         wanted, made_by = record["validation_sha256"], record["source"].get("python")
+        read = record.get("documents_read")
+        if read is not None and (type(read) is not int or read < 0):
+            raise ValueError(f"documents_read ({read!r})")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
         ) from error
-    if "documents_read" in record:
+    if read is not None:
         source = as_stream(source)
     total = DocumentsHash()
     documents = []
-    for text in islice(read_documents_of(source), None if given else record.get("documents_read")):
+    for text in islice(read_documents_of(source), None if given else read):
         part = text if given else rule.divide(text)[1]
         if part:
             documents.append(part)

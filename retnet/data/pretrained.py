@@ -1,12 +1,12 @@
 """Tokenizers that others trained: a local folder, the local cache of the Hub, or the Hub."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retnet.data.network import HubUnreachableError, hub_revision, while_reachable
 from retnet.errors import UserError
+from retnet.paths import expand, kind_of
 
 
 def load_pretrained(
@@ -35,8 +35,10 @@ def load_pretrained(
 
 
 def _load(name: str) -> PreTrainedTokenizerBase:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    what = f"data.tokenizer ({name})"
+    folder = expand(name, "data.tokenizer")
+    kind = kind_of(folder, "data.tokenizer")
+    if kind == "folder":
         try:
             return _from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # missing, damaged and unknown files each raise another kind
@@ -44,11 +46,10 @@ def _load(name: str) -> PreTrainedTokenizerBase:
                 f"data.tokenizer ({name}) is a folder without a tokenizer that can be read "
                 f"({' '.join(str(error).split())}): name one with tokenizer.json"
             ) from error
-    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(
             f"data.tokenizer ({name}) is not a folder: name the folder that holds tokenizer.json"
         )
-    what = f"data.tokenizer ({name})"
     try:
         return _from_pretrained(name, local_files_only=True)
     except Exception:  # not in the local cache; the Hub decides

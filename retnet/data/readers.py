@@ -119,7 +119,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             where = f"{path} line {number}"
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{where} is not JSON ({error}): write one JSON object per line"
                 ) from error

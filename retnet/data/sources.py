@@ -23,6 +23,7 @@ from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, read_documents, suffix_of
 from retnet.data.spec import PYTHON_STDLIB, DataSpec
 from retnet.errors import UserError
+from retnet.paths import expand, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def open_source(spec: DataSpec) -> Source:
     try:
         source = open_location(spec.source, key, spec.text_field, spec.hub_config, spec.split)
     except HubUnreachableError:
-        revision = known_revision(Path(spec.cache_dir).expanduser(), spec.source)
+        revision = known_revision(expand(spec.cache_dir, "data.cache_dir"), spec.source)
         if revision is None:
             raise
         logger.warning("%s (%s): no network, revision %s as before", key, spec.source, revision)
@@ -173,7 +174,7 @@ def open_validation(spec: DataSpec, source: Source) -> Source | None:
     """
     if spec.validation is None:
         return None
-    if is_local(spec.validation):
+    if is_local(spec.validation, "data.validation"):
         return open_location(spec.validation, "data.validation", spec.text_field, None, "train")
     if isinstance(source, HubSource):
         return source.with_split(spec.validation, "data.validation")
@@ -183,11 +184,11 @@ def open_validation(spec: DataSpec, source: Source) -> Source | None:
     )
 
 
-def is_local(location: str) -> bool:
-    """Whether a name can only mean local files."""
-    path = Path(location).expanduser()
+def is_local(location: str, key: str) -> bool:
+    """Whether a name, the value of a key, can only mean local files."""
+    path = expand(location, key)
     return (
-        path.exists()
+        kind_of(path, key) is not None
         or location == PYTHON_STDLIB
         or bool(GLOB_SIGNS.search(location))
         or suffix_of(path) in READERS
@@ -212,13 +213,16 @@ def open_location(
     """
     if location == PYTHON_STDLIB:
         return StdlibSource(Path(sysconfig.get_path("stdlib")))
-    path = Path(location).expanduser()
-    if path.is_dir():
+    path = expand(location, key)
+    kind = kind_of(path, key)
+    if kind == "folder":
         if is_hub_layout(path):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
             return open_hub(str(path.resolve()), key, text_field, hub_config, split)
         return _file_source(str(path.resolve()), _files_of_folder(path, key), text_field)
-    if path.exists():
+    if kind == "other":
+        raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
+    if kind == "file":
         if suffix_of(path) not in READERS:
             raise UserError(
                 f"{key} ({location}) has a suffix that is not known "
@@ -228,7 +232,7 @@ def open_location(
     if GLOB_SIGNS.search(location):
         absolute = str(Path.cwd() / path)
         return _file_source(absolute, _files_of_glob(absolute, location, key), text_field)
-    if is_local(location):
+    if is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
     return open_hub(location, key, text_field, hub_config, split)
 
@@ -242,7 +246,10 @@ def reopen_source(record: dict[str, Any]) -> Source:
     if record["kind"] == PYTHON_STDLIB:
         return open_location(PYTHON_STDLIB, "data.source", "text", None, "train")
     if record["kind"] == "hub":
-        if record["revision"] is None and not Path(record["location"]).is_dir():
+        if (
+            record["revision"] is None
+            and kind_of(Path(record["location"]), "data.source") != "folder"
+        ):
             raise UserError(f"data.source ({record['location']}) does not exist: restore it")
         return _reopen_hub(record)
     return open_location(record["location"], "data.source", record["text_field"], None, "train")

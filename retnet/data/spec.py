@@ -10,6 +10,7 @@ BYTES = "bytes"
 BPE = "bpe"
 # A trained BPE holds the 256 bytes, <bos>, <eos>, <pad> and at least one merge.
 MIN_BPE_VOCAB_SIZE = 256 + 3 + 1
+MAX_BPE_VOCAB_SIZE = 1 << 24  # the trainer reserves memory for so many at once
 
 
 def _option(default: Any, text: str) -> Any:
@@ -82,6 +83,11 @@ class DataSpec:
                 f"data.vocab_size ({self.vocab_size}) is too small for a byte-level BPE, which "
                 "has 256 bytes and 3 special tokens before its first merge: "
                 f"use at least {MIN_BPE_VOCAB_SIZE}, or data.tokenizer=bytes"
+            )
+        if self.tokenizer == BPE and self.vocab_size > MAX_BPE_VOCAB_SIZE:
+            problems.append(
+                f"data.vocab_size ({self.vocab_size}) is too large to be trained: use at most "
+                f"{MAX_BPE_VOCAB_SIZE}"
             )
         for key in ("seq_len", "max_tokens"):
             value = getattr(self, key)

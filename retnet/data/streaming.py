@@ -150,12 +150,15 @@ def write_stream(
                     _commit(folder, writers, hashes)
         facts: dict[str, Any] = {"documents_read": hashes.documents}
         facts["corpus_sha256"] = hashes.all.hexdigest()
+        if not hashes.documents:
+            raise UserError(f"data.source ({source.name}) is empty: name a file with text")
         for side, writer in writers.items():
             if not writer.num_documents:
+                until = f", read up to data.max_tokens ({spec.max_tokens})," * bool(spec.max_tokens)
                 raise UserError(
-                    f"data.source ({spec.source}), read up to data.max_tokens "
-                    f"({spec.max_tokens}), leaves the {side} side empty: streaming holds whole "
-                    "documents back, so use more of them, or name a text in data.validation"
+                    f"data.source ({spec.source}){until} leaves the {side} side empty: streaming "
+                    "holds whole documents back, so use more of them, or name a text in "
+                    "data.validation"
                 )
             facts[f"{side}_sha256"] = hashes.sides[side].hexdigest()
             facts[side] = {

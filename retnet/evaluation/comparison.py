@@ -18,7 +18,7 @@ from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
 from retnet.evaluation.perplexity import DocumentScores, check_windows, score_documents
 from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
-from retnet.generation import Checkpoint
+from retnet.generation import Checkpoint, check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +98,16 @@ def compare_checkpoints(
         speed_contexts: Lengths after which decoding is measured; none when empty.
 
     Raises:
-        UserError: See ``score_documents``; or no document is as long as the context asked for.
+        UserError: See ``score_documents``; or no document is as long as the context asked for;
+            or the machine cannot hold a length to measure after; or a loss is not finite.
     """
     window = training_window(checkpoints[0]) if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
+        if speed_contexts:
+            longest = max(speed_contexts)
+            check_memory(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(
@@ -116,6 +120,11 @@ def compare_checkpoints(
             carry_state=carry_state,
             progress=f"scoring {name}",
         )
+        if not np.isfinite(own.nll).all():
+            raise UserError(
+                f"checkpoint ({checkpoint.path}) gives a loss that is not finite: its weights are "
+                "damaged or of a run that diverged, so take another one"
+            )
         if context is not None and context > own.targets.max() and not carry_state:
             raise UserError(
                 f"--context ({context}) is longer than the text, whose longest document gives "

@@ -13,6 +13,7 @@ from retnet.errors import UserError
 from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
+from retnet.paths import kind_of
 
 WIDTH = 100
 NAME_WIDTH = 22
@@ -212,11 +213,12 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: Its folder is missing or cannot be written, or it is no file.
     """
-    if path.is_dir():
+    kind = kind_of(path, "--json")
+    if kind == "folder":
         raise UserError(f"--json ({path}) is a folder: name a file in it")
-    if path.exists() and not path.is_file():
+    if kind == "other":
         raise UserError(f"--json ({path}) is a device or pipe: name a file")
-    if not path.absolute().parent.is_dir():
+    if kind_of(path.absolute().parent, "--json") != "folder":
         raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
     temporary = _temporary(path)
     try:

@@ -9,6 +9,7 @@ from retnet.data import rebuild_validation
 from retnet.data.sources import open_location
 from retnet.errors import UserError
 from retnet.generation import DATA_RECORD, Checkpoint
+from retnet.paths import kind_of
 
 ASK_FOR_TEXT = "name a text that none of the models was trained on with --text FILE"
 
@@ -40,7 +41,7 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
     Raises:
         UserError: It is missing, unreadable or without text.
     """
-    if not path.exists():
+    if kind_of(path, "--text") is None:
         raise UserError(f"--text ({path}) does not exist: correct the path")
     try:
         source = open_location(str(path), "--text", text_field, None, "train")

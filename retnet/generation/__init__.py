@@ -1,6 +1,12 @@
 """From a checkpoint to text: loading, prefill, decoding, sampling, streaming."""
 
-from retnet.generation.checkpoint import DATA_RECORD, Checkpoint, find_checkpoint, load_checkpoint
+from retnet.generation.checkpoint import (
+    DATA_RECORD,
+    Checkpoint,
+    check_finite,
+    find_checkpoint,
+    load_checkpoint,
+)
 from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import (
     ENDED,
@@ -15,7 +21,7 @@ from retnet.generation.decode import (
 )
 from retnet.generation.integrity import MANIFEST, find_damage, write_manifest
 from retnet.generation.options import add_loading_options, loading_arguments
-from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
+from retnet.generation.prompt import check_memory, decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
 
@@ -31,6 +37,8 @@ __all__ = [
     "Usage",
     "add_loading_options",
     "check_compiler",
+    "check_finite",
+    "check_memory",
     "decode_one",
     "decode_utf8",
     "encode_prompt",

@@ -1,7 +1,6 @@
 """Finding and loading the checkpoint a user means: local files and safetensors only."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -19,18 +19,21 @@ from transformers import (
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
+    get_verbosity,
     is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
 )
 
-from retnet.errors import UserError
-from retnet.generation.integrity import MANIFEST, find_damage
+from retnet.errors import UserError, is_out_of_memory
+from retnet.generation.decode import prefill
+from retnet.generation.weights import WEIGHTS, check_size, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 from retnet.model.step_parts import lay_out_for_decoding
+from retnet.paths import kind_of
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 DATA_RECORD = "data.json"
 MODEL_TYPES = (RetNetConfig.model_type, TransformerConfig.model_type)
@@ -72,12 +75,16 @@ def find_checkpoint(path: str | Path) -> Path:
             newest of its ``checkpoints``.
 
     Raises:
-        UserError: There is none; the message lists checkpoints that are near.
+        UserError: There is none; the message lists checkpoints that are near. Or the path cannot
+            be reached.
     """
+    if not str(path):
+        raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
     path = Path(path)
-    if not path.exists():
+    kind = kind_of(path, "checkpoint")
+    if kind is None:
         raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
-    if not path.is_dir():
+    if kind != "folder":
         raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
     numbered = [
         (int(match[1]), folder)
@@ -86,7 +93,7 @@ def find_checkpoint(path: str | Path) -> Path:
     ]
     newest_first = [folder for _, folder in sorted(numbered, reverse=True)]
     for folder in (path, path / "final", path / "best", *newest_first):
-        if (folder / CONFIG).is_file():
+        if kind_of(folder / CONFIG, "checkpoint") == "file":
             return folder
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 
@@ -137,48 +144,42 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path)
     _check_config(folder, trust_remote_code)
-    _check_weights(folder)
     check_weights_unchanged(folder)
     model = _load_model(folder, dtype, trust_remote_code)
     model.to(torch.device(device))  # type: ignore[arg-type]
     lay_out_for_decoding(model)
     tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
     record_file = folder / DATA_RECORD
-    record = _read_json(record_file) if record_file.is_file() else None
+    record = read_json(record_file) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
-def check_weights_unchanged(folder: Path) -> None:
-    """Raise a ``UserError`` when the weights are not those that the folder's manifest describes.
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Find out before a text is begun whether a model can make one.
 
-    The other files are text that one may want to edit; a folder without a manifest is accepted.
+    Raises:
+        UserError: The logits after ``<bos>`` are not finite.
     """
-    damage = find_damage(folder, only=(WEIGHTS,)) if (folder / MANIFEST).is_file() else None
-    if damage is not None:
+    model = checkpoint.model
+    begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
+    if not prefill(model, begin, model.new_cache()).isfinite().all():
         raise UserError(
-            f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
-            "you changed the weights yourself"
+            f"checkpoint ({checkpoint.path}) gives logits that are not finite: its weights are "
+            "damaged or of a run that diverged, so take another one"
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not readable JSON ({error}): copy the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold an object: copy the checkpoint again")
-    return content
-
-
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise UserError(
             f"{folder / CONFIG}: dtype ({dtype}) is none of torch's: copy the checkpoint again"
+        )
+    if config.get("transformers_weights") is not None:
+        raise UserError(
+            f"{folder / CONFIG}: transformers_weights ({config['transformers_weights']}) names a "
+            f"file of weights: remove it, they are in {WEIGHTS}"
         )
     model_type = config.get("model_type")
     if model_type == FLA_MODEL_TYPE:
@@ -200,35 +201,16 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _check_weights(folder: Path) -> None:
-    if (folder / WEIGHTS).is_file():
-        return
-    if (folder / WEIGHTS_INDEX).is_file():
-        index = _read_json(folder / WEIGHTS_INDEX)
-        shards = sorted(set(index.get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise UserError(
-                f"checkpoint ({folder}) is incomplete, {missing[0]} is missing: copy it again"
-            )
-        return
-    pickled = next((file.name for file in folder.glob("*.bin")), None)
-    if pickled:
-        raise UserError(
-            f"checkpoint ({folder}) has pickled weights ({pickled}), which can run code: save them "
-            f"as {WEIGHTS}"
-        )
-    raise UserError(f"checkpoint ({folder}) is incomplete, {WEIGHTS} is missing: copy it again")
-
-
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from showing one; loading takes no time that needs it."""
-    shown = is_progress_bar_enabled()
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar, which loading takes no time for, and no table of what does not fit."""
+    shown, verbosity = is_progress_bar_enabled(), get_verbosity()
     disable_progress_bar()
+    set_verbosity_error()
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if shown:
             enable_progress_bar()
 
@@ -237,9 +219,14 @@ def _load_model(
     folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> DecoderForCausalLM:
     try:
-        with _no_progress_bars():
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            check_size(folder, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype="auto" if dtype is None else dtype,
                 local_files_only=True,
                 use_safetensors=True,
@@ -247,12 +234,19 @@ def _load_model(
                 ignore_mismatched_sizes=True,  # reported below, with the parameter's name
                 output_loading_info=True,
             )
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(
             f"checkpoint ({folder}) has damaged weights ({error}): copy it again"
         ) from error
-    except (ValueError, TypeError) as error:  # of the configuration's own checks, and of types
-        raise UserError(f"{folder / CONFIG}: {error}") from error
+    except Exception as error:  # each wrong value of the configuration fails in a way of its own
+        if is_out_of_memory(error):
+            raise
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise UserError(
+            f"{folder / CONFIG}: {kind}{error}: correct it, or copy the checkpoint again"
+        ) from error
     model, info = loaded
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     for names, problem in (

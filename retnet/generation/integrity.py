@@ -41,7 +41,7 @@ def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None
                 return f"{name} is not what was written, its checksum differs"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     return None
 

@@ -1,7 +1,6 @@
 """From what the user typed to the tokens of a prompt."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from retnet.errors import UserError
+from retnet.memory import memory_of
 from retnet.model import TransformerConfig
 from retnet.model.modeling import DecoderForCausalLM
 
@@ -42,9 +42,8 @@ def check_length(
     Raises:
         UserError: The tokens, and what a Transformer keeps of each, exceed the machine's memory.
     """
-    config, per_token = model.config, 8  # an int64 id
-    if config.model_type == TransformerConfig.model_type:
-        window = config.max_position_embeddings
+    if model.config.model_type == TransformerConfig.model_type:
+        window = model.config.max_position_embeddings
         if prompt_tokens > window:
             logger.warning(
                 "the prompt has %s tokens, and this attention model was trained on texts of %s: "
@@ -52,24 +51,29 @@ def check_length(
                 f"{prompt_tokens:,}",
                 f"{window:,}",
             )
+    what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"
+    check_memory(model, prompt_tokens + max_new_tokens, num_samples, what)
+
+
+def check_memory(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:
+    """Raise a ``UserError`` when tokens, and what a Transformer keeps of each, cannot fit.
+
+    Args:
+        model: The model that is to read them.
+        tokens: Tokens of a row.
+        rows: Texts side by side.
+        what: Beginning of the message: whose tokens these are, and a verb.
+    """
+    config, per_token = model.config, 8  # an int64 id
+    if config.model_type == TransformerConfig.model_type:
         per_token += 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
-    per_token *= num_samples
-    total, memory = prompt_tokens + max_new_tokens, memory_of(model.device)
-    if memory is not None and total * per_token > memory:
+    per_token *= rows
+    memory = memory_of(model.device)
+    if memory is not None and tokens * per_token > memory:
         raise UserError(
-            f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need "
-            f"{total * per_token:,} bytes, {per_token:,} a token, and {model.device} has "
+            f"{what} {tokens * per_token:,} bytes, {per_token:,} a token, and {model.device} has "
             f"{memory:,}: at most {memory // per_token:,} tokens can fit"
         )
-
-
-def memory_of(device: torch.device) -> int | None:
-    """Bytes of memory of a device, whoever uses them now; None where it cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_prompt(source: Path | None) -> str:

@@ -14,6 +14,8 @@ from retnet.data import DataSpec
 from retnet.data.spec import BPE
 from retnet.errors import UserError
 from retnet.model import RetNetConfig
+from retnet.paths import kind_of
+from retnet.training.limits import too_large
 
 
 def _option(default: Any, text: str) -> Any:
@@ -149,6 +151,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     merged = layers[0]
     for layer in layers[1:]:
         try:
+            _check_nothing_missing(layer)
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error)) from error
@@ -164,7 +167,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         data = dataclasses.replace(config.data, vocab_size=DataSpec.vocab_size)
         config = dataclasses.replace(config, data=data)
     config.data.validate()
-    problems = [*_train_problems(config.train), *_contradictions(config)]
+    problems = [*_train_problems(config.train), *_contradictions(config), *too_large(config)]
     if problems:
         raise UserError("; ".join(problems))
     if config.train.out_dir is None:
@@ -195,14 +198,18 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
+    if kind_of(path, "configuration") != "file":
         near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except OSError as error:
+        raise UserError(
+            f"configuration ({path}) cannot be read ({error.strerror}): check its permissions"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"configuration ({path}) is not valid YAML: {error}") from error
     if loaded is None:
         return OmegaConf.create({})
@@ -231,6 +238,15 @@ def _read_override(text: str) -> Any:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument ({text}) can't be read: {reason}; quote the value") from error
+
+
+def _check_nothing_missing(layer: Any) -> None:
+    """Raise a ``UserError`` for OmegaConf's ``???``, which a merge passes over."""
+    missing = sorted(OmegaConf.missing_keys(layer))
+    if missing:
+        raise UserError(
+            f"configuration key ({missing[0]}): ??? is no value: set it, or leave it out"
+        )
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -91,7 +91,7 @@ def test_one_document_can_not_be_divided(tmp_path: Path, spec_for: SpecFor) -> N
     spec = spec_for(tmp_path / "one.txt", streaming=True)
     with pytest.raises(UserError, match="side empty: streaming holds whole documents back"):
         prepare_data(spec)
-    assert not list(Path(spec.cache_dir).iterdir())
+    assert not Path(spec.cache_dir).exists()
 
 
 def test_a_tokenizer_is_trained_on_the_beginning_of_a_long_document(

@@ -63,6 +63,9 @@ def test_other_validation_data_asks_for_text(tmp_path: Path) -> None:
         ("source", None),
         ("source", {"kind": "files"}),
         ("validation_source", "x"),
+        ("documents_read", "x"),
+        ("documents_read", -1),
+        ("documents_read", True),
     ],
 )
 def test_an_incomplete_record_asks_for_text(tmp_path: Path, key: str, value: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import get_verbosity
 
 from retnet.errors import UserError
 from retnet.generation import (
@@ -15,6 +16,7 @@ from retnet.generation import (
     find_checkpoint,
     load_checkpoint,
     loading_arguments,
+    write_manifest,
 )
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint, tiny_model
 
@@ -125,12 +127,22 @@ def test_a_file_is_no_checkpoint(saved: Path) -> None:
         ({"vocab_size": 258}, "of another shape"),
         ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
         ({"hidden_size": "wide"}, r"config\.json: "),
+        ({"vocab_size": 10**12}, "config.json describes a model of 16,000,0.* parameters at least"),
+        ({"num_hidden_layers": 10**9}, "config.json describes a model of .* parameters at least"),
+        ({"quantization_config": 3}, r"config\.json: "),
+        ({"id2label": 3}, r"config\.json: "),
     ],
 )
-def test_a_configuration_that_does_not_fit(copy: Path, changes: dict, message: str) -> None:
+def test_a_configuration_that_does_not_fit(
+    copy: Path, changes: dict, message: str, capfd, caplog
+) -> None:
     change_config(copy, **changes)
+    verbosity = get_verbosity()
     with pytest.raises(UserError, match=message):
         load_checkpoint(copy)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records  # no table of transformers' before the error
+    assert get_verbosity() == verbosity
 
 
 def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, monkeypatch) -> None:
@@ -178,12 +190,78 @@ def test_a_missing_shard(copy: Path) -> None:
         load_checkpoint(copy)
 
 
+def shard(folder: Path) -> dict:
+    """Spread the weights over two files; returns the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ("model-1.safetensors", "model-2.safetensors")
+    weight_map = {name: names[number % 2] for number, name in enumerate(tensors)}
+    for file in names:
+        own = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(own, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_shards_are_weights_and_checked_as_such(copy: Path, saved: Path) -> None:
+    shard(copy)
+    write_manifest(copy)
+    weights, expected = load_checkpoint(copy).model.state_dict(), load_checkpoint(saved).model
+    assert all(torch.equal(weights[key], own) for key, own in expected.state_dict().items())
+    file = copy / "model-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"damaged, model-2\.safetensors is not what was"):
+        load_checkpoint(copy)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a file was unpickled",))
+
+
+@pytest.mark.parametrize("where", ["shard.bin", "../shard.safetensors", "", None, 3, ["x"]])
+def test_an_index_names_safetensors_files_of_its_folder_only(copy: Path, where: object) -> None:
+    """transformers would unpickle shard.bin."""
+    index = shard(copy)
+    torch.save(Bomb(), copy / "shard.bin")
+    torch.save(Bomb(), copy.parent / "shard.safetensors")
+    weight_map = index["weight_map"] | {next(iter(index["weight_map"])): where}
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps(index | {"weight_map": weight_map})
+    )
+    with pytest.raises(UserError, match=r"is no \.safetensors file of the folder"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("weight_map", [[], ["shard.bin"], {}, None, "shard.bin"])
+def test_an_index_that_is_none(copy: Path, weight_map: object) -> None:
+    shard(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="weight_map must name a file for each weight"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "other.safetensors.index.json"])
+def test_a_configuration_cannot_name_other_weights(copy: Path, name: str) -> None:
+    """transformers would read them instead, pickled or by an index that nobody has checked."""
+    torch.save(Bomb(), copy / "adapter_model.bin")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "adapter_model.bin"}}
+    (copy / "other.safetensors.index.json").write_text(json.dumps(index))
+    change_config(copy, transformers_weights=name)
+    with pytest.raises(UserError, match=rf"transformers_weights \({name}\)"):
+        load_checkpoint(copy)
+
+
 def test_a_configuration_that_is_no_json(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         load_checkpoint(copy)
     (copy / "config.json").write_text("[]")
     with pytest.raises(UserError, match="does not hold an object"):
+        load_checkpoint(copy)
+    (copy / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not readable JSON"):
         load_checkpoint(copy)
 
 

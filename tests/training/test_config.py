@@ -70,6 +70,8 @@ def test_every_key_is_described() -> None:
         ("model=3", "sections"),
         ("--train.learning_rate=3", "without dashes, as in train.learning_rate=3"),
         ("--train.learning_rate", "as in train.learning_rate=VALUE"),
+        ("data.source=???", "(data.source): ??? is no value: set it, or leave it out"),
+        ("train=???", "(train): ??? is no value"),
         ("train.seed", "must be section.key=value"),
         ("=3", "must be section.key=value"),
         ("train.trackers=[wandb", "argument (train.trackers=[wandb) can't be read"),
@@ -98,7 +100,12 @@ def test_mistakes(override: str, words: str) -> None:
 def test_files_that_are_no_configuration(tmp_path) -> None:
     with pytest.raises(UserError, match=r"configs/tiny\.yaml"):
         load_config(tmp_path / "missing.yaml")
-    for content, words in (("model: [", "not valid YAML"), ("- 1", "sections"), ("a", "sections")):
+    for content, words in (
+        ("model: [", "not valid YAML"),
+        ("data:\n  source: ???", r"data\.source"),
+        ("- 1", "sections"),
+        ("a", "sections"),
+    ):
         file = tmp_path / "bad.yaml"
         file.write_text(content)
         with pytest.raises(UserError, match=words):
