@@ -15,7 +15,7 @@ from retnet.data.spec import BPE
 from retnet.errors import UserError
 from retnet.model import RetNetConfig
 from retnet.paths import kind_of
-from retnet.training.limits import too_large
+from retnet.training.limits import beyond_bounds
 
 
 def _option(default: Any, text: str) -> Any:
@@ -167,7 +167,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         data = dataclasses.replace(config.data, vocab_size=DataSpec.vocab_size)
         config = dataclasses.replace(config, data=data)
     config.data.validate()
-    problems = [*_train_problems(config.train), *_contradictions(config), *too_large(config)]
+    problems = [*_train_problems(config.train), *_contradictions(config), *beyond_bounds(config)]
     if problems:
         raise UserError("; ".join(problems))
     if config.train.out_dir is None:

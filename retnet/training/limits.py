@@ -1,4 +1,4 @@
-"""Sizes that this machine can't hold, told from the configuration before anything is built."""
+"""Sizes that this machine can't hold, found before anything is built."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retnet.errors import UserError
 from retnet.memory import memory_of
 
 if TYPE_CHECKING:
@@ -16,43 +17,38 @@ INT64 = 2**63 - 1
 MOST = {
     "model.num_hidden_layers": 10_000,
     "train.gradient_accumulation_steps": 1_000_000,
-    "train.sample_tokens": 1_000_000,
 }
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
 CPU = torch.device("cpu")
 
 
-def too_large(config: Config) -> Iterator[str]:
-    """The problems, each with key, value and fix; the memory is the least that a run takes."""
-    problems = [
-        f"{section}.{key} ({value}) must be at most {most}"
-        for section in ("model", "data", "train")
-        for key, value in vars(getattr(config, section)).items()
-        if isinstance(value, int) and value > (most := MOST.get(f"{section}.{key}", INT64))
-    ]
-    if problems:
-        yield from problems
-        return
+def beyond_bounds(config: Config) -> Iterator[str]:
+    """The problems of whole numbers that no machine could do, each with key, value and fix."""
+    for section in ("model", "data", "train"):
+        for key, value in vars(getattr(config, section)).items():
+            most = MOST.get(f"{section}.{key}", INT64)
+            if isinstance(value, int) and value > most:
+                yield f"{section}.{key} ({value}) must be at most {most}"
+
+
+def check_memory(config: Config) -> None:
+    """Raise a ``UserError`` when this machine has less than the least memory that the run takes."""
     model, rows, length = config.model, config.train.batch_size, config.data.seq_len
-    sizes = (model.hidden_size, model.num_hidden_layers, rows, length)
-    if min(sizes) < 1:  # which others complain of
-        return
     on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
     memory = memory_of(CPU)  # where every model is built
     weights = (BYTES_IN_TRAINING if on_cpu else 4) * _least_parameters(config)
     if memory is not None and weights > memory:
         named = "intermediate_size", "hidden_size", "num_hidden_layers"
         values = [f"model.{key} ({value})" for key in named if (value := getattr(model, key))]
-        yield (
+        raise UserError(
             f"{', '.join(values)} need at least {weights:,} bytes for the parameters, and this "
             f"machine has {memory:,}: make the model smaller"
         )
-        return
     # every block's input is kept for the backward pass, in bfloat16 at least
     activations = 2 * rows * length * model.hidden_size * model.num_hidden_layers
     memory = memory if on_cpu else memory_of(torch.device("cuda", torch.cuda.current_device()))
     if memory is not None and activations > memory:
-        yield (
+        raise UserError(
             f"train.batch_size ({rows}) rows of data.seq_len ({length}) tokens need at least "
             f"{activations:,} bytes, and there are {memory:,}: make them smaller; "
             "train.gradient_accumulation_steps gives larger batches in the same memory"

@@ -30,6 +30,7 @@ from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import FINAL, Progress, step_folder
 from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import DivergedError
+from retnet.training.limits import check_memory
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
@@ -63,6 +64,7 @@ def train(config: Config) -> int:
     """
     keep_freed_memory()
     check_trackers(config)
+    check_memory(config)
     model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
