@@ -118,18 +118,18 @@ def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tens
         probabilities, top_p: As in ``draw``.
         last: float64 [B, 1].
     """
-    tokens = []
-    for row, attempts in enumerate(drawn.tolist()):
-        values = probabilities[row]
+    tokens = drawn[:, 0]
+    for row, (attempts, values) in enumerate(zip(drawn.tolist(), probabilities, strict=True)):
         for token in attempts:
             likelier = F.threshold(values, values[token].item(), 0.0)
             if likelier.sum().item() < top_p:
                 break
         else:
             kept = keep_top_p(values[None], top_p)
-            token = int(_inverted(kept, last[row : row + 1]).item())
-        tokens.append(token)
-    return torch.tensor(tokens)
+            token = _inverted(kept, last[row : row + 1]).item()
+        if token != attempts[0]:
+            tokens[row] = token
+    return tokens
 
 
 def _kept_at_once(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tensor) -> Tensor:
@@ -163,10 +163,9 @@ class Sampler:
             torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED)
             for row in range(len(prompt_ids))
         ]
-        self.uniform: Tensor | None = None  # [B, DRAWN_AT_ONCE, ATTEMPTS + 1]
+        self.uniform: Tensor | None = None  # [DRAWN_AT_ONCE, B, ATTEMPTS + 1]
         self.used = DRAWN_AT_ONCE
 
-    @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Tensor:
         """Choose one token per row.
 
@@ -176,6 +175,7 @@ class Sampler:
         Returns:
             Token ids, [B].
         """
+        logits = logits.detach()
         penalised = self.sampling.repetition_penalty != 1.0
         if penalised:
             logits = self._punish_repetition(logits)
@@ -213,6 +213,6 @@ class Sampler:
             draws = [
                 torch.rand(shape, dtype=torch.float64, generator=own) for own in self.generators
             ]
-            self.uniform, self.used = torch.stack(draws), 0
+            self.uniform, self.used = torch.stack(draws, dim=1), 0
         self.used += 1
-        return self.uniform[:, self.used - 1]
+        return self.uniform[self.used - 1]
