@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
-from retnet.errors import UserError
 from retnet.evaluation import evaluate_batches
 from retnet.generation import encode_prompt, sample_text
-from retnet.generation.prompt import check_length
+from retnet.generation.prompt import check_memory
 from retnet.training.build import Model
 from retnet.training.config import Config, TrainSpec
 
@@ -67,12 +66,9 @@ def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSp
     """Raise a ``UserError`` when no memory holds a sample of ``train.sample_tokens``."""
     if not spec.sample_tokens:
         return
-    prompt = encode_prompt(tokenizer, spec.sample_prompt)
-    try:
-        check_length(model, prompt.shape[1], spec.sample_tokens, num_samples=1)
-    except UserError as error:  # it speaks of generate.py's argument
-        message = str(error).replace("--max-new-tokens", "train.sample_tokens")
-        raise UserError(message) from error
+    prompt, new = encode_prompt(tokenizer, spec.sample_prompt).shape[1], spec.sample_tokens
+    what = f"a prompt of {prompt:,} tokens and train.sample_tokens ({new:,}) need"
+    check_memory(model, prompt + new, 1, what)
 
 
 def sample_lines(
