@@ -1,6 +1,5 @@
 """From a configuration to a model."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.generation import find_checkpoint
 from retnet.generation.checkpoint import TOKENIZER, check_weights_unchanged
+from retnet.generation.weights import read_json
 from retnet.model import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -133,11 +133,7 @@ def check_same_meaning(model: Model, folder: Path, what: str, fix: str) -> None:
         what: How the error speaks of the checkpoint.
         fix: What to do.
     """
-    file = folder / "config.json"
-    try:
-        stored = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{what}: {file} can't be read ({error}), restore it") from error
+    stored = read_json(folder / "config.json")
     own = model.config.to_dict()
     for key in MEANINGS:
         if key in own and key in stored and own[key] != stored[key]:
