@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import Prepare
-from retnet.model.linear import linear, linear_gradients
+from retnet.model.products import matmul
 
 
 def linear_products(model: nn.Module, tokens: int) -> Prepare:
@@ -27,9 +27,11 @@ def linear_products(model: nn.Module, tokens: int) -> Prepare:
 
     def work() -> None:
         for weight in weights:
-            linear(rows[weight.shape[1]], weight)
+            matmul(rows[weight.shape[1]], weight.T)
         for weight in weights:
-            linear_gradients(rows[weight.shape[1]], weight, rows[weight.shape[0]])
+            slope = rows[weight.shape[0]]
+            matmul(slope, weight)
+            matmul(slope.T, rows[weight.shape[1]])
 
     return lambda: work
 

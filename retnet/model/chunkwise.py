@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .precision import in_full_precision
+from .products import fast_products
 from .timing import ChunkDecays, chunk_decays
 
 
@@ -40,15 +41,17 @@ class ChunkwiseRetention(torch.autograd.Function):
         resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.plan = _Plan(log_decay, chunk_size, spans, q.shape[2], valid, resets)
-        outputs, kept = [], []
+        plan, kept = ctx.plan, []
+        out = _empty(v, v.shape[3])
         trains = any(ctx.needs_input_grad)
         for index, cut in enumerate(spans):
-            cut_q, cut_k, cut_v = (ctx.plan.chunks(x, cut) for x in (q, k, v))
-            out, before, state = _span_forward(cut_q, cut_k, cut_v, state, ctx.plan.decays(index))
-            outputs.append(ctx.plan.tokens(out, cut))
-            kept += [cut_q, cut_k, cut_v, before] if trains else []
+            chunks = [plan.chunks(x, cut) for x in (q, k, v)]
+            with fast_products():
+                found, before, state = _span_forward(*chunks, state, plan.decays(index))
+            out[:, :, cut] = plan.tokens(found, cut)
+            kept += [*chunks, before] if trains else []
         ctx.save_for_backward(*kept)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+        return out, state
 
     @staticmethod
     @once_differentiable
@@ -59,16 +62,18 @@ class ChunkwiseRetention(torch.autograd.Function):
 @in_full_precision
 def _gradients(out_grad: Tensor, state_grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
     plan, saved = ctx.plan, ctx.saved_tensors
-    grads: list[list[Tensor]] = [[], [], []]
+    grads: list[Tensor] = []
     for index in reversed(range(len(plan.spans))):
         cut = plan.spans[index]
         q, k, v, before = saved[4 * index : 4 * index + 4]
         slope = plan.chunks(out_grad, cut)
-        *found, state_grad = _span_backward(q, k, v, before, slope, state_grad, plan.decays(index))
-        for own, grad in zip(grads, found, strict=True):
-            own.append(plan.tokens(grad, cut))
-    q, k, v = (own[0] if len(own) == 1 else torch.cat(own[::-1], dim=2) for own in grads)
-    return q, k, v, state_grad, None, None, None, None, None
+        decays = plan.decays(index)
+        with fast_products():
+            *found, state_grad = _span_backward(q, k, v, before, slope, state_grad, decays)
+        grads = grads or [_empty(out_grad, x.shape[-1]) for x in found]
+        for grad, part in zip(grads, found, strict=True):
+            grad[:, :, cut] = plan.tokens(part, cut)
+    return *grads, state_grad, None, None, None, None, None
 
 
 class _Plan:
@@ -111,6 +116,12 @@ class _Plan:
     def tokens(self, x: Tensor, cut: slice) -> Tensor:
         """Back to the span's tokens, [B, H, span, D]."""
         return x.flatten(2, 3)[:, :, : self.size(cut)]
+
+
+def _empty(like: Tensor, width: int) -> Tensor:
+    """[B, H, T, width], tokens before heads in memory, as the projections have it."""
+    rows, heads, length = like.shape[:3]
+    return like.new_empty(rows, length, heads, width).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -121,8 +121,8 @@ class MultiScaleRetention(nn.Module):
         with full_precision(hidden.device):
             q, k = inputs.turn_queries(q), inputs.turn_keys(k)
             out, state = self._retain(q, k, v, inputs, memory, mode)
-            out = head_norm(out, config.head_norm, config.head_norm_eps)
-        out = out.transpose(1, 2).flatten(2).to(hidden.dtype)  # [B, T, H * V]
+            out = head_norm(out.transpose(1, 2), config.head_norm, config.head_norm_eps)
+        out = out.flatten(2).to(hidden.dtype)  # [B, T, H * V]
         if self.g_proj is not None:
             out = F.silu(self.g_proj(hidden)) * out
         return self.o_proj(out), state

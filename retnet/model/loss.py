@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import linear, linear_gradients
+from .linear import linear
 from .precision import full_precision
+from .products import fast_products, matmul
 from .sequence import describe_tokens
 
 IGNORE_INDEX = -100
 MIN_TOKENS_PER_CHUNK = 256  # fewer make the matrix products slow
 LOGITS_PER_CHUNK = 2**22  # 16 MiB of float32
 LOGITS_PER_CHUNK_GPU = 2**25
+SMALLEST_CHANCE = 1e-30  # that a float32 still holds with all digits
 
 
 def causal_lm_loss(
@@ -78,24 +80,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 labels = labels.clamp(min=0)
                 logits = linear(part, weight).to(wide)
                 slope = logits.softmax(1)
-                # ln of the sum of all exp(logit), from the token of which softmax knows it best
-                normaliser = logits.amax(1, keepdim=True) - slope.amax(1, keepdim=True).log()
-                total += ((normaliser - logits.gather(1, labels)) * counted).sum()
+                total += (_surprise(logits, slope, labels) * counted).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
                 # d loss / d logits = softmax - one-hot, of the tokens that are counted
                 slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
                 counted = counted.to(hidden.dtype)
-                part_grad, added = linear_gradients(
-                    part * counted,
-                    weight,
-                    slope.to(hidden.dtype),
-                    of_weight=weight_grad is not None,
-                )
+                slope = slope.to(hidden.dtype)
                 if hidden_grad is not None:
-                    torch.mul(part_grad, counted, out=hidden_grad[begin : begin + chunk])
-                if weight_grad is not None and added is not None:
-                    weight_grad += added
+                    found = hidden_grad[begin : begin + chunk]
+                    torch.mul(matmul(slope, weight), counted, out=found)
+                if weight_grad is not None:
+                    _add_product(weight_grad, slope.T, part * counted)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -109,6 +105,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = (weight_grad * slope).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:
+    """-ln of the labels' chances [N, 1], of which the softmax is given."""
+    chance = chances.gather(1, labels)
+    # softmax says it all unless a chance is too small for it (a GPU would have to wait to know)
+    if logits.device.type == "cpu" and bool(chance.amin() > SMALLEST_CHANCE):
+        return -chance.log()
+    # ln of the sum of all exp(logit), from the token of which softmax knows it best
+    normaliser = logits.amax(1, keepdim=True) - chances.amax(1, keepdim=True).log()
+    return normaliser - logits.gather(1, labels)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, of which total may be of the wider type."""
+    if total.dtype == a.dtype:
+        with fast_products():
+            total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _divisor(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:

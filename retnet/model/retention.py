@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .chunkwise import ChunkwiseRetention
 from .precision import in_full_precision
+from .products import matmul
 from .timing import chunk_decays, clock, decay_between, decay_matrix
 
 # Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
@@ -93,17 +94,17 @@ def retention_parallel(
     """
     q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     time, document = clock(q.shape[2], q.device, valid, resets)
-    out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
+    out = matmul(matmul(q, k.mT) * decay_matrix(log_decay, time, document), v)
     last_time = time[:, -1:]
     last_document = None if document is None else document[:, -1:]
     to_end = decay_between(log_decay, last_time, time, last_document, document)
-    state = (k * to_end[..., None]).mT @ v
+    state = matmul((k * to_end[..., None]).mT, v)
     if initial_state is not None:
         start = torch.zeros_like(time[:, :1])
         first = None if document is None else torch.zeros_like(document[:, :1])
         from_start = decay_between(log_decay, time, start, document, first)
         carried = initial_state.to(q.dtype)
-        out = out + (q * from_start[..., None]) @ carried
+        out = out + matmul(q * from_start[..., None], carried)
         state = state + from_start[:, :, -1, None, None] * carried
     return out, state
 

@@ -115,7 +115,8 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         rows, heads, length, width = slope.shape
         x_slope = slope.new_empty(rows, length, heads, width).transpose(1, 2)
-        torch.mul(_pairs(slope.contiguous()), ctx.factor.conj(), out=_pairs(x_slope))
+        slope = slope if _has_pairs(slope) else slope.contiguous()
+        torch.mul(_pairs(slope), ctx.factor.conj(), out=_pairs(x_slope))
         return x_slope.to(ctx.dtype), None
 
 
@@ -124,6 +125,12 @@ def _turn(x: Tensor, factor: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=wide, device=x.device)
     torch.mul(_pairs(x.to(wide)), factor, out=_pairs(out))
     return out
+
+
+def _has_pairs(x: Tensor) -> bool:
+    """Whether the memory of x can be read as complex numbers."""
+    *strides, last = x.stride()
+    return last == 1 and all(stride % 2 == 0 for stride in (*strides, x.storage_offset()))
 
 
 def _pairs(x: Tensor) -> Tensor:

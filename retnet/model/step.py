@@ -13,6 +13,7 @@ same (the tests compare the two) and differs in this:
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .modeling import (
     TransformerForCausalLM,
     TransformerModel,
 )
+from .products import fast_products
 from .rotary import Rotation, rotary_theta, rotation
 from .sequence import NEXT_POSITION, SEGMENT
 from .step_parts import AttentionStep, FeedForwardStep, RetentionStep, StepPart, step_norm
@@ -136,7 +138,9 @@ class DecodeStep:
         def compute(tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
             torch._dynamo.mark_static(tokens)
             torch._dynamo.mark_static(positions)
-            return compiled(tokens, positions, memories)
+            # of few rows the blocks of ``linear`` are the faster products
+            with fast_products() if len(tokens) > MOST_LEFT else nullcontext():
+                return compiled(tokens, positions, memories)
 
         self.compute = compute
         return self

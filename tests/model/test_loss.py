@@ -77,6 +77,16 @@ def test_the_chunked_loss_is_the_plain_one(small_chunks, num_items) -> None:
         assert torch.allclose(a, b, atol=1e-13)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1, 20, 1000])
+def test_chances_of_every_size(small_chunks, scale: float) -> None:
+    """Float32 holds no chance below 1e-38, which is a loss of 87; larger losses are as right."""
+    hidden, weight, targets = case(torch.float32)
+    exact = causal_lm_loss((scale * hidden).double() @ weight.double().T, targets)
+    chunked = linear_cross_entropy(scale * hidden, weight, targets)
+    assert abs(chunked - exact) < 1e-6 * (1 + exact)
+    assert scale < 1000 or exact > 87
+
+
 def test_gradcheck_of_the_chunked_loss(small_chunks) -> None:
     hidden, weight, targets = case()
     assert torch.autograd.gradcheck(
