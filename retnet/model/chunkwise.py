@@ -45,11 +45,12 @@ class ChunkwiseRetention(torch.autograd.Function):
         out = _empty(v, v.shape[3])
         trains = any(ctx.needs_input_grad)
         for index, cut in enumerate(spans):
-            chunks = [plan.chunks(x, cut) for x in (q, k, v)]
+            cut_q, cut_k, cut_v = (plan.chunks(x, cut) for x in (q, k, v))
+            decays = plan.decays(index)
             with fast_products():
-                found, before, state = _span_forward(*chunks, state, plan.decays(index))
+                found, before, state = _span_forward(cut_q, cut_k, cut_v, state, decays)
             out[:, :, cut] = plan.tokens(found, cut)
-            kept += [*chunks, before] if trains else []
+            kept += [cut_q, cut_k, cut_v, before] if trains else []
         ctx.save_for_backward(*kept)
         return out, state
 

@@ -11,6 +11,9 @@
 On other devices, and for other types, it is ``F.linear``.
 """
 
+import itertools
+from weakref import WeakValueDictionary
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,21 +59,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class PackedWeight:
-    """A copy of a weight in the layout of oneDNN's kernels, without gradients.
+    """A weight with a copy in the layout of oneDNN's kernels, without gradients.
 
     Args:
-        weight: [out, in], float32 on a CPU.
+        weight: [out, in], float32 on a CPU; very few rows are multiplied with it as it is.
         rows: Of the products; with another number they are right, but may be slower.
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         # what torch.compile makes of a frozen linear layer; torch has no public name for it
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.weight = weight
+        self.key = next(_keys)
+        _packed_weights[self.key] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
-        return y
+        if x.shape[0] <= MOST_LEFT:
+            return linear(x, self.weight)
+        if torch.compiler.is_compiling():
+            y: Tensor = torch.ops.retnet.packed_linear(x, self.key, self.weight.shape[0])
+            return y
+        return _packed_linear(x, self.key, self.weight.shape[0])
+
+
+# Compilers know no packed tensors: to them it is an operator of ours, that of this number.
+_keys = itertools.count()
+_packed_weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+_library = torch.library.Library("retnet", "DEF")
+_library.define("packed_linear(Tensor x, int key, int outputs) -> Tensor")
+
+
+@torch.library.impl(_library, "packed_linear", "CPU")
+def _packed_linear(x: Tensor, key: int, outputs: int) -> Tensor:
+    weight = _packed_weights[key].packed
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+@torch.library.register_fake("retnet::packed_linear", lib=_library)
+def _like_packed_linear(x: Tensor, key: int, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
 
 
 def pack(weight: Tensor | PackedWeight, rows: int) -> Tensor | PackedWeight:

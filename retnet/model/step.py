@@ -45,6 +45,7 @@ PLAIN_MODULES = {
     TransformerForCausalLM, TransformerModel, Linear, nn.Dropout, nn.Embedding, nn.LayerNorm,
     nn.ModuleList, nn.RMSNorm,
 }  # fmt: skip
+MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for
 MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of many rows faster
 
 
@@ -127,13 +128,11 @@ class DecodeStep:
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
         """
-        self.may_pack = False  # the compiler knows no packed weights
-        compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True)
-        for weight in (self.embedding, self.output):
-            torch._dynamo.mark_static(weight)
-        for part in self._parts():
-            for weight in (*part.inputs, part.output):
-                torch._dynamo.mark_static(weight)
+        options: dict[str, Any] = {"recompile_limit": MOST_COMPILED}  # left out of the stubs
+        compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True, **options)
+        for weight in (self.embedding, *self._weights()):
+            plain = weight if isinstance(weight, Tensor) else weight.weight
+            torch._dynamo.mark_static(plain)
 
         def compute(tokens: Tensor, positions: Tensor, memories: Sequence[Any]) -> Tensor:
             torch._dynamo.mark_static(tokens)
@@ -160,6 +159,11 @@ class DecodeStep:
     def _parts(self) -> Iterator[StepPart]:
         for _, mixer, _, ffn in self.layers:
             yield from (mixer, ffn)
+
+    def _weights(self) -> Iterator[Tensor | PackedWeight]:
+        yield self.output
+        for part in self._parts():
+            yield from (*part.inputs, part.output)
 
     def _pack(self, rows: int) -> None:
         for part in self._parts():

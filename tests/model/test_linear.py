@@ -1,5 +1,6 @@
 """Linear layers by whichever product compute what linear layers compute."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from retnet.model import linear as module
 from retnet.model import products
-from retnet.model.linear import FEW_TOKENS, MOST_LEFT, Linear, linear
+from retnet.model.linear import FEW_TOKENS, MOST_LEFT, Linear, PackedWeight, linear, pack, product
 from tests.model.conftest import make_model, random_ids
 
 
@@ -142,3 +143,31 @@ def test_no_rows_and_weights_of_other_classes() -> None:
     for rows in (1, FEW_TOKENS):
         linear(torch.ones(rows, 8), weight)
     assert Own.seen == 2
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_packed_weights_compiled_and_not(products_seen) -> None:
+    weight = torch.randn(32, 8)
+    packed = pack(weight, 6)
+    assert isinstance(packed, PackedWeight) and pack(weight, MOST_LEFT) is weight
+    compiled = torch.compile(lambda x: product(x, packed) + 1, backend="aot_eager", fullgraph=True)
+    for rows in (6, 9, 1):
+        x = torch.randn(rows, 8)
+        expected = x @ weight.T
+        with torch.inference_mode():
+            torch.testing.assert_close(product(x, packed), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(x), expected + 1, rtol=1e-4, atol=1e-4)
+    arguments = (torch.randn(6, 8), packed.key, 32)
+    torch.library.opcheck(
+        torch.ops.retnet.packed_linear.default, arguments, test_utils="test_faketensor"
+    )
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_packed_weights_go_with_their_last_user(products_seen) -> None:
+    packed = pack(torch.randn(32, 8), 6)
+    assert isinstance(packed, PackedWeight)
+    key, gone = packed.key, weakref.ref(packed)
+    assert key in module._packed_weights
+    del packed
+    assert gone() is None and key not in module._packed_weights

@@ -1,6 +1,7 @@
 """The lean decode step against the model's own forward pass."""
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,25 @@ def test_the_step_holds_the_weights_of_its_making(mixer: str) -> None:
         for weight in model.parameters():
             weight.data = torch.zeros_like(weight)
         assert step(ids[:, 8], copy.deepcopy(cache)).equal(before)
+
+
+@both_mixers
+def test_steps_are_compiled_for_any_number_of_row_counts(mixer: str, monkeypatch) -> None:
+    """More than the compiler's limit of a function, with packed weights and without."""
+    real = torch.compile
+    traced = functools.partial(real, backend="eager")  # traces like the others, compiles nothing
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(products, "_HAS_KERNELS", True)
+    monkeypatch.setattr(products, "_is_exact", lambda: True)
+    torch._dynamo.reset()
+    model = tiny_model(mixer, dtype=torch.float32)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        step = DecodeStep(model).compile()
+        for count in (1, 5, 2):
+            ids, cache = random_ids(count, 9), model.new_cache()
+            with torch.inference_mode():
+                prefill(model, ids[:, :8], cache)
+                expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
+                logits = step(ids[:, 8], cache)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
