@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import Step, make_step, prefill
 from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.products import fast_products
 
 PAIRS_LIMIT = 2048  # tokens of a row above which forms of all pairs of tokens are not trained
 LOOP_LIMIT = 128  # the same for the recurrent form, whose graph has every token's state
@@ -63,6 +64,10 @@ class Contender:
         """Mean cross entropy of [B, T] tokens and their (already shifted) targets."""
         raise NotImplementedError
 
+    def train(self, ids: Tensor, targets: Tensor) -> None:
+        """Forward and backward pass."""
+        self.loss(ids, targets).backward()
+
     def read(self, ids: Tensor, room: int = 0) -> object:
         """Read a prompt [B, T] up to the logits of its last token.
 
@@ -80,14 +85,11 @@ class Contender:
         raise NotImplementedError
 
     def training_step(self, ids: Tensor, targets: Tensor) -> Prepare:
-        """Forward and backward pass; the old gradients are dropped outside the measured time."""
-
-        def work() -> None:
-            self.loss(ids, targets).backward()
+        """``train``; the old gradients are dropped outside the measured time."""
 
         def prepare() -> Callable[[], object]:
             self.model.train().zero_grad(set_to_none=True)
-            return work
+            return lambda: self.train(ids, targets)
 
         return prepare
 
@@ -151,6 +153,10 @@ class Ours(Contender):
         options = {"use_cache": False, "mode": self.mode, "return_logits": False}
         loss: Tensor = self.call(ids, shift_labels=targets, **options).loss
         return loss
+
+    def train(self, ids: Tensor, targets: Tensor) -> None:
+        with fast_products(ids.device):  # as in the training loop
+            super().train(ids, targets)
 
     def read(self, ids: Tensor, room: int = 0) -> object:
         cache = self.model.new_cache(max_length=ids.shape[1] + room)

@@ -8,6 +8,7 @@ from .cache import KVCache, KVLayer
 from .configuration import TransformerConfig
 from .layers import MixerInputs, make_rotation, split_heads
 from .linear import Linear
+from .products import fast_products
 from .sequence import TokenInfo
 
 
@@ -48,7 +49,8 @@ class CausalAttention(nn.Module):
         if memory is not None:
             k, v = memory.append(k, v)
         causal = inputs.mask is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, is_causal=causal)
+        with fast_products(q.device):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 

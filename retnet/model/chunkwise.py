@@ -47,7 +47,7 @@ class ChunkwiseRetention(torch.autograd.Function):
         for index, cut in enumerate(spans):
             cut_q, cut_k, cut_v = (plan.chunks(x, cut) for x in (q, k, v))
             decays = plan.decays(index)
-            with fast_products():
+            with fast_products(q.device):
                 found, before, state = _span_forward(cut_q, cut_k, cut_v, state, decays)
             out[:, :, cut] = plan.tokens(found, cut)
             kept += [cut_q, cut_k, cut_v, before] if trains else []
@@ -69,7 +69,7 @@ def _gradients(out_grad: Tensor, state_grad: Tensor, ctx: Any) -> tuple[Tensor |
         q, k, v, before = saved[4 * index : 4 * index + 4]
         slope = plan.chunks(out_grad, cut)
         decays = plan.decays(index)
-        with fast_products():
+        with fast_products(q.device):
             *found, state_grad = _span_backward(q, k, v, before, slope, state_grad, decays)
         grads = grads or [_empty(out_grad, x.shape[-1]) for x in found]
         for grad, part in zip(grads, found, strict=True):

@@ -121,7 +121,7 @@ def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, of which total may be of the wider type."""
     if total.dtype == a.dtype:
-        with fast_products():
+        with fast_products(a.device):
             total.addmm_(a, b)
     else:
         total += a @ b

@@ -11,7 +11,7 @@ On an AMD Zen 5 a product takes half of the time, a batch of small ones 0.4 of i
 import functools
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,15 @@ _HAS_KERNELS = (
 )
 
 
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """float32 products on a CPU go to oneDNN meanwhile, where that is faster and as exact."""
-    if _HAS_KERNELS and _is_exact():
-        with _permission():
-            yield
-    else:
-        yield
+def fast_products(device: torch.device) -> AbstractContextManager[None]:
+    """float32 products on a CPU go to oneDNN meanwhile, where that is faster and as exact.
+
+    Of operators that multiply matrices inside, such as attention, too. A backward pass that is not
+    ``matmul``'s has to run in it as well.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling() or not _HAS_KERNELS:
+        return nullcontext()
+    return _permission() if _is_exact() else nullcontext()
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         y: Tensor = _Matmul.apply(a, b)
         return y
-    with fast_products():
+    with _permission():
         return a @ b
 
 
@@ -103,7 +104,7 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with fast_products():
+        with _permission():
             return a @ b
 
     @staticmethod

@@ -138,7 +138,7 @@ class DecodeStep:
             torch._dynamo.mark_static(tokens)
             torch._dynamo.mark_static(positions)
             # of few rows the blocks of ``linear`` are the faster products
-            with fast_products() if len(tokens) > MOST_LEFT else nullcontext():
+            with fast_products(tokens.device) if len(tokens) > MOST_LEFT else nullcontext():
                 return compiled(tokens, positions, memories)
 
         self.compute = compute

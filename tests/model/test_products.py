@@ -14,6 +14,7 @@ from tests.model.conftest import make_model, random_ids
 
 needs_kernels = pytest.mark.skipif(not module._HAS_KERNELS, reason="a CPU without AVX-512")
 SETTING = torch.backends.mkldnn.matmul
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def test_all_digits_are_kept() -> None:
         pytest.skip("a CPU whose products round to bfloat16 when they may")
     a, b = torch.randn(8, 64, 512), torch.randn(8, 512, 96)
     exact = a.double() @ b.double()
-    with fast_products():
+    with fast_products(CPU):
         batch, single = torch.bmm(a, b), a[0] @ b[0]
     for found, expected in ((batch, exact), (single, exact[0])):
         assert (found - expected).abs().max() < 2e-4 < (expected - expected.bfloat16()).abs().max()
@@ -61,7 +62,7 @@ def test_all_digits_are_kept() -> None:
 def test_it_is_not_used_where_digits_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_is_exact", lambda: False)
     assert not are_fast(torch.ones(2, 2))
-    with fast_products():
+    with fast_products(CPU):
         assert SETTING.fp32_precision != "bf16"
 
 
@@ -76,7 +77,7 @@ def test_the_setting_is_as_before_afterwards(own: str) -> None:
     before = SETTING.fp32_precision
     try:
         SETTING.fp32_precision = own
-        with pytest.raises(ZeroDivisionError), fast_products(), fast_products():
+        with pytest.raises(ZeroDivisionError), fast_products(CPU), fast_products(CPU):
             assert SETTING.fp32_precision == "bf16" or not module._is_exact()
             1 / 0  # noqa: B018
         assert SETTING.fp32_precision == own
