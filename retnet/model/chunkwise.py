@@ -12,6 +12,7 @@ where R are the states that the chunks meet, U what each adds to them, xi the de
 start and zeta that to its end; dU sums dR over the later chunks, decayed as the states are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,35 +24,30 @@ from .precision import in_full_precision
 from .products import fast_products
 from .timing import ChunkDecays, chunk_decays
 
+# Chunks whose states are combined by one matrix product, and tokens; longer texts go on span by
+# span, so that cost and memory of that product stay linear in T.
+CHUNKS_PER_SPAN = 32
+TOKENS_PER_SPAN = 2048
+
 
 class ChunkwiseRetention(torch.autograd.Function):
-    """q, k [B, H, T, K], v [B, H, T, V], state [B, H, K, V] -> out [B, H, T, V], the last state."""
+    """q, k [B, H, T, K], v [B, H, T, V], state [B, H, K, V] -> what the plan makes, the state."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor,
-        log_decay: Tensor,
-        chunk_size: int,
-        spans: list[slice],
-        valid: Tensor | None,
-        resets: Tensor | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, state: Tensor, plan: "Plan"
     ) -> tuple[Tensor, Tensor]:
-        ctx.plan = _Plan(log_decay, chunk_size, spans, q.shape[2], valid, resets)
-        plan, kept = ctx.plan, []
-        out = _empty(v, v.shape[3])
         trains = any(ctx.needs_input_grad)
-        for index, cut in enumerate(spans):
-            cut_q, cut_k, cut_v = (plan.chunks(x, cut) for x in (q, k, v))
+        out, kept = plan.new_result(v), []
+        for index, cut in enumerate(plan.spans):
+            own_q, own_k, own_v = plan.read(q, k, v, cut)
             decays = plan.decays(index)
             with fast_products(q.device):
-                found, before, state = _span_forward(cut_q, cut_k, cut_v, state, decays)
-            out[:, :, cut] = plan.tokens(found, cut)
-            kept += [cut_q, cut_k, cut_v, before] if trains else []
-        ctx.save_for_backward(*kept)
+                found, before, state = _span_forward(own_q, own_k, own_v, state, decays)
+            rest = plan.write(out, plan.tokens(found, cut), gate, cut)
+            kept += [own_q, own_k, own_v, before, *rest] if trains else []
+        ctx.plan = plan
+        ctx.save_for_backward(gate, *kept)
         return out, state
 
     @staticmethod
@@ -62,44 +58,56 @@ class ChunkwiseRetention(torch.autograd.Function):
 
 @in_full_precision
 def _gradients(out_grad: Tensor, state_grad: Tensor, ctx: Any) -> tuple[Tensor | None, ...]:
-    plan, saved = ctx.plan, ctx.saved_tensors
+    plan: Plan = ctx.plan
+    gate, *saved = ctx.saved_tensors
+    each = len(saved) // len(plan.spans)
+    gate_grad = None if gate is None else torch.empty_like(gate)
     grads: list[Tensor] = []
     for index in reversed(range(len(plan.spans))):
-        cut = plan.spans[index]
-        q, k, v, before = saved[4 * index : 4 * index + 4]
-        slope = plan.chunks(out_grad, cut)
-        decays = plan.decays(index)
+        cut, decays = plan.spans[index], plan.decays(index)
+        q, k, v, before, *rest = saved[each * index : each * (index + 1)]
+        slope = plan.slope(out_grad, gate, gate_grad, rest, cut)
         with fast_products(q.device):
-            *found, state_grad = _span_backward(q, k, v, before, slope, state_grad, decays)
-        grads = grads or [_empty(out_grad, x.shape[-1]) for x in found]
-        for grad, part in zip(grads, found, strict=True):
-            grad[:, :, cut] = plan.tokens(part, cut)
-    return *grads, state_grad, None, None, None, None, None
+            *found, state_grad = _span_backward(
+                q, k, v, before, plan.chunks(slope, cut), state_grad, decays
+            )
+        rows, heads = q.shape[:2]
+        grads = grads or [empty_heads(q, rows, plan.length, heads, x.shape[-1]) for x in found]
+        plan.write_gradients(grads, found, cut)
+    return *grads, gate_grad, state_grad, None
 
 
-class _Plan:
-    """How a row is cut into spans and chunks, and the decays of each span."""
+class Plan:
+    """How a row is cut into spans and chunks, the decays of each span, what is made of the result.
+
+    Here nothing: it is the outputs as they are, [B, H, T, V].
+
+    Args:
+        log_decay: ln g [H].
+        chunk_size: C.
+        length: T.
+        valid, resets: As ``retention_recurrent`` takes them.
+    """
 
     def __init__(
         self,
         log_decay: Tensor,
         chunk_size: int,
-        spans: list[slice],
         length: int,
         valid: Tensor | None,
         resets: Tensor | None,
     ) -> None:
-        self.log_decay, self.chunk_size = log_decay, chunk_size
-        self.spans, self.length = spans, length
-        self.valid, self.resets = valid, resets
+        self.log_decay, self.length = log_decay, length
+        self.chunk_size = min(chunk_size, length)
+        span = self.chunk_size * max(1, min(CHUNKS_PER_SPAN, TOKENS_PER_SPAN // self.chunk_size))
+        self.spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
+        self.valid = valid
+        self.resets = resets if resets is None or valid is None else resets & valid
         self._plain: dict[int, ChunkDecays] = {}  # by number of tokens, if nothing else counts
-
-    def size(self, cut: slice) -> int:
-        return min(cut.stop, self.length) - cut.start
 
     def decays(self, index: int) -> ChunkDecays:
         cut = self.spans[index]
-        size, chunk_size = self.size(cut), self.chunk_size
+        size, chunk_size = cut.stop - cut.start, self.chunk_size
         if self.valid is None and self.resets is None:
             if size not in self._plain:
                 self._plain[size] = chunk_decays(self.log_decay, size, chunk_size, None, None)
@@ -107,21 +115,52 @@ class _Plan:
         valid, resets = (None if x is None else x[:, cut] for x in (self.valid, self.resets))
         return chunk_decays(self.log_decay, size, chunk_size, valid, resets)
 
+    def read(self, q: Tensor, k: Tensor, v: Tensor, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The span's chunks of each."""
+        q, k, v = (self.chunks(x[:, :, cut], cut) for x in (q, k, v))
+        return q, k, v
+
     def chunks(self, x: Tensor, cut: slice) -> Tensor:
-        """[B, H, T, D] -> the span's [B, H, N, C, D], the last chunk filled up with zeros."""
-        x = x[:, :, cut]
+        """[B, H, span, D] -> [B, H, N, C, D], the last chunk filled up with zeros."""
         short = -x.shape[2] % self.chunk_size
         x = F.pad(x, (0, 0, 0, short)) if short else x.contiguous()
         return x.unflatten(2, (-1, self.chunk_size))
 
     def tokens(self, x: Tensor, cut: slice) -> Tensor:
         """Back to the span's tokens, [B, H, span, D]."""
-        return x.flatten(2, 3)[:, :, : self.size(cut)]
+        return x.flatten(2, 3)[:, :, : cut.stop - cut.start]
+
+    def new_result(self, v: Tensor) -> Tensor:
+        """Memory for the result of all spans."""
+        rows, heads, length, width = v.shape
+        return empty_heads(v, rows, length, heads, width)
+
+    def write(
+        self, result: Tensor, found: Tensor, gate: Tensor | None, cut: slice
+    ) -> Sequence[Tensor]:
+        """Make a span's result of its outputs [B, H, span, V]; returns what ``slope`` needs."""
+        result[:, :, cut] = found
+        return ()
+
+    def slope(
+        self,
+        result_grad: Tensor,
+        gate: Tensor | None,
+        gate_grad: Tensor | None,
+        kept: Sequence[Tensor],
+        cut: slice,
+    ) -> Tensor:
+        """The gradient of a span's outputs [B, H, span, V]; that of its gates is written."""
+        return result_grad[:, :, cut]
+
+    def write_gradients(self, grads: Sequence[Tensor], found: Sequence[Tensor], cut: slice) -> None:
+        """Write a span's gradients of q, k and v [B, H, N, C, .] into those of the text."""
+        for grad, part in zip(grads, found, strict=True):
+            grad[:, :, cut] = self.tokens(part, cut)
 
 
-def _empty(like: Tensor, width: int) -> Tensor:
+def empty_heads(like: Tensor, rows: int, length: int, heads: int, width: int) -> Tensor:
     """[B, H, T, width], tokens before heads in memory, as the projections have it."""
-    rows, heads, length = like.shape[:3]
     return like.new_empty(rows, length, heads, width).transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """The parts of a block: norms, retention as a mixer, the feed-forward network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .cache import RetentionLayer
 from .configuration import DecoderConfig, RetNetConfig
 from .decay import head_log_decay
+from .gated import GatedPlan, gated_retention, takes_one_pass
 from .linear import Linear
 from .precision import full_precision
 from .retention import retention_chunkwise, retention_parallel, retention_recurrent
@@ -30,6 +31,7 @@ class MixerInputs:
         log_decay: [H], for retention.
         mask: bool [B or 1, 1, T, past + T], True where a query may look, for attention; None when
             plain causality says it all.
+        plans: Number of tokens -> how retention in one pass goes; the first layer makes it.
     """
 
     tokens: TokenInfo
@@ -37,6 +39,7 @@ class MixerInputs:
     turn_keys: Rotation
     log_decay: Tensor | None = None
     mask: Tensor | None = None
+    plans: dict[int, GatedPlan] = field(default_factory=dict)
 
 
 def make_rotation(config: DecoderConfig, positions: Tensor, like: Tensor) -> Rotation:
@@ -118,14 +121,36 @@ class MultiScaleRetention(nn.Module):
         q = split_heads(self.q_proj(hidden), heads)
         k = split_heads(self.k_proj(hidden), heads)
         v = split_heads(self.v_proj(hidden), heads)
+        gate = None if self.g_proj is None else self.g_proj(hidden)
+        mode = mode or self.choose_mode(hidden.shape[1])
+        state = None if memory is None else memory.state
         with full_precision(hidden.device):
-            q, k = inputs.turn_queries(q), inputs.turn_keys(k)
-            out, state = self._retain(q, k, v, inputs, memory, mode)
-            out = head_norm(out.transpose(1, 2), config.head_norm, config.head_norm_eps)
-        out = out.flatten(2).to(hidden.dtype)  # [B, T, H * V]
-        if self.g_proj is not None:
-            out = F.silu(self.g_proj(hidden)) * out
+            if mode == "chunkwise" and takes_one_pass(q, v, gate, state):
+                plan = self._plan(inputs, q)
+                out, state = gated_retention(q, k, v, gate, plan, state)
+            else:
+                q, k = inputs.turn_queries(q), inputs.turn_keys(k)
+                out, state = self._retain(q, k, v, inputs, state, mode)
+                out = head_norm(out.transpose(1, 2), config.head_norm, config.head_norm_eps)
+                out = out.flatten(2).to(hidden.dtype)  # [B, T, H * V]
+                out = out if gate is None else F.silu(gate) * out
         return self.o_proj(out), state
+
+    def _plan(self, inputs: MixerInputs, q: Tensor) -> GatedPlan:
+        config, length = self.config, q.shape[2]
+        if length not in inputs.plans:
+            assert inputs.log_decay is not None
+            inputs.plans[length] = GatedPlan(
+                inputs.log_decay.to(q.dtype),
+                config.chunk_size,
+                length,
+                inputs.tokens.valid,
+                inputs.tokens.resets,
+                turns=(inputs.turn_queries, inputs.turn_keys),
+                norm=config.head_norm,
+                eps=config.head_norm_eps,
+            )
+        return inputs.plans[length]
 
     def _retain(
         self,
@@ -133,16 +158,15 @@ class MultiScaleRetention(nn.Module):
         k: Tensor,
         v: Tensor,
         inputs: MixerInputs,
-        memory: RetentionLayer | None,
-        mode: str | None,
+        state: Tensor | None,
+        mode: str,
     ) -> tuple[Tensor, Tensor]:
         assert inputs.log_decay is not None
         options: dict[str, Any] = {
-            "initial_state": None if memory is None else memory.state,
+            "initial_state": state,
             "valid": inputs.tokens.valid,
             "resets": inputs.tokens.resets,
         }
-        mode = mode or self.choose_mode(q.shape[2])
         if mode == "recurrent":
             return retention_recurrent(q, k, v, inputs.log_decay, **options)
         if mode == "parallel":

@@ -24,14 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunkwise import ChunkwiseRetention
+from .chunkwise import ChunkwiseRetention, Plan
 from .precision import in_full_precision
 from .products import matmul
 from .timing import chunk_decays, clock, decay_between, decay_matrix
-
-# Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
-# cost and memory of that product stay linear in T.
-CHUNKS_PER_SPAN = 8
 
 
 @in_full_precision
@@ -62,8 +58,8 @@ def retention_recurrent(
     Raises:
         ValueError: Shapes that do not fit together.
     """
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
-    state = _state_or_zeros(initial_state, q, k, v)
+    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
+    state = state_or_zeros(initial_state, q, k, v)
     decay = log_decay.exp()[None, :, None]  # [1, H, 1]
     if valid is not None:
         decay = torch.where(valid[:, None], decay, 1.0)
@@ -92,7 +88,7 @@ def retention_parallel(
 
     Arguments, results and errors as in ``retention_recurrent``.
     """
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
     time, document = clock(q.shape[2], q.device, valid, resets)
     out = matmul(matmul(q, k.mT) * decay_matrix(log_decay, time, document), v)
     last_time = time[:, -1:]
@@ -128,22 +124,19 @@ def retention_chunkwise(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
-    state = _state_or_zeros(initial_state, q, k, v)
-    length = q.shape[2]
-    chunk_size = min(chunk_size, length)
-    span = chunk_size * CHUNKS_PER_SPAN
-    cuts = [slice(start, start + span) for start in range(0, length, span)]
+    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
+    state = state_or_zeros(initial_state, q, k, v)
+    plan = Plan(log_decay, chunk_size, q.shape[2], valid, resets)
     if not (torch.compiler.is_compiling() or log_decay.requires_grad):
-        return ChunkwiseRetention.apply(q, k, v, state, log_decay, chunk_size, cuts, valid, resets)
+        return ChunkwiseRetention.apply(q, k, v, None, state, plan)
     outputs = []
-    for cut in cuts:
+    for cut in plan.spans:
         out, state = _chunkwise_span(
             q[:, :, cut],
             k[:, :, cut],
             v[:, :, cut],
             log_decay,
-            chunk_size,
+            plan.chunk_size,
             state,
             None if valid is None else valid[:, cut],
             None if resets is None else resets[:, cut],
@@ -191,7 +184,7 @@ def _chunkwise_span(
     return out.flatten(2, 3)[:, :, :length], states[:, :, -1].contiguous()
 
 
-def _promote(
+def promote(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -225,7 +218,7 @@ def _promote(
     return q, k, v, log_decay, resets
 
 
-def _state_or_zeros(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def state_or_zeros(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if state is None:
         return q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     return state.to(q.dtype)

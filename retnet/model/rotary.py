@@ -72,16 +72,33 @@ class Rotation:
         layout: ``"interleaved"`` pairs channels (2i, 2i+1), ``"half"`` pairs (i, i + K/2).
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, layout: str) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, layout: str, factor: Tensor | None = None) -> None:
         self.cos, self.sin, self.layout = cos, sin, layout
         # an interleaved pair is a complex number and its rotation a product: one pass over the
         # memory (compilers fuse the real form, and know no complex numbers)
         in_pairs = layout == "interleaved" and not torch.compiler.is_compiling()
-        self.factor = torch.complex(cos, sin) if in_pairs else None
+        self.factor = torch.complex(cos, sin) if in_pairs and factor is None else factor
 
     def scaled(self, scale: float | Tensor) -> "Rotation":
         """The rotation that also multiplies by ``scale``."""
         return Rotation(self.cos * scale, self.sin * scale, self.layout)
+
+    def part(self, cut: slice) -> "Rotation":
+        """The rotation of these tokens."""
+        factor = None if self.factor is None else self.factor[:, :, cut]
+        return Rotation(self.cos[:, :, cut], self.sin[:, :, cut], self.layout, factor)
+
+    def transposed(self) -> "Rotation":
+        """The rotation back, which multiplies by the same ``scale``: gradients turn by it."""
+        return Rotation(self.cos, -self.sin, self.layout)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """Write the turned x into memory [B, H, T, K] that is there, without gradients."""
+        if self.factor is None:
+            out.copy_(self(x))
+        else:
+            x = x if _has_pairs(x) else x.contiguous()
+            torch.mul(_pairs(x), self.factor, out=_pairs(out))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retnet.model import retention
+from retnet.model import chunkwise, retention
 from retnet.model.decay import head_log_decay
 from retnet.model.retention import (
     retention_chunkwise,
@@ -116,7 +116,7 @@ def random_case(length: int, heads: int = 2, dtype: torch.dtype = torch.float64)
 
 
 def test_texts_longer_than_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "CHUNKS_PER_SPAN", 3)
+    monkeypatch.setattr(chunkwise, "CHUNKS_PER_SPAN", 3)
     case = random_case(50)
     for chunk_size in (2, 4, 7):
         mine = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
@@ -140,7 +140,7 @@ def test_the_function_of_its_own_is_the_plain_form(case: dict, chunk_size: int) 
 @pytest.mark.parametrize("flags", [None, "valid", "resets"])
 def test_gradcheck(flags: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, over several spans and a short last chunk."""
-    monkeypatch.setattr(retention, "CHUNKS_PER_SPAN", 2)
+    monkeypatch.setattr(chunkwise, "CHUNKS_PER_SPAN", 2)
     case = random_case(7)
     if flags:
         case[flags] = torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) < 0.6
