@@ -110,8 +110,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:
     """-ln of the labels' chances [N, 1], of which the softmax is given."""
     chance = chances.gather(1, labels)
-    # softmax says it all unless a chance is too small for it (a GPU would have to wait to know)
-    if logits.device.type == "cpu" and bool(chance.amin() > SMALLEST_CHANCE):
+    # softmax says it all unless a chance is too small for it (a GPU would have to wait to know, and
+    # tensors that only have a shape never do)
+    if (
+        type(logits) is Tensor
+        and logits.device.type == "cpu"
+        and bool(chance.amin() > SMALLEST_CHANCE)
+    ):
         return -chance.log()
     # ln of the sum of all exp(logit), from the token of which softmax knows it best
     normaliser = logits.amax(1, keepdim=True) - chances.amax(1, keepdim=True).log()

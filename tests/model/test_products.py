@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retnet.model import products as module
 from retnet.model.products import are_fast, fast_products, matmul
@@ -70,6 +71,17 @@ def test_rounded_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: real(a.bfloat16(), b.bfloat16()).float())
     assert not module._is_exact.__wrapped__()
+
+
+def test_the_question_is_answered_whatever_is_on() -> None:
+    """Modes in which nothing is computed, another default type and device."""
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert module._is_exact.__wrapped__() == module._is_exact()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert module._is_exact.__wrapped__() == module._is_exact()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("own", ["none", "ieee", "tf32"])
