@@ -24,10 +24,11 @@ from .precision import in_full_precision
 from .products import fast_products
 from .timing import ChunkDecays, chunk_decays
 
-# Chunks whose states are combined by one matrix product, and tokens; longer texts go on span by
-# span, so that cost and memory of that product stay linear in T.
-CHUNKS_PER_SPAN = 32
-TOKENS_PER_SPAN = 2048
+# Chunks whose states are combined by one matrix product; longer texts go on span by span, so that
+# cost and memory of that product stay linear in T. Few rows are worth a longer span, many make one
+# of that many tokens large enough.
+CHUNKS_PER_SPAN, MOST_CHUNKS_PER_SPAN = 8, 32
+TOKENS_PER_SPAN = 2048  # of all rows
 
 
 class ChunkwiseRetention(torch.autograd.Function):
@@ -85,7 +86,7 @@ class Plan:
     Args:
         log_decay: ln g [H].
         chunk_size: C.
-        length: T.
+        rows, length: B and T.
         valid, resets: As ``retention_recurrent`` takes them.
     """
 
@@ -93,13 +94,15 @@ class Plan:
         self,
         log_decay: Tensor,
         chunk_size: int,
+        rows: int,
         length: int,
         valid: Tensor | None,
         resets: Tensor | None,
     ) -> None:
         self.log_decay, self.length = log_decay, length
         self.chunk_size = min(chunk_size, length)
-        span = self.chunk_size * max(1, min(CHUNKS_PER_SPAN, TOKENS_PER_SPAN // self.chunk_size))
+        chunks = TOKENS_PER_SPAN // (self.chunk_size * rows)
+        span = self.chunk_size * min(max(chunks, CHUNKS_PER_SPAN), MOST_CHUNKS_PER_SPAN)
         self.spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
         self.valid = valid
         self.resets = resets if resets is None or valid is None else resets & valid

@@ -183,7 +183,7 @@ class RetNetConfig(DecoderConfig):
         decay: "paper" (1 - 2^(-5-h)), "log_linear" (the schedule of the paper's experiments), or
             one number in (0, 1] for all heads: single-scale, 1.0 without decay.
         chunk_size: C of the chunkwise form; no effect on the result. When None, what was measured
-            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 256
+            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 128
             on 128.
     """
 
@@ -201,7 +201,7 @@ class RetNetConfig(DecoderConfig):
             self.value_size = 2 * self.hidden_size
         super().__post_init__(**kwargs)
         if self.chunk_size is None:
-            self.chunk_size = 64 if self.head_dim < 256 else 128
+            self.chunk_size = 64 if self.head_dim < 128 else 128
 
     @property
     def mixer_parameters(self) -> int:

@@ -60,7 +60,7 @@ class GatedPlan(Plan):
 
     Args:
         log_decay: ln g [H], which gets no gradient; of the dtype of q, k and v.
-        chunk_size, length, valid, resets: As ``Plan`` takes them.
+        chunk_size, rows, length, valid, resets: As ``Plan`` takes them.
         turns: The rotations of queries and keys.
         norm, eps: As ``layers.head_norm`` takes them.
     """
@@ -69,6 +69,7 @@ class GatedPlan(Plan):
         self,
         log_decay: Tensor,
         chunk_size: int,
+        rows: int,
         length: int,
         valid: Tensor | None,
         resets: Tensor | None,
@@ -77,7 +78,7 @@ class GatedPlan(Plan):
         norm: str,
         eps: float,
     ) -> None:
-        super().__init__(log_decay.detach(), chunk_size, length, valid, resets)
+        super().__init__(log_decay.detach(), chunk_size, rows, length, valid, resets)
         self.turns, self.norm, self.eps = turns, norm, eps
         self.turns_back = tuple(turn.transposed() for turn in turns)
 

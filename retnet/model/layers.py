@@ -143,6 +143,7 @@ class MultiScaleRetention(nn.Module):
             inputs.plans[length] = GatedPlan(
                 inputs.log_decay.to(q.dtype),
                 config.chunk_size,
+                len(q),
                 length,
                 inputs.tokens.valid,
                 inputs.tokens.resets,

@@ -126,7 +126,7 @@ def retention_chunkwise(
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
     q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
     state = state_or_zeros(initial_state, q, k, v)
-    plan = Plan(log_decay, chunk_size, q.shape[2], valid, resets)
+    plan = Plan(log_decay, chunk_size, q.shape[0], q.shape[2], valid, resets)
     if not (torch.compiler.is_compiling() or log_decay.requires_grad):
         return ChunkwiseRetention.apply(q, k, v, None, state, plan)
     outputs = []

@@ -113,3 +113,10 @@ def test_unknown_keys_of_a_checkpoint_are_warned_of(tmp_path, caplog) -> None:
         RetNetConfig.from_pretrained(tmp_path)
     assert "'hiden_size'" in caplog.text
     assert "did you mean hidden_size" in caplog.text
+
+
+@pytest.mark.parametrize(("heads", "chunk_size"), [(8, 64), (4, 128), (2, 128)])
+def test_the_chunk_follows_the_width_of_a_head(heads: int, chunk_size: int) -> None:
+    config = RetNetConfig(vocab_size=8, hidden_size=512, num_heads=heads)
+    assert config.chunk_size == chunk_size
+    assert RetNetConfig(vocab_size=8, chunk_size=7).chunk_size == 7

@@ -76,6 +76,7 @@ def test_the_same_outputs_states_and_gradients(
     state = torch.randn(2, 3, 8, 12, dtype=torch.float64) if carried else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunkwise, "CHUNKS_PER_SPAN", spans)
+        patch.setattr(chunkwise, "MOST_CHUNKS_PER_SPAN", spans)
         mine = everything(mixer, hidden, inputs, state)
         assert inputs.plans  # they are of the one pass
         with in_parts():

@@ -117,6 +117,7 @@ def random_case(length: int, heads: int = 2, dtype: torch.dtype = torch.float64)
 
 def test_texts_longer_than_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunkwise, "CHUNKS_PER_SPAN", 3)
+    monkeypatch.setattr(chunkwise, "MOST_CHUNKS_PER_SPAN", 3)
     case = random_case(50)
     for chunk_size in (2, 4, 7):
         mine = run_with_gradients(retention_chunkwise, case, chunk_size=chunk_size)
@@ -141,6 +142,7 @@ def test_the_function_of_its_own_is_the_plain_form(case: dict, chunk_size: int) 
 def test_gradcheck(flags: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, over several spans and a short last chunk."""
     monkeypatch.setattr(chunkwise, "CHUNKS_PER_SPAN", 2)
+    monkeypatch.setattr(chunkwise, "MOST_CHUNKS_PER_SPAN", 2)
     case = random_case(7)
     if flags:
         case[flags] = torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) < 0.6
@@ -285,3 +287,14 @@ def test_autocast_reaches_no_form_and_no_backward_pass() -> None:
             if form is retention_chunkwise or a is mine[0] or a is mine[1]:
                 assert a.dtype == torch.float32
                 assert relative(a, b) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk_size", "span"), [(1, 64, 2048), (3, 64, 640), (8, 64, 512), (1, 16, 512)]
+)
+def test_spans_of_few_rows_are_longer(rows: int, chunk_size: int, span: int) -> None:
+    """2,048 tokens of all rows, but never fewer than 8 chunks of a row or more than 32."""
+    plan = chunkwise.Plan(head_log_decay("paper", 2), chunk_size, rows, 5000, None, None)
+    assert plan.spans[0] == slice(0, span)
+    assert plan.spans[-1].stop == 5000
+    assert sum(cut.stop - cut.start for cut in plan.spans) == 5000
