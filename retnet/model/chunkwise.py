@@ -101,11 +101,10 @@ class Plan:
     ) -> None:
         self.log_decay, self.length = log_decay, length
         self.chunk_size = min(chunk_size, length)
-        chunks = TOKENS_PER_SPAN // (self.chunk_size * rows)
+        chunks = TOKENS_PER_SPAN // max(1, self.chunk_size * rows)
         span = self.chunk_size * min(max(chunks, CHUNKS_PER_SPAN), MOST_CHUNKS_PER_SPAN)
         self.spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
-        self.valid = valid
-        self.resets = resets if resets is None or valid is None else resets & valid
+        self.valid, self.resets = valid, resets
         self._plain: dict[int, ChunkDecays] = {}  # by number of tokens, if nothing else counts
 
     def decays(self, index: int) -> ChunkDecays:
@@ -174,7 +173,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _scores(a: Tensor, b: Tensor, decays: ChunkDecays) -> Tensor:
     """(a b^T) * D inside the chunks, [B, H, N, C, C]."""
-    scores = torch.bmm(_flat(a), _flat(b).mT).view(*a.shape[:4], -1).mul_(decays.inside)
+    scores = torch.bmm(_flat(a), _flat(b).mT).view(*a.shape[:4], b.shape[3]).mul_(decays.inside)
     return scores if decays.same is None else scores.mul_(decays.same)
 
 
@@ -184,7 +183,7 @@ def _span_forward(
     """Outputs [B, H, N, C, V], the states that the chunks meet [B, H, N, K, V], the last state."""
     out = torch.bmm(_flat(_scores(q, k, decays)), _flat(v))
     added = torch.bmm(_flat(k * decays.to_end[..., None]).mT, _flat(v))
-    added = added.view(*k.shape[:3], -1)  # [B, H, N, K V]
+    added = added.view(*k.shape[:3], state.shape[2] * state.shape[3])  # [B, H, N, K V]
     before = state.new_empty(*k.shape[:3], *state.shape[2:])
     before[:, :, 0] = state
     states = decays.between @ added

@@ -19,9 +19,10 @@ from .retention import promote, state_or_zeros
 from .rotary import Rotation
 
 
-def takes_one_pass(*tensors: Tensor | None) -> bool:
-    """Whether ``gated_retention`` may stand for the parts, and is the faster way."""
-    return not torch.compiler.is_compiling() and all(
+def takes_one_pass(log_decay: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Whether ``gated_retention`` of these may stand for the parts, and is the faster way."""
+    learned = log_decay is not None and log_decay.requires_grad
+    return not (learned or torch.compiler.is_compiling()) and all(
         x is None or (x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64))
         for x in tensors
     )
@@ -80,7 +81,6 @@ class GatedPlan(Plan):
     ) -> None:
         super().__init__(log_decay.detach(), chunk_size, rows, length, valid, resets)
         self.turns, self.norm, self.eps = turns, norm, eps
-        self.turns_back = tuple(turn.transposed() for turn in turns)
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
         q, k = (self._turned(x, turn, cut) for x, turn in zip((q, k), self.turns, strict=True))
@@ -130,8 +130,8 @@ class GatedPlan(Plan):
         return self._norm_slope(slope.contiguous(), normed, scale)
 
     def write_gradients(self, grads: Sequence[Tensor], found: Sequence[Tensor], cut: slice) -> None:
-        for grad, part, turn in zip(grads[:2], found[:2], self.turns_back, strict=True):
-            turn.part(cut).into(self.tokens(part, cut), grad[:, :, cut])
+        for grad, part, turn in zip(grads[:2], found[:2], self.turns, strict=True):
+            turn.part(cut).transposed().into(self.tokens(part, cut), grad[:, :, cut])
         super().write_gradients(grads[2:], found[2:], cut)
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:

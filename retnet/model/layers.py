@@ -31,7 +31,7 @@ class MixerInputs:
         log_decay: [H], for retention.
         mask: bool [B or 1, 1, T, past + T], True where a query may look, for attention; None when
             plain causality says it all.
-        plans: Number of tokens -> how retention in one pass goes; the first layer makes it.
+        plans: How retention in one pass goes, at most one; the first layer makes it.
     """
 
     tokens: TokenInfo
@@ -39,7 +39,7 @@ class MixerInputs:
     turn_keys: Rotation
     log_decay: Tensor | None = None
     mask: Tensor | None = None
-    plans: dict[int, GatedPlan] = field(default_factory=dict)
+    plans: list[GatedPlan] = field(default_factory=list)
 
 
 def make_rotation(config: DecoderConfig, positions: Tensor, like: Tensor) -> Rotation:
@@ -125,7 +125,7 @@ class MultiScaleRetention(nn.Module):
         mode = mode or self.choose_mode(hidden.shape[1])
         state = None if memory is None else memory.state
         with full_precision(hidden.device):
-            if mode == "chunkwise" and takes_one_pass(q, v, gate, state):
+            if mode == "chunkwise" and takes_one_pass(inputs.log_decay, q, v, gate, state):
                 plan = self._plan(inputs, q)
                 out, state = gated_retention(q, k, v, gate, plan, state)
             else:
@@ -137,21 +137,22 @@ class MultiScaleRetention(nn.Module):
         return self.o_proj(out), state
 
     def _plan(self, inputs: MixerInputs, q: Tensor) -> GatedPlan:
-        config, length = self.config, q.shape[2]
-        if length not in inputs.plans:
+        config = self.config
+        if not inputs.plans:
             assert inputs.log_decay is not None
-            inputs.plans[length] = GatedPlan(
+            plan = GatedPlan(
                 inputs.log_decay.to(q.dtype),
                 config.chunk_size,
-                len(q),
-                length,
+                q.shape[0],
+                q.shape[2],
                 inputs.tokens.valid,
                 inputs.tokens.resets,
                 turns=(inputs.turn_queries, inputs.turn_keys),
                 norm=config.head_norm,
                 eps=config.head_norm_eps,
             )
-        return inputs.plans[length]
+            inputs.plans.append(plan)
+        return inputs.plans[0]
 
     def _retain(
         self,

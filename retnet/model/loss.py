@@ -56,6 +56,8 @@ def linear_cross_entropy(
     if device != "meta" and torch.is_autocast_enabled(device):
         narrow = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(narrow), weight.to(narrow)
+    if not torch.is_grad_enabled():  # which the function could not know
+        hidden, weight = hidden.detach(), weight.detach()
     if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
         return causal_lm_loss(linear(hidden, weight), targets, num_items)
     per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU

@@ -10,9 +10,9 @@ On an AMD Zen 5 a product takes half of the time, a batch of small ones 0.4 of i
 
 import functools
 import platform
-from collections.abc import Iterator
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,45 @@ def fast_products(device: torch.device) -> AbstractContextManager[None]:
     """float32 products on a CPU go to oneDNN meanwhile, where that is faster and as exact.
 
     Of operators that multiply matrices inside, such as attention, too. A backward pass that is not
-    ``matmul``'s has to run in it as well.
+    ``matmul``'s has to run in it as well. (A compiler that tries several products, max-autotune,
+    can't be called in it: it asks torch for the precision in a way that knows no such mixture.)
     """
     if device.type != "cpu" or torch.compiler.is_compiling() or not _HAS_KERNELS:
         return nullcontext()
-    return _permission() if _is_exact() else nullcontext()
+    return _permission if _is_exact() else nullcontext()
 
 
-@contextmanager
-def _permission() -> Iterator[None]:
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+class _Permission:
+    """torch's own setting while anybody, in whatever thread, is inside; then as it was before.
+
+    What was before is what counted: a value inherited from a more general setting becomes the
+    setting's own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = "none"
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = _setting().fp32_precision
+                _setting().fp32_precision = "bf16"
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                _setting().fp32_precision = self.before
+
+
+def _setting() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+_permission = _Permission()
 
 
 @functools.cache
@@ -71,7 +94,7 @@ def _keeps_all_digits() -> bool:
     one = torch.eye(64, dtype=torch.float32, device="cpu")
     digits = torch.arange(64 * 64, dtype=torch.float32, device="cpu").view(64, 64)
     digits = 1 + digits * torch.finfo(torch.float32).eps
-    with _permission():
+    with _permission:
         batch = torch.bmm(digits.expand(4, 64, 64), one.expand(4, 64, 64))
         return all(torch.equal(x, digits) for x in (digits @ one, *batch))
 
@@ -103,7 +126,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         y: Tensor = _Matmul.apply(a, b)
         return y
-    with _permission():
+    with _permission:
         return a @ b
 
 
@@ -112,12 +135,16 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with _permission():
+        with _permission:
             return a @ b
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        a, b = inputs
+        a_counts, b_counts = ctx.needs_input_grad
+        ctx.save_for_backward(a if b_counts else None, b if a_counts else None)
+        # the gradient of b lies in memory as b does, which may be a transposed weight
+        ctx.as_it_lies = b.is_contiguous()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -126,6 +153,5 @@ class _Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             a_slope = matmul(slope, b.mT)
         if ctx.needs_input_grad[1]:
-            # laid out in memory as b is, which may be a transposed weight
-            b_slope = matmul(a.mT, slope) if b.is_contiguous() else matmul(slope.mT, a).mT
+            b_slope = matmul(a.mT, slope) if ctx.as_it_lies else matmul(slope.mT, a).mT
         return a_slope, b_slope

@@ -155,7 +155,7 @@ def _chunkwise_span(
     valid: Tensor | None,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``retention_chunkwise`` for N <= CHUNKS_PER_SPAN chunks, their states by one product.
+    """``retention_chunkwise`` for the chunks of a span, their states by one product.
 
     The plain form: ``ChunkwiseRetention`` computes the same, compilers get this one.
     """

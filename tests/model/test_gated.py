@@ -109,12 +109,13 @@ def test_layers_share_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_the_parts_are_taken() -> None:
     """Other devices, narrow types and compilers."""
     x = torch.ones(1)
-    assert gated.takes_one_pass(x, None, x.double())
+    assert gated.takes_one_pass(x, x, None, x.double())
     assert not gated.takes_one_pass(x, x.bfloat16())
-    assert not gated.takes_one_pass(x, x.to("meta"))
+    assert not gated.takes_one_pass(x.clone().requires_grad_(), x)
+    assert not gated.takes_one_pass(None, x.to("meta"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not gated.takes_one_pass(x)
+        assert not gated.takes_one_pass(x, x)
     model, ids = make_model("retention", torch.float32), random_ids(1, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
         patch.setattr(gated.GatedPlan, "__init__", None)

@@ -77,6 +77,16 @@ def test_the_chunked_loss_is_the_plain_one(small_chunks, num_items) -> None:
         assert torch.allclose(a, b, atol=1e-13)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_made(small_chunks, monkeypatch, mode) -> None:
+    hidden, weight, targets = case(torch.float32)
+    expected = linear_cross_entropy(hidden, weight, targets)
+    monkeypatch.setattr(loss_module, "matmul", None)
+    monkeypatch.setattr(loss_module, "_add_product", None)
+    with mode():
+        assert linear_cross_entropy(hidden, weight, targets).equal(expected.detach())
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1, 20, 1000])
 def test_chances_of_every_size(small_chunks, scale: float) -> None:
     """Float32 holds no chance below 1e-38, which is a loss of 87; larger losses are as right."""

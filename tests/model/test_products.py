@@ -1,6 +1,8 @@
 """Products by oneDNN are products, and are taken where they are the faster ones."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,6 +100,38 @@ def test_the_setting_is_as_before_afterwards(own: str) -> None:
         assert SETTING.fp32_precision == own
     finally:
         SETTING.fp32_precision = before
+
+
+def test_the_setting_stays_until_the_last_thread_is_out() -> None:
+    if not module._is_exact():
+        pytest.skip("a CPU whose products round to bfloat16 when they may")
+    before, entered, leave = SETTING.fp32_precision, threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fast_products(CPU):
+            entered.set()
+            leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with fast_products(CPU):
+            running = pool.submit(other)
+            entered.wait(10)
+        assert SETTING.fp32_precision == "bf16"
+        leave.set()
+        running.result()
+    assert SETTING.fp32_precision == before
+
+
+def test_what_is_not_trained_costs_no_memory() -> None:
+    """Of a frozen weight's product no input is kept."""
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 2)
+    seen: list[Tensor] = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x)
+    for first, second, kept in ((a, b, [b]), (b.T, a.T, [b.T]), (a, a.T, [a, a.T])):
+        seen.clear()
+        with keep:
+            matmul(first, second)
+        assert [x.shape for x in seen] == [x.shape for x in kept] or not are_fast(a)
 
 
 def test_only_plain_float32_on_a_cpu() -> None:

@@ -253,6 +253,12 @@ def test_shapes_that_do_not_fit(change: dict, words: str) -> None:
         run(retention_parallel, {**random_case(5), **change})
 
 
+def test_no_rows() -> None:
+    case = {name: x[:0] if name in ("q", "k", "v") else x for name, x in random_case(5).items()}
+    out, state = run(retention_chunkwise, case, chunk_size=2)
+    assert out.shape == (0, 2, 5, 6) and state.shape == (0, 2, 4, 6)
+
+
 def test_no_tokens_and_no_chunk() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         run(retention_parallel, random_case(0))

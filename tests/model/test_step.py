@@ -101,7 +101,8 @@ def test_weights_are_packed_for_many_rows(
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch without oneDNN")
     monkeypatch.setattr(products, "_HAS_KERNELS", True)  # right on every CPU, if not faster
-    monkeypatch.setattr(products, "_is_exact", lambda: True)
+    if not products._is_exact():
+        pytest.skip("a CPU whose products round to bfloat16 when they may")
     monkeypatch.setattr(step_module, "MOST_PACKED", most)
     model = tiny_model(mixer, dtype=torch.float32)
     step = DecodeStep(model)
@@ -357,7 +358,6 @@ def test_steps_are_compiled_for_any_number_of_row_counts(mixer: str, monkeypatch
     traced = functools.partial(real, backend="eager")  # traces like the others, compiles nothing
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(products, "_HAS_KERNELS", True)
-    monkeypatch.setattr(products, "_is_exact", lambda: True)
     torch._dynamo.reset()
     model = tiny_model(mixer, dtype=torch.float32)
     with torch._dynamo.config.patch(recompile_limit=2):
