@@ -117,11 +117,14 @@ def are_fast(*tensors: Tensor) -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with the same leading dimensions, its gradients by ``fast_products`` too.
 
+    Inside of ``fast_products`` the backward pass is taken to run there as well, and torch's own,
+    which costs less to call than ours, to do as well.
+
     Args:
         a: [..., N, K].
         b: [..., K, M].
     """
-    if not are_fast(a, b):
+    if _permission.inside or not are_fast(a, b):
         return a @ b
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         y: Tensor = _Matmul.apply(a, b)

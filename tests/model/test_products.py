@@ -122,6 +122,16 @@ def test_the_setting_stays_until_the_last_thread_is_out() -> None:
     assert SETTING.fp32_precision == before
 
 
+def test_inside_torchs_own_gradients_do() -> None:
+    a = torch.ones(2, 2, requires_grad=True)
+    with fast_products(CPU):
+        inside = matmul(a, a).grad_fn
+    outside = matmul(a, a).grad_fn
+    assert inside is not None and outside is not None
+    assert inside.name() == "MmBackward0"
+    assert outside.name() == ("_MatmulBackward" if are_fast(a) else "MmBackward0")
+
+
 def test_what_is_not_trained_costs_no_memory() -> None:
     """Of a frozen weight's product no input is kept."""
     a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 2)
