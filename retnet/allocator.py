@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed blocks for the next tensor instead of returning them to the system.
 
     By default a block of 32 MiB or more is mapped for each use and unmapped after it, and every use
-    begins with a page fault per 4 KiB. Activations of long rows are such blocks: without this, a
-    training step on 16,384 tokens takes a quarter longer (benchmarks/RESULTS.md). The process's
+    begins with a page fault per 4 KiB. Activations of long rows are such blocks; what it
+    is worth, benchmarks/RESULTS.md says (the column of the default allocator). The process's
     resident memory stays at its peak. Other C libraries, and settings that the user made by
     MALLOC_* or GLIBC_TUNABLES, are left alone.
 

@@ -70,10 +70,10 @@ def _gradients(out_grad: Tensor, state_grad: Tensor, ctx: Any) -> tuple[Tensor |
         slope = plan.slope(out_grad, gate, gate_grad, rest, cut)
         with fast_products(q.device):
             *found, state_grad = _span_backward(
-                q, k, v, before, plan.chunks(slope, cut), state_grad, decays
+                q, k, v, before, plan.chunks(slope), state_grad, decays
             )
         rows, heads = q.shape[:2]
-        grads = grads or [empty_heads(q, rows, plan.length, heads, x.shape[-1]) for x in found]
+        grads = grads or [_empty_heads(q, rows, plan.length, heads, x.shape[-1]) for x in found]
         plan.write_gradients(grads, found, cut)
     return *grads, gate_grad, state_grad, None
 
@@ -119,10 +119,10 @@ class Plan:
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The span's chunks of each."""
-        q, k, v = (self.chunks(x[:, :, cut], cut) for x in (q, k, v))
+        q, k, v = (self.chunks(x[:, :, cut]) for x in (q, k, v))
         return q, k, v
 
-    def chunks(self, x: Tensor, cut: slice) -> Tensor:
+    def chunks(self, x: Tensor) -> Tensor:
         """[B, H, span, D] -> [B, H, N, C, D], the last chunk filled up with zeros."""
         short = -x.shape[2] % self.chunk_size
         x = F.pad(x, (0, 0, 0, short)) if short else x.contiguous()
@@ -135,7 +135,7 @@ class Plan:
     def new_result(self, v: Tensor) -> Tensor:
         """Memory for the result of all spans."""
         rows, heads, length, width = v.shape
-        return empty_heads(v, rows, length, heads, width)
+        return _empty_heads(v, rows, length, heads, width)
 
     def write(
         self, result: Tensor, found: Tensor, gate: Tensor | None, cut: slice
@@ -161,7 +161,7 @@ class Plan:
             grad[:, :, cut] = self.tokens(part, cut)
 
 
-def empty_heads(like: Tensor, rows: int, length: int, heads: int, width: int) -> Tensor:
+def _empty_heads(like: Tensor, rows: int, length: int, heads: int, width: int) -> Tensor:
     """[B, H, T, width], tokens before heads in memory, as the projections have it."""
     return like.new_empty(rows, length, heads, width).transpose(1, 2)
 

@@ -84,7 +84,7 @@ class GatedPlan(Plan):
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, cut: slice) -> tuple[Tensor, Tensor, Tensor]:
         q, k = (self._turned(x, turn, cut) for x, turn in zip((q, k), self.turns, strict=True))
-        return q, k, self.chunks(v[:, :, cut], cut)
+        return q, k, self.chunks(v[:, :, cut])
 
     def _turned(self, x: Tensor, turn: Rotation, cut: slice) -> Tensor:
         rows, heads, _, width = x.shape

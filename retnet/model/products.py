@@ -4,7 +4,7 @@ torch gives them to MKL, whose kernels leave half of some processors' arithmetic
 AMD's). oneDNN's do not, and torch asks oneDNN for a product where its operands may be rounded to
 bfloat16 (``torch.backends.mkldnn.matmul.fp32_precision``). Its kernels do that where the processor
 has matrix units for it (AMX, only Intel's), and everywhere else compute in float32 as always. So
-where MKL is slow the permission costs no digit, and ``_exact`` makes sure before the first product.
+where MKL is slow the permission costs no digit; ``_is_exact`` makes sure before the first product.
 On an AMD Zen 5 a product takes half of the time, a batch of small ones 0.4 of it.
 """
 
