@@ -9,6 +9,7 @@ from .model import (
     TransformerConfig,
     TransformerForCausalLM,
 )
+from .model.models import PUBLIC
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,6 @@ __all__ = [
     "TransformerForCausalLM",
 ]
 
-AutoConfig.register(RetNetConfig.model_type, RetNetConfig, exist_ok=True)
-AutoModelForCausalLM.register(RetNetConfig, RetNetForCausalLM, exist_ok=True)
-AutoConfig.register(TransformerConfig.model_type, TransformerConfig, exist_ok=True)
-AutoModelForCausalLM.register(TransformerConfig, TransformerForCausalLM, exist_ok=True)
+for _model in PUBLIC:
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)

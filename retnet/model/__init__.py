@@ -1,17 +1,21 @@
-"""The network: configurations, retention, the two models and their memories."""
+"""The network: everything that travels with a checkpoint. It imports nothing else of the package.
 
-from .cache import KVCache, RetentionCache
-from .configuration import RetNetConfig, TransformerConfig
-from .layers import MultiScaleRetention
-from .modeling import RetNetForCausalLM, TransformerForCausalLM
-from .retention import retention_chunkwise, retention_parallel, retention_recurrent
+``ops`` are pure functions, ``mixers`` what mixes a row's tokens, ``decoder`` the skeleton around
+them, ``models`` the public classes; ``fast_decode`` is speed for one token and may be left out.
+"""
+
+from .cache import DecoderCache
+from .mixers import MIXERS
+from .mixers.retention import MultiScaleRetention
+from .models import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from .ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 
 __all__ = [
-    "KVCache",
+    "MIXERS",
+    "DecoderCache",
     "MultiScaleRetention",
     "RetNetConfig",
     "RetNetForCausalLM",
-    "RetentionCache",
     "TransformerConfig",
     "TransformerForCausalLM",
     "retention_chunkwise",

@@ -1,20 +1,36 @@
-"""What the models remember between calls, as transformers ``Cache`` objects.
+"""What a model remembers between calls, as one of transformers' ``Cache`` objects.
 
-``RetentionCache`` holds one state [B, H, K, V] per layer: its size never changes. ``KVCache`` holds
-every token's keys and values in buffers that double when full, so that no token copies the past.
-Both keep a record per row (see ``sequence``), so the position lives in the state.
+It is generic: a dictionary of tensors for each part of each layer (the mixers' and feed-forward
+networks' own states, see ``mixers.base``) and one for the rows. Every tensor has one entry per row,
+so beams, copies and saved states need to know no more than that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+State = dict[str, Tensor]
+PARTS = ("mixer", "ffn")
 
-class _Layer(CacheLayerMixin):
-    """The part of transformers' layer interface that both kinds of memory answer alike."""
+
+class LayerState(CacheLayerMixin):
+    """The states of one block.
+
+    Args:
+        growing: Names of the mixer's entries that grow with the text, tokens at dimension -2.
+
+    Attributes:
+        mixer, ffn: Of the two parts; empty before the first token.
+    """
+
+    def __init__(self, growing: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.growing = growing
+        self.mixer: State = {}
+        self.ffn: State = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -23,7 +39,7 @@ class _Layer(CacheLayerMixin):
         raise NotImplementedError("the model writes its own cache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
         return 0
@@ -31,90 +47,27 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def tensors(self) -> list[str]:
-        """Names of the attributes that hold one entry per row."""
-        raise NotImplementedError
-
-
-class RetentionLayer(_Layer):
-    """One layer's state [B, H, K, V], float32 (or float64); None before the first token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: Tensor | None = None
-
-    def tensors(self) -> list[str]:
-        return ["state"]
-
-
-class KVLayer(_Layer):
-    """One layer's keys and values: buffers [B, H, capacity, K] of which ``length`` is used."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.keys: Tensor
-        self.values: Tensor
-        self.capacity = capacity
-        self.length = 0
-
-    def tensors(self) -> list[str]:
-        return ["keys", "values"]
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, H, T, K] of new tokens; returns all keys and values so far."""
-        end = self.length + keys.shape[2]
-        if torch.is_grad_enabled() and keys.requires_grad:
-            # autograd needs the old values as they were: no writing in place
-            if self.length:
-                keys = torch.cat((self.keys[:, :, : self.length], keys), dim=2)
-                values = torch.cat((self.values[:, :, : self.length], values), dim=2)
-            self.keys, self.values = keys, values
-        else:
-            self._reserve(keys, values, end)
-            self.keys[:, :, self.length : end] = keys
-            self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _reserve(self, keys: Tensor, values: Tensor, end: int) -> None:
-        present = 0 if self.keys is None else self.keys.shape[2]
-        if end <= present and not locked(self.keys):
-            return
-        capacity = max(end, self.capacity, 2 * present if end > present else present)
-        for name, new in (("keys", keys), ("values", values)):
-            buffer = new.new_empty(*new.shape[:2], capacity, new.shape[3])
-            if self.length:
-                buffer[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
-            setattr(self, name, buffer)
-
-
-def locked(x: Tensor | None) -> bool:
-    """Whether x can't be written here: what inference_mode made, outside it.
-
-    A compiled step can't ask; it runs in inference mode whenever its cache was made there.
-    """
-    if x is None or torch.compiler.is_compiling():
-        return False
-    return x.is_inference() and not torch.is_inference_mode_enabled()
-
 
 class DecoderCache(Cache):
-    """The rows' memory: one layer object per model layer and the rows' record.
+    """The memory of some rows: a state for each layer, and what a model keeps of each row.
+
+    Args:
+        growing: For each layer the names of the entries that grow, see ``LayerState``.
+        capacity: Tokens to reserve at once in those; more are reserved when they are full.
 
     Attributes:
         length: Columns seen, padding included.
-        record: int64 [B, 3] (see ``sequence``); None before the first call.
-        last_hidden: [B, d], each row's last output, kept while calls have a mask; else None.
+        rows: By row: ``record`` int64 [B, 3] (see ``documents``), ``last_hidden`` [B, d] (each
+            row's last output, kept while calls have a mask), and what mixers keep there.
     """
 
-    _row_tensors: tuple[str, ...] = ("record", "last_hidden")
     layers: list[Any]
 
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__(layers=layers)
+    def __init__(self, growing: list[tuple[str, ...]], capacity: int | None = None) -> None:
+        super().__init__(layers=[LayerState(names) for names in growing])
+        self.capacity = capacity
         self.length = 0
-        self.record: Tensor | None = None
-        self.last_hidden: Tensor | None = None
+        self.rows: State = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -126,15 +79,42 @@ class DecoderCache(Cache):
         return self.length + query_length, 0
 
     @property
+    def record(self) -> Tensor | None:
+        """int64 [B, 3]; None before the first call."""
+        return self.rows.get("record")
+
+    @property
     def batch_size(self) -> int:
         return -1 if self.record is None else self.record.shape[0]
 
     def num_bytes(self) -> int:
-        """Bytes that the memory of all rows takes: the state, or the used part of the buffers."""
-        raise NotImplementedError
+        """Bytes of all layers' states; of those that grow, the used part."""
+        total = 0
+        for layer in self.layers:
+            for part in PARTS:
+                for name, x in getattr(layer, part).items():
+                    grows = part == "mixer" and name in layer.growing
+                    used = x.narrow(-2, 0, self.length) if grows else x
+                    total += used.numel() * used.element_size()
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by a name that says where: "record", "layers.0.mixer.state"."""
+        return {name: holder[key] for name, holder, key in self._places()}
+
+    def put(self, name: str, x: Tensor) -> None:
+        """Put a tensor where ``tensors`` names it."""
+        first, *rest = name.split(".")
+        if first == "layers":
+            index, part, key = rest
+            getattr(self.layers[int(index)], part)[key] = x
+        else:
+            self.rows[name] = x
 
     def reset(self) -> None:
-        self._map(lambda _: None)
+        self.rows = {}
+        for layer in self.layers:
+            layer.mixer, layer.ffn = {}, {}
         self.length = 0
 
     def detach(self) -> None:
@@ -155,56 +135,26 @@ class DecoderCache(Cache):
             f"a {type(self).__name__} can't go back: copy.deepcopy it where you want to return"
         )
 
-    def _map(self, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Replace every tensor that has one entry per row."""
-        owners = [(self, self._row_tensors), *((x, x.tensors()) for x in self.layers)]
-        for owner, names in owners:
-            for name in names:
-                if getattr(owner, name) is not None:
-                    setattr(owner, name, change(getattr(owner, name)))
+    def _places(self) -> Iterator[tuple[str, State, str]]:
+        for key in self.rows:
+            yield key, self.rows, key
+        for index, layer in enumerate(self.layers):
+            for part in PARTS:
+                holder = getattr(layer, part)
+                for key in holder:
+                    yield f"layers.{index}.{part}.{key}", holder, key
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor; all of them have one entry per row."""
+        for _, holder, key in list(self._places()):
+            holder[key] = change(holder[key])
 
 
-class RetentionCache(DecoderCache):
-    """The recurrent state of a RetNet: constant size, whatever the number of tokens."""
+def is_locked(x: Tensor) -> bool:
+    """Whether x can't be written here: what inference_mode made, outside it.
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__([RetentionLayer() for _ in range(num_layers)])
-
-    def num_bytes(self) -> int:
-        states = [layer.state for layer in self.layers if layer.state is not None]
-        held = (*states, self.record, self.last_hidden)
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
-
-
-class KVCache(DecoderCache):
-    """Keys and values of a Transformer.
-
-    Args:
-        num_layers: Of the model.
-        capacity: Columns to reserve at the first call; more are reserved by doubling.
-
-    Attributes:
-        valid: bool [B, length], False at padding; None while there was none.
-        document_start: int64 [B], the column where the row's last document begins; None while every
-            row is one document.
+    A compiled step can't ask; it runs in inference mode whenever its state was made there.
     """
-
-    _row_tensors = ("record", "last_hidden", "valid", "document_start")
-
-    def __init__(self, num_layers: int, capacity: int = 0) -> None:
-        super().__init__([KVLayer(capacity) for _ in range(num_layers)])
-        self.valid: Tensor | None = None
-        self.document_start: Tensor | None = None
-
-    def reset(self) -> None:
-        super().reset()
-        for layer in self.layers:
-            layer.length = 0
-
-    def num_bytes(self) -> int:
-        total = 0
-        for layer in self.layers:
-            for x in (layer.keys, layer.values):
-                if x is not None:
-                    total += x[:, :, : layer.length].numel() * x.element_size()
-        return total
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()

@@ -1,4 +1,4 @@
-"""The configurations of the two models: one decoder skeleton, two mixers.
+"""What the configurations of all models share; each mixer's file adds its own keys.
 
 A layer has 12 d^2 matrix parameters whatever its mixer and feed-forward network, because
 ``intermediate_size: null`` is resolved to what the mixer leaves over. Switching off a part of the
@@ -9,18 +9,17 @@ keep that fixed instead.
 import difflib
 import logging
 import math
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from .decay import DECAY_SCHEDULES
-from .rotary import ROTARY_FREQUENCIES, ROTARY_LAYOUTS
+from .ops.rotary import ROTARY_FREQUENCIES, ROTARY_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
 NORMS = ("layernorm", "rmsnorm")
 FEED_FORWARDS = ("gelu", "swiglu")
-HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
 
 # Keyword arguments that transformers handles itself, beside its dataclass fields.
 _TRANSFORMERS_KEYS = {
@@ -30,8 +29,19 @@ _TRANSFORMERS_KEYS = {
 }  # fmt: skip
 
 
+def option(default: Any, text: str, *, meaning: bool = False) -> Any:
+    """A key of the ``model`` section of a recipe.
+
+    Args:
+        default: None where it is resolved on construction.
+        text: Its line in ``--help``.
+        meaning: Whether weights are trained for its value without a shape that would show it.
+    """
+    return field(default=default, metadata={"help": text, "meaning": meaning})
+
+
 class DecoderConfig(PretrainedConfig):
-    """What both models have in common.
+    """What all models have in common.
 
     Args:
         vocab_size: Number of tokens.
@@ -51,26 +61,33 @@ class DecoderConfig(PretrainedConfig):
         max_position_embeddings: The window that evaluation tools use; limits nothing.
         use_cache: Whether a forward pass in eval mode returns its state.
 
+    The class attribute ``mixer_class`` is what makes it the configuration of a RetNet, a
+    Transformer, ...
+
     Raises:
         ValueError: Values that make no model; all problems in one message.
     """
+
+    mixer_class: ClassVar[Any]
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
     vocab_size: int = 4096
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = None  # type: ignore[assignment]  # resolved on construction
-    norm: str = "layernorm"
+    hidden_size: int = option(256, "width d of the residual stream")
+    num_hidden_layers: int = option(4, "number of blocks")
+    num_heads: int = option(4, "heads of the mixer", meaning=True)
+    intermediate_size: int = option(
+        None, "width of the feed-forward network; null: 12 d^2 matrix parameters in a layer"
+    )
+    norm: str = option("layernorm", "layernorm or rmsnorm")
     norm_eps: float = 1e-6
-    ffn: str = "gelu"
-    dropout: float = 0.0
-    rotary_layout: str = "interleaved"
-    rotary_frequencies: str = "linspace"
+    ffn: str = option("gelu", "gelu or swiglu")
+    dropout: float = option(0.0, "after embedding, mixers, feed-forward networks")
+    rotary_layout: str = option("interleaved", "interleaved or half", meaning=True)
+    rotary_frequencies: str = option("linspace", "linspace or standard", meaning=True)
     rotary_base: float = 10000.0
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = option(False, "the output layer is the embedding")
     max_position_embeddings: int = 2048
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -79,7 +96,8 @@ class DecoderConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._warn_of_unknown(kwargs)
-        problems = self._problems()
+        self.resolve()
+        problems = self.problems()
         if not problems and self.intermediate_size is None:
             self.intermediate_size = self._balanced_intermediate_size()
             if self.intermediate_size < 1:
@@ -91,6 +109,13 @@ class DecoderConfig(PretrainedConfig):
             raise ValueError("; ".join(problems))
         super().__post_init__(**kwargs)
 
+    def mixer_of(self, layer_idx: int) -> Any:
+        """The mixer's class in a layer, counted from 0."""
+        return self.mixer_class
+
+    def resolve(self) -> None:
+        """Put the mixer's own values for what is None; called on construction, before checks."""
+
     @property
     def head_dim(self) -> int:
         """K, the width of a head's queries and keys."""
@@ -99,7 +124,8 @@ class DecoderConfig(PretrainedConfig):
     @property
     def mixer_parameters(self) -> int:
         """Matrix parameters of one mixer."""
-        raise NotImplementedError
+        count: int = self.mixer_class.matrix_parameters(self)
+        return count
 
     def _balanced_intermediate_size(self) -> int:
         matrices = 3 if self.ffn == "swiglu" else 2
@@ -113,21 +139,21 @@ class DecoderConfig(PretrainedConfig):
             hint = f"; did you mean {near[0]}?" if near else ""
             logger.warning("%s has no field %r, it has no effect%s", type(self).__name__, key, hint)
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Everything that is wrong with the values, each with key, value and fix."""
         problems = []
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads",
                     "max_position_embeddings"):  # fmt: skip
-            problems += self._check_size(key)
+            problems += self.check_size(key)
         if self.intermediate_size is not None:
-            problems += self._check_size("intermediate_size")
-        problems += self._check_choice("norm", NORMS)
-        problems += self._check_choice("ffn", FEED_FORWARDS)
-        problems += self._check_choice("rotary_layout", ROTARY_LAYOUTS)
-        problems += self._check_choice("rotary_frequencies", ROTARY_FREQUENCIES)
-        problems += self._check_number("norm_eps", 0, 1)
-        problems += self._check_number("dropout", 0, 1)
-        problems += self._check_number("rotary_base", 0, math.inf)
+            problems += self.check_size("intermediate_size")
+        problems += self.check_choice("norm", NORMS)
+        problems += self.check_choice("ffn", FEED_FORWARDS)
+        problems += self.check_choice("rotary_layout", ROTARY_LAYOUTS)
+        problems += self.check_choice("rotary_frequencies", ROTARY_FREQUENCIES)
+        problems += self.check_number("norm_eps", 0, 1)
+        problems += self.check_number("dropout", 0, 1)
+        problems += self.check_number("rotary_base", 0, math.inf)
         if self.rotary_base == 0:
             problems.append("rotary_base (0) must be above 0: the usual value is 10000.0")
         if self.dropout == 1:
@@ -138,7 +164,7 @@ class DecoderConfig(PretrainedConfig):
         if not problems and self.hidden_size % self.num_heads:
             problems.append(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_heads "
-                f"({self.num_heads}): take {_nearest_multiple(self.hidden_size, self.num_heads)}"
+                f"({self.num_heads}): take {nearest_multiple(self.hidden_size, self.num_heads)}"
             )
         elif not problems and self.head_dim % 2:
             problems.append(
@@ -148,13 +174,15 @@ class DecoderConfig(PretrainedConfig):
             )
         return problems
 
-    def _check_size(self, key: str) -> list[str]:
+    def check_size(self, key: str) -> list[str]:
+        """The problem of a key whose value must be a count, if it is one."""
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             return [f"{key} ({value!r}) must be a whole number of at least 1"]
         return []
 
-    def _check_number(self, key: str, low: float, high: float) -> list[str]:
+    def check_number(self, key: str, low: float, high: float) -> list[str]:
+        """The problem of a key whose value must be a number from low to high, if it is one."""
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return [f"{key} ({value!r}) must be a number"]
@@ -162,7 +190,8 @@ class DecoderConfig(PretrainedConfig):
             return [f"{key} ({value!r}) must be between {low} and {high}"]
         return []
 
-    def _check_choice(self, key: str, choices: tuple[str, ...]) -> list[str]:
+    def check_choice(self, key: str, choices: tuple[str, ...]) -> list[str]:
+        """The problem of a key whose value must be one of these, if it is one."""
         value = getattr(self, key)
         if value in choices:
             return []
@@ -171,82 +200,6 @@ class DecoderConfig(PretrainedConfig):
         return [f"{key} ({value!r}) must be one of {', '.join(choices)}{hint}"]
 
 
-class RetNetConfig(DecoderConfig):
-    """A RetNet: multi-scale retention as mixer (arXiv 2307.08621).
-
-    Args, beside those of ``DecoderConfig``:
-        value_size: Width of all heads' values together; 2 d when None.
-        head_norm: Of each head's output at each token, without learned parameters: "groupnorm"
-            (mean and variance), "rmsnorm", or "none".
-        head_norm_eps: Small, because retention outputs are small at a text's first tokens.
-        gate: The swish gate.
-        decay: "paper" (1 - 2^(-5-h)), "log_linear" (the schedule of the paper's experiments), or
-            one number in (0, 1] for all heads: single-scale, 1.0 without decay.
-        chunk_size: C of the chunkwise form; no effect on the result. When None, what was measured
-            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 128
-            on 128.
-    """
-
-    model_type = "retnet_lm"
-
-    value_size: int = None  # type: ignore[assignment]  # resolved on construction
-    head_norm: str = "groupnorm"
-    head_norm_eps: float = 1e-6
-    gate: bool = True
-    decay: str | float = "paper"
-    chunk_size: int = None  # type: ignore[assignment]  # resolved on construction
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.value_size is None and isinstance(self.hidden_size, int):
-            self.value_size = 2 * self.hidden_size
-        super().__post_init__(**kwargs)
-        if self.chunk_size is None:
-            self.chunk_size = 64 if self.head_dim < 128 else 128
-
-    @property
-    def mixer_parameters(self) -> int:
-        # W_Q and W_K are d x d; W_V, W_O and the gate's W_G are d x value_size
-        return self.hidden_size * (2 * self.hidden_size + (2 + self.gate) * self.value_size)
-
-    def _problems(self) -> list[str]:
-        problems = super()._problems()
-        if self.chunk_size is not None:
-            problems += self._check_size("chunk_size")
-        problems += self._check_choice("head_norm", HEAD_NORMS)
-        problems += self._check_number("head_norm_eps", 0, 1)
-        if isinstance(self.hidden_size, int):
-            problems += self._check_size("value_size")
-        if not isinstance(self.gate, bool):
-            problems.append(f"gate ({self.gate!r}) must be true or false")
-        if isinstance(self.decay, str):
-            problems += [
-                f"{problem}, or a number in (0, 1]"
-                for problem in self._check_choice("decay", DECAY_SCHEDULES)
-            ]
-        elif isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
-            problems.append(f"decay ({self.decay!r}) must be a name or a number in (0, 1]")
-        elif not 0 < self.decay <= 1:
-            problems.append(f"decay ({self.decay!r}) must be above 0 and at most 1")
-        if not problems and self.value_size % self.num_heads:
-            problems.append(
-                f"value_size ({self.value_size}) must be divisible by num_heads "
-                f"({self.num_heads}): take {_nearest_multiple(self.value_size, self.num_heads)}"
-            )
-        return problems
-
-
-class TransformerConfig(DecoderConfig):
-    """The Transformer beside it: causal softmax attention, rotary positions as in Llama."""
-
-    model_type = "transformer_lm"
-
-    rotary_layout: str = "half"
-    rotary_frequencies: str = "standard"
-
-    @property
-    def mixer_parameters(self) -> int:
-        return 4 * self.hidden_size**2
-
-
-def _nearest_multiple(value: int, divisor: int) -> int:
+def nearest_multiple(value: int, divisor: int) -> int:
+    """For messages: the positive multiple that is nearest to a value."""
     return max(1, round(value / divisor)) * divisor

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import linear
-from .precision import full_precision
-from .products import fast_products, matmul
-from .sequence import describe_tokens
+from .documents import describe_tokens
+from .ops.precision import full_precision, wide_dtype
 
 IGNORE_INDEX = -100
 MIN_TOKENS_PER_CHUNK = 256  # fewer make the matrix products slow
@@ -34,7 +32,7 @@ def causal_lm_loss(
         targets: int64 [B, T], -100 to ignore.
         num_items: What the sum is divided by; the number of targets when None (0 without any).
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(wide_dtype(logits.dtype))
     total = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
@@ -59,7 +57,7 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # which the function could not know
         hidden, weight = hidden.detach(), weight.detach()
     if torch.compiler.is_compiling():  # the compiler fuses the plain form by itself
-        return causal_lm_loss(linear(hidden, weight), targets, num_items)
+        return causal_lm_loss(F.linear(hidden, weight), targets, num_items)
     per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU
     chunk = max(MIN_TOKENS_PER_CHUNK, per_chunk // weight.shape[0])
     total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk)
@@ -71,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = wide_dtype(hidden.dtype)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -80,32 +78,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, labels = hidden[begin : begin + chunk], targets[begin : begin + chunk, None]
                 counted = labels != IGNORE_INDEX
                 labels = labels.clamp(min=0)
-                logits = linear(part, weight).to(wide)
-                slope = logits.softmax(1)
-                total += (_surprise(logits, slope, labels) * counted).sum()
+                logits = F.linear(part, weight).to(wide)
+                chances = logits.softmax(1)
+                total += (_surprise(logits, chances, labels) * counted).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
                 # d loss / d logits = softmax - one-hot, of the tokens that are counted
-                slope.scatter_add_(1, labels, slope.new_full((), -1.0).expand_as(labels))
+                chances.scatter_add_(1, labels, chances.new_full((), -1.0).expand_as(labels))
                 counted = counted.to(hidden.dtype)
-                slope = slope.to(hidden.dtype)
+                logits_grad = chances.to(hidden.dtype)
                 if hidden_grad is not None:
                     found = hidden_grad[begin : begin + chunk]
-                    torch.mul(matmul(slope, weight), counted, out=found)
+                    torch.mul(logits_grad @ weight, counted, out=found)
                 if weight_grad is not None:
-                    _add_product(weight_grad, slope.T, part * counted)
+                    _add_product(weight_grad, logits_grad.T, part * counted)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * slope
+            hidden_grad = hidden_grad * grad
         if weight_grad is not None:
-            weight_grad = (weight_grad * slope).to(ctx.weight_dtype)
+            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
 
 
@@ -128,8 +126,7 @@ def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, of which total may be of the wider type."""
     if total.dtype == a.dtype:
-        with fast_products(a.device):
-            total.addmm_(a, b)
+        total.addmm_(a, b)
     else:
         total += a @ b
 
@@ -156,9 +153,7 @@ def shift_targets(
         int64 [B, T]; -100 where the next token begins another document, or either is padding.
     """
     tokens = describe_tokens(
-        labels.shape[0],
-        labels.shape[1],
-        labels.device,
+        labels,
         attention_mask=None if attention_mask is None else attention_mask[:, -labels.shape[1] :],
         segment_ids=segment_ids,
         position_ids=position_ids,

@@ -1,7 +1,7 @@
 """A decode step as a CUDA graph: all its kernels in one launch.
 
 A token through a small model is hundreds of kernels of a few microseconds each; launching them one
-by one takes longer than running them. The state of a RetNet stays where it is, so what was
+by one takes longer than running them. A state of constant size stays where it is, so what was
 launched for one token can be launched again for the next.
 """
 
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import DecoderCache
+from ..cache import DecoderCache
 from .step import DecodeStep
 
 WARM_UPS = 3  # runs before the capture, in which libraries and compilers settle
 
 
 class StepGraph:
-    """``DecodeStep`` for a RetNet on a GPU, captured at the first token of a cache.
+    """``DecodeStep`` on a GPU, for a state of constant size, captured at the first token of a cache.
 
     It is captured anew when the cache's tensors have moved, as after a change of its rows.
 
     Args:
-        step: Of a RetNet; may be compiled.
+        step: Of a model whose state does not grow; may be compiled.
     """
 
     def __init__(self, step: DecodeStep) -> None:
@@ -36,7 +36,8 @@ class StepGraph:
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """tokens int64 [B] -> logits [B, vocab], as ``DecodeStep``."""
         assert cache.record is not None
-        held = [cache.record, *(layer.state for layer in cache.layers)]
+        cache.rows.pop("last_hidden", None)
+        held = list(cache.tensors().values())
         places = [(x.data_ptr(), x.shape) for x in held]
         if places != self.places:
             self._capture(tokens, cache, held)
@@ -44,7 +45,6 @@ class StepGraph:
         self.tokens.copy_(tokens)
         self.graph.replay()
         cache.length += 1
-        cache.last_hidden = None
         return self.logits.clone()  # the next replay writes over it
 
     def _capture(self, tokens: Tensor, cache: DecoderCache, held: list[Tensor]) -> None:

@@ -1,10 +1,9 @@
-"""One decoder skeleton, two models on it: RetNetForCausalLM and TransformerForCausalLM.
+"""The skeleton that all models share: a decoder around the mixer that its configuration names.
 
-Embedding, N pre-norm blocks of mixer and feed-forward network, final norm, output layer. The two
-share everything but the mixer, its memory and its initialisation.
+Embedding, N pre-norm blocks of mixer and feed-forward network, final norm, output layer.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +11,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import CausalAttention, attention_mask
-from .cache import DecoderCache, KVCache, RetentionCache
-from .configuration import DecoderConfig, RetNetConfig, TransformerConfig
-from .generation import OwnCacheGenerationMixin
-from .initialization import initialize
-from .layers import MODES, FeedForward, MixerInputs, MultiScaleRetention, make_norm
-from .linear import Linear
+from .cache import DecoderCache, LayerState, State
+from .configuration import DecoderConfig
+from .documents import TokenInfo, describe_tokens
+from .hf_generate import OwnCacheGenerationMixin
+from .layers import FeedForward, make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
-from .sequence import TokenInfo, describe_tokens
+from .mixers.base import Mixer, Part
 
 
 class DecoderLayer(GradientCheckpointingLayer):
     """A pre-norm block: x + mixer(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: DecoderConfig, mixer: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, mixer: Mixer) -> None:
         super().__init__()
         self.mixer_norm = make_norm(config)
         self.mixer = mixer
@@ -35,16 +32,47 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden: Tensor, inputs: MixerInputs, memory: Any = None, mode: str | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, d] -> [B, T, d] and the mixer's new state."""
-        mixed, state = self.mixer(self.mixer_norm(hidden), inputs, memory, mode)
-        hidden = hidden + self.dropout(mixed)
-        return hidden + self.dropout(self.ffn(self.ffn_norm(hidden))), state
+        self,
+        hidden: Tensor,
+        shared: "Shared",
+        mixer_state: State | None = None,
+        ffn_state: State | None = None,
+        mode: str | None = None,
+    ) -> tuple[Tensor, State, State]:
+        """[B, T, d] -> [B, T, d] and the new states of the two parts."""
+        mode = mode if mode in self.mixer.modes else None
+        x = self.mixer_norm(hidden)
+        x, mixer_state = self.mixer(x, shared.of(self.mixer), mixer_state, mode)
+        hidden = hidden + self.dropout(x)
+        x = self.ffn_norm(hidden)
+        x, ffn_state = self.ffn(x, shared.of(self.ffn), ffn_state, None)
+        return hidden + self.dropout(x), mixer_state, ffn_state
+
+
+class Shared:
+    """What the parts of one pass share, by their class, and what is kept of each row.
+
+    Args:
+        layers: All blocks.
+        tokens: Of this pass.
+        rows: What the last pass kept, see ``DecoderCache``.
+    """
+
+    def __init__(self, layers: nn.ModuleList, tokens: TokenInfo, rows: State) -> None:
+        self.rows: State = {"record": tokens.record}
+        self.by_class: dict[type[Part], Any] = {}
+        for layer in layers:
+            for part in (layer.mixer, layer.ffn):
+                if type(part) not in self.by_class:
+                    self.by_class[type(part)], kept = part.shared(tokens, rows)
+                    self.rows |= kept
+
+    def of(self, part: Part) -> Any:
+        return self.by_class[type(part)]
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving, for both models."""
+    """Initialisation, loading and saving, for all models."""
 
     config: DecoderConfig
     base_model_prefix = "model"
@@ -56,22 +84,20 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules that have weights of their own, without their names
         name = next((name for name, other in self.named_modules() if other is module), "")
-        initialize(module, name.rpartition(".")[2], self.config)
+        _, in_layers, rest = name.rpartition("layers.")
+        kind = self.config.mixer_of(int(rest.split(".")[0])) if in_layers else None
+        kind = kind or self.config.mixer_class
+        kind.initialize(module, name.rpartition(".")[2], self.config)
 
 
 class DecoderModel(DecoderPreTrainedModel):
-    """The skeleton without the output layer.
-
-    The class attribute ``mixer_class`` is what makes it a RetNet or a Transformer.
-    """
-
-    mixer_class: type[MultiScaleRetention] | type[CausalAttention]
+    """The skeleton without the output layer."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, self.mixer_class(config, i))
+            DecoderLayer(config, config.mixer_of(i)(config, i))
             for i in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config)
@@ -80,14 +106,12 @@ class DecoderModel(DecoderPreTrainedModel):
         self.post_init()
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
-        """An empty memory; ``max_length`` columns are reserved at once where it grows."""
-        raise NotImplementedError
-
-    def mixer_inputs(
-        self, tokens: TokenInfo, hidden: Tensor, cache: DecoderCache | None
-    ) -> MixerInputs:
-        """What all layers share in this forward pass."""
-        raise NotImplementedError
+        """An empty memory; ``max_length`` tokens are reserved at once where it grows."""
+        config = self.config
+        growing = [
+            config.mixer_of(i).growing(config) for i in range(config.num_hidden_layers)
+        ]
+        return DecoderCache(growing, capacity=max_length)
 
     def forward(
         self,
@@ -115,31 +139,36 @@ class DecoderModel(DecoderPreTrainedModel):
             raise ValueError("output_attentions (True) is not available: no form computes them all")
         cache = self._memory(past_key_values, use_cache)
         self._check_mode(mode)
+        rows = {} if cache is None else cache.rows
         tokens = describe_tokens(
-            hidden.shape[0],
-            hidden.shape[1],
-            hidden.device,
+            hidden,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             position_ids=position_ids,
-            record=None if cache is None else cache.record,
-            past_length=0 if cache is None else cache.length,
+            record=rows.get("record"),
+            past=0 if cache is None else cache.length,
         )
-        inputs = self.mixer_inputs(tokens, hidden, cache)
+        shared = Shared(self.layers, tokens, rows)
         hidden = self.dropout(hidden)
         all_hidden = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
-            memory = None if cache is None else cache.layers[index]
-            hidden, state = layer(hidden, inputs, memory, mode)
-            if memory is not None and state is not None:
-                memory.state = state
+            if cache is None:
+                hidden, _, _ = layer(hidden, shared, None, None, mode)
+            else:
+                own = cache.layers[index]
+                if not rows:
+                    self._begin(layer, own, hidden, cache.capacity)
+                hidden, own.mixer, own.ffn = layer(hidden, shared, own.mixer, own.ffn, mode)
             if all_hidden is not None:
                 all_hidden.append(hidden)
-        if cache is not None:
-            cache.record = tokens.record
-            cache.length += hidden.shape[1]
         hidden = self.norm(hidden)
-        hidden = _repeat_at_padding(hidden, tokens.latest, cache)
+        if tokens.latest is not None:
+            hidden = _repeat_at_padding(hidden, tokens.latest, rows.get("last_hidden"))
+        if cache is not None:
+            if tokens.latest is not None:
+                shared.rows["last_hidden"] = hidden[:, -1].clone()
+            cache.rows = shared.rows
+            cache.length += hidden.shape[1]
         if all_hidden is not None:
             all_hidden[-1] = hidden
         return BaseModelOutputWithPast(
@@ -147,6 +176,16 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values=cache,
             hidden_states=None if all_hidden is None else tuple(all_hidden),
         )
+
+    def _begin(
+        self, layer: DecoderLayer, own: LayerState, hidden: Tensor, capacity: int | None
+    ) -> None:
+        """Put the states from before the first token."""
+        for part in ("mixer", "ffn"):
+            state = getattr(layer, part).init_state(
+                hidden.shape[0], hidden.device, hidden.dtype, capacity
+            )
+            setattr(own, part, state)
 
     def _memory(
         self, past_key_values: DecoderCache | None, use_cache: bool | None
@@ -157,11 +196,16 @@ class DecoderModel(DecoderPreTrainedModel):
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
             return self.new_cache() if use_cache and not checkpointing else None
-        expected = type(self.new_cache())
-        if not isinstance(past_key_values, expected):
+        own = self.new_cache()
+        if not isinstance(past_key_values, DecoderCache):
             raise TypeError(
                 f"past_key_values ({type(past_key_values).__name__}) must be a "
-                f"{expected.__name__}: take the one that the model returned, or model.new_cache()"
+                f"{type(own).__name__}: take the one that the model returned, or model.new_cache()"
+            )
+        if [layer.growing for layer in past_key_values.layers] != [x.growing for x in own.layers]:
+            raise TypeError(
+                "past_key_values is of a model with other layers: take the one that this model "
+                "returned, or model.new_cache()"
             )
         if checkpointing:
             raise ValueError(
@@ -171,83 +215,67 @@ class DecoderModel(DecoderPreTrainedModel):
         return past_key_values
 
     def _check_mode(self, mode: str | None) -> None:
-        if mode is None:
+        mixer = self.config.mixer_class
+        if mode is None or mode in mixer.modes:
             return
-        if self.mixer_class is CausalAttention:
-            raise ValueError(f"mode ({mode!r}) is for retention only: leave it out for attention")
-        if mode not in MODES:
-            raise ValueError(f"mode ({mode!r}) must be one of {', '.join(MODES)}, or None")
+        if not mixer.modes:
+            raise ValueError(
+                f"mode ({mode!r}) has no meaning for {mixer.name}, which has one form: leave it out"
+            )
+        raise ValueError(f"mode ({mode!r}) must be one of {', '.join(mixer.modes)}, or None")
 
 
-def _repeat_at_padding(hidden: Tensor, latest: Tensor | None, cache: DecoderCache | None) -> Tensor:
+def _repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) -> Tensor:
     """Outputs at padding are those of the token before it: generate reads on from the last column.
 
-    That token may lie in an earlier call, so the cache keeps each row's last output.
+    Args:
+        hidden: [B, T, d].
+        latest: Of ``TokenInfo``.
+        before: Each row's last output in an earlier call, [B, d].
     """
-    if latest is not None and hidden.shape[1] > 1:
+    if hidden.shape[1] > 1:
         hidden = hidden.gather(1, latest.clamp(min=0)[..., None].expand_as(hidden))
-    if cache is None:
+    if before is None:
         return hidden
-    if latest is None:
-        cache.last_hidden = None
-        return hidden
-    if cache.last_hidden is not None:
-        hidden = torch.where(latest[..., None] < 0, cache.last_hidden[:, None], hidden)
-    cache.last_hidden = hidden[:, -1].clone()
-    return hidden
-
-
-class RetNetModel(DecoderModel):
-    """Embedding, blocks of retention, final norm."""
-
-    config_class = RetNetConfig
-    mixer_class = MultiScaleRetention
-
-    def new_cache(self, max_length: int | None = None) -> RetentionCache:
-        return RetentionCache(self.config.num_hidden_layers)
-
-    def mixer_inputs(
-        self, tokens: TokenInfo, hidden: Tensor, cache: DecoderCache | None
-    ) -> MixerInputs:
-        return MultiScaleRetention.shared_inputs(cast(RetNetConfig, self.config), tokens, hidden)
-
-
-class TransformerModel(DecoderModel):
-    """Embedding, blocks of causal attention, final norm."""
-
-    config_class = TransformerConfig
-    mixer_class = CausalAttention
-
-    def new_cache(self, max_length: int | None = None) -> KVCache:
-        return KVCache(self.config.num_hidden_layers, capacity=max_length or 0)
-
-    def mixer_inputs(
-        self, tokens: TokenInfo, hidden: Tensor, cache: DecoderCache | None
-    ) -> MixerInputs:
-        config = cast(TransformerConfig, self.config)
-        mask = attention_mask(tokens, hidden, cast(KVCache | None, cache))
-        return CausalAttention.shared_inputs(config, tokens, hidden, mask)
+    return torch.where(latest[..., None] < 0, before[:, None], hidden)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
     """A language model: the skeleton, an output layer, a loss."""
 
+    # a state can't go back: transformers then refuses assisted decoding
+    _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     model_class: type[DecoderModel]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory to pass as ``past_key_values``; it is updated in place.
 
         Args:
-            max_length: Columns to reserve at once in a KV cache; a retention state needs none.
+            max_length: Tokens to reserve at once in a state that grows.
         """
         return self.model.new_cache(max_length)
+
+    @property
+    def grows(self) -> bool:
+        """Whether its state grows with the text."""
+        return self.bytes_per_token > 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token adds to the state of a row; 0 where that has a constant size."""
+        total = 0
+        for layer in self.model.layers:
+            names = layer.mixer.growing(self.config)
+            state = layer.mixer.init_state(1, torch.device("meta"), self.dtype, 1) if names else {}
+            total += sum(state[name].nbytes for name in names)
+        return total
 
     def forward(
         self,
@@ -284,8 +312,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
             logits_to_keep: Only the logits of the last n positions (0: of all), or of these ones.
             segment_ids: int64 [B, T]; a change of id begins a new document, which knows nothing of
                 the ones before.
-            mode: "parallel", "chunkwise", "recurrent" or None, the fastest right one; attention
-                takes None only.
+            mode: One of the mixer's forms, for retention "parallel", "chunkwise" or "recurrent";
+                None is the fastest right one.
             shift_labels: int64 [B, T], labels already shifted: compared as they are. (Among the
                 keywords, because transformers' Trainer takes every named "label" for required.)
             num_items_in_batch: What the summed loss is divided by; the number of targets if None.
@@ -293,6 +321,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
                 the output's logits are then None.
             output_hidden_states: Also return the T x d activations before and after each block.
             return_dict: False for a tuple.
+            decode_step: (among the keywords) a ``DecodeStep`` that takes these tokens in place of
+                the blocks; ``generate`` gives it.
 
         Returns:
             loss (a scalar, when there are labels), logits [B, T, vocab_size], past_key_values.
@@ -300,6 +330,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
         Raises:
             ValueError, TypeError: Arguments that do not fit together; the message names them.
         """
+        step = kwargs.pop("decode_step", None)
+        if step is not None and input_ids is not None and past_key_values is not None:
+            logits = step(input_ids[:, 0], past_key_values)[:, None]
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -342,18 +376,3 @@ class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
-
-
-class RetNetForCausalLM(DecoderForCausalLM):
-    """A RetNet language model (arXiv 2307.08621)."""
-
-    config_class = RetNetConfig
-    model_class = RetNetModel
-    _is_stateful = True  # a state can't go back: transformers then refuses assisted decoding
-
-
-class TransformerForCausalLM(DecoderForCausalLM):
-    """The Transformer of the same size."""
-
-    config_class = TransformerConfig
-    model_class = TransformerModel

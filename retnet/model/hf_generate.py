@@ -3,15 +3,11 @@
 Most of these hooks are private to transformers; a test fails when one of them is renamed.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # keywords of forward, and the values with which they change nothing for a token fed to a cache
 _NO_MATTER = {
@@ -25,50 +21,16 @@ _NO_MATTER = {
 class OwnCacheGenerationMixin(GenerationMixin):
     """``generate`` with the cache that the model makes itself."""
 
-    forward: Callable[..., Any]
-
     def new_cache(self, max_length: int | None = None) -> Any:
         """An empty memory; the model's."""
         raise NotImplementedError
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """transformers' ``generate``, its single tokens by the lean ``DecodeStep``."""
-        with self._single_tokens_by_the_step():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    @contextmanager
-    def _single_tokens_by_the_step(self) -> Iterator[None]:
-        from .step import DecodeStep, is_plain  # which imports the models
-
-        model: Any = self
-        if not is_plain(model):
-            yield
-            return
-        step, whole = DecodeStep(model), self.forward
-
-        @functools.wraps(whole)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = {name: value for name, value in kwargs.items() if value is not None}
-            tokens, cache = given.pop("input_ids", None), given.pop("past_key_values", None)
-            given.pop("logits_to_keep", None)
-            plain = all(value is _NO_MATTER.get(name) for name, value in given.items())
-            suits = not args and tokens is not None and tokens.shape[1] == 1 and cache is not None
-            if not (plain and suits and step.fits(cache)):
-                return whole(*args, **kwargs)
-            logits = step(tokens[:, 0], cache)[:, None]
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-        self.forward = forward
-        try:
-            yield
-        finally:
-            vars(self).pop("forward", None)  # another thread's generate may have done it
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """generate's hook: our own memory instead of a DynamicCache."""
+        """generate's hook: our own memory instead of a DynamicCache, and the step for one token."""
+        from .fast_decode.step import make_decode_step  # which the model can do without
+
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation ({generation_config.cache_implementation!r}) must be left "
@@ -78,21 +40,33 @@ class OwnCacheGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+        model_kwargs["decode_step"], _ = make_decode_step(self)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Any,
+        inputs_embeds: Tensor | None = None,
+        decode_step: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """generate's hook: of a whole prompt's segment ids, those of the tokens of this call."""
+        """generate's hook: of a whole prompt's segment ids those of the tokens of this call; and
+        the lean step, where nothing but the next token is asked for."""
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         segment_ids, cache = inputs.get("segment_ids"), inputs.get("past_key_values")
+        tokens = inputs["input_ids"]
         if segment_ids is not None and cache is not None:
-            tokens = inputs["input_ids"]
             tokens = inputs["inputs_embeds"] if tokens is None else tokens
             columns = slice(cache.length, cache.length + tokens.shape[1])
             if segment_ids.shape[1] > tokens.shape[1]:
                 inputs["segment_ids"] = segment_ids[:, columns]
+        given = {name: value for name, value in inputs.items() if value is not None}
+        others = set(given) - {"input_ids", "past_key_values", "logits_to_keep"}
+        plain = all(given[name] is _NO_MATTER.get(name) for name in others)
+        one = tokens is not None and tokens.shape[1] == 1
+        if decode_step is not None and plain and one and cache is not None:
+            inputs["decode_step"] = decode_step if decode_step.fits(cache) else None
         return inputs
 
     def _update_model_kwargs_for_generation(

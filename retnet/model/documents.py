@@ -1,4 +1,4 @@
-"""What a forward pass needs to know about its tokens besides their ids.
+"""Padding, documents and positions: what a forward pass knows of its tokens besides their ids.
 
 Rows may hold padding, several documents, and the continuation of an earlier call. From the mask,
 the ids and the record that the cache keeps per row, ``describe_tokens`` derives everything at once,
@@ -21,6 +21,8 @@ class TokenInfo:
 
     Attributes:
         positions: int64 [B, T], or [1, T] when they are the same in all rows.
+        past: Columns of the earlier calls, padding included.
+        dtype: Of the activations.
         valid: bool [B, T], False at padding; None when there was no mask.
         resets: bool [B, T], True where a document begins that is not the row's first; None when the
             call said nothing of documents.
@@ -30,10 +32,21 @@ class TokenInfo:
     """
 
     positions: Tensor
+    past: int
+    dtype: torch.dtype
     valid: Tensor | None
     resets: Tensor | None
     record: Tensor
     latest: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.record.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, T."""
+        return self.record.shape[0], self.positions.shape[1]
 
 
 def empty_record(batch_size: int, device: torch.device) -> Tensor:
@@ -42,15 +55,13 @@ def empty_record(batch_size: int, device: torch.device) -> Tensor:
 
 
 def describe_tokens(
-    batch_size: int,
-    length: int,
-    device: torch.device,
+    hidden: Tensor,
     *,
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     record: Tensor | None = None,
-    past_length: int = 0,
+    past: int = 0,
 ) -> TokenInfo:
     """Work out validity, document starts and positions of the tokens of one call.
 
@@ -58,26 +69,29 @@ def describe_tokens(
     position id is not greater than the one before. Padding has no say in either.
 
     Args:
-        batch_size, length: B, T.
-        device: Where the tokens are.
+        hidden: The tokens' activations [B, T, d], or anything else of theirs that begins so.
         attention_mask: 0/1 [B, T], or [B, past + T] of which the last T columns count.
         segment_ids: int [B, T]; a call without them goes on with the row's segment.
         position_ids: int [B, T] or [1, T]; a document's own count from 0 when None.
         record: int64 [B, 3] from the cache; a fresh row when None.
-        past_length: Columns of the earlier calls, padding included.
+        past: Columns of the earlier calls, padding included.
 
     Raises:
         ValueError: A tensor of another shape.
     """
-    shape = (batch_size, length)
-    valid = _last_columns(attention_mask, shape, past_length)
+    length, device = hidden.shape[1], hidden.device
+    shape = (hidden.shape[0], length)
+    valid = _last_columns(attention_mask, shape, past)
     segment_ids = _fit("segment_ids", segment_ids, shape)
     position_ids = _fit("position_ids", position_ids, shape)
-    if valid is None and segment_ids is None and position_ids is None:
-        return _plain(shape, device, record)
-
+    fresh = record is None
     if record is None:
-        record = empty_record(batch_size, device)
+        record = empty_record(shape[0], device)
+    if valid is None and segment_ids is None and position_ids is None:
+        steps = torch.arange(length, device=device)[None]
+        positions = steps if fresh else record[:, NEXT_POSITION, None] + steps
+        record = torch.cat((record[:, :SEGMENT] + length, record[:, SEGMENT:]), dim=1)
+        return TokenInfo(positions, past, hidden.dtype, None, None, record)
     present = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     index = torch.where(present, torch.arange(length, device=device), -1)
     latest = index.cummax(1).values  # of the last valid token up to here, -1 before the first
@@ -112,33 +126,22 @@ def describe_tokens(
         ),
         dim=1,
     )
-    return TokenInfo(positions, valid, resets, record, None if valid is None else latest)
+    latest_valid = None if valid is None else latest
+    return TokenInfo(positions, past, hidden.dtype, valid, resets, record, latest_valid)
 
 
-def _plain(shape: tuple[int, int], device: torch.device, record: Tensor | None) -> TokenInfo:
-    """No padding, no documents: positions go on from the record."""
-    steps = torch.arange(shape[1], device=device)[None]
-    if record is None:
-        record = empty_record(shape[0], device)
-        positions = steps
-    else:
-        positions = record[:, NEXT_POSITION, None] + steps
-    advanced = torch.cat((record[:, :SEGMENT] + shape[1], record[:, SEGMENT:]), dim=1)
-    return TokenInfo(positions, None, None, advanced)
-
-
-def _last_columns(mask: Tensor | None, shape: tuple[int, int], past_length: int) -> Tensor | None:
+def _last_columns(mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
     if mask is None:
         return None
     batch, length = shape
     if (
         mask.dim() != 2
         or mask.shape[0] != batch
-        or mask.shape[1] not in (length, past_length + length)
+        or mask.shape[1] not in (length, past + length)
     ):
         wanted = f"[{batch}, {length}]"
-        if past_length:
-            wanted += f" or [{batch}, {past_length + length}] (cached tokens included)"
+        if past:
+            wanted += f" or [{batch}, {past + length}] (cached tokens included)"
         raise ValueError(
             f"attention_mask {list(mask.shape)} must be {wanted}, 1 at tokens, 0 at padding"
         )

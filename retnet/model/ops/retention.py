@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunkwise import ChunkwiseRetention, Plan
+from .chunkwise import ChunkRetention, mix_chunks
+from .decay import chunk_decays, clock, decay_between, decay_matrix
 from .precision import in_full_precision
-from .products import matmul
-from .timing import chunk_decays, clock, decay_between, decay_matrix
+
+CHUNKS_PER_SPAN, MOST_CHUNKS_PER_SPAN = 8, 32
+TOKENS_PER_SPAN = 2048  # of all rows
 
 
 @in_full_precision
@@ -58,8 +60,9 @@ def retention_recurrent(
     Raises:
         ValueError: Shapes that do not fit together.
     """
-    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
-    state = state_or_zeros(initial_state, q, k, v)
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    state = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
+    state = state if initial_state is None else initial_state.to(q.dtype)
     decay = log_decay.exp()[None, :, None]  # [1, H, 1]
     if valid is not None:
         decay = torch.where(valid[:, None], decay, 1.0)
@@ -88,19 +91,19 @@ def retention_parallel(
 
     Arguments, results and errors as in ``retention_recurrent``.
     """
-    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     time, document = clock(q.shape[2], q.device, valid, resets)
-    out = matmul(matmul(q, k.mT) * decay_matrix(log_decay, time, document), v)
+    out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
     last_time = time[:, -1:]
     last_document = None if document is None else document[:, -1:]
     to_end = decay_between(log_decay, last_time, time, last_document, document)
-    state = matmul((k * to_end[..., None]).mT, v)
+    state = (k * to_end[..., None]).mT @ v
     if initial_state is not None:
         start = torch.zeros_like(time[:, :1])
         first = None if document is None else torch.zeros_like(document[:, :1])
         from_start = decay_between(log_decay, time, start, document, first)
         carried = initial_state.to(q.dtype)
-        out = out + matmul(q * from_start[..., None], carried)
+        out = out + (q * from_start[..., None]) @ carried
         state = state + from_start[:, :, -1, None, None] * carried
     return out, state
 
@@ -120,71 +123,51 @@ def retention_chunkwise(
     """Retention in chunks of C tokens: O(T C) time, memory linear in T, nothing of size T x T.
 
     Arguments, results and errors as in ``retention_recurrent``; ``chunk_size`` is C >= 1 and may be
-    larger than T or not divide it. Its gradients have no gradients (those of the other forms do).
+    larger than T or not divide it.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    q, k, v, log_decay, resets = promote(q, k, v, log_decay, initial_state, valid, resets)
-    state = state_or_zeros(initial_state, q, k, v)
-    plan = Plan(log_decay, chunk_size, q.shape[0], q.shape[2], valid, resets)
-    if not (torch.compiler.is_compiling() or log_decay.requires_grad):
-        return ChunkwiseRetention.apply(q, k, v, None, state, plan)
-    outputs = []
-    for cut in plan.spans:
-        out, state = _chunkwise_span(
-            q[:, :, cut],
-            k[:, :, cut],
-            v[:, :, cut],
-            log_decay,
-            plan.chunk_size,
-            state,
-            None if valid is None else valid[:, cut],
-            None if resets is None else resets[:, cut],
-        )
-        outputs.append(out)
-    return torch.cat(outputs, dim=2), state
+    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    rows, length = q.shape[0], q.shape[2]
+    state = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
+    state = state if initial_state is None else initial_state.to(q.dtype)
+    chunk_size = min(chunk_size, length)
+    size = _span(chunk_size, rows)
+    decays, outputs = None, []
+    # split, because each slice of its own would get a gradient of the whole text's size
+    spans = zip(*(x.split(size, dim=2) for x in (q, k, v)), strict=True)
+    for index, parts in enumerate(spans):
+        cut = slice(index * size, index * size + parts[0].shape[2])
+        if valid is not None or resets is not None or decays is None or cut.stop == length:
+            flags = (None if x is None else x[:, cut] for x in (valid, resets))
+            decays = chunk_decays(log_decay, cut.stop - cut.start, chunk_size, *flags)
+        chunks = (_chunks(x, chunk_size) for x in parts)
+        if log_decay.requires_grad or torch.compiler.is_compiling():  # autograd, or the compiler
+            out, state, _ = mix_chunks(*chunks, state, decays)
+        else:
+            out, state, _ = ChunkRetention.apply(*chunks, state, *decays)
+        outputs.append(out.flatten(2, 3)[:, :, : cut.stop - cut.start])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
 
 
-def _chunkwise_span(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    chunk_size: int,
-    state: Tensor,
-    valid: Tensor | None,
-    resets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``retention_chunkwise`` for the chunks of a span, their states by one product.
+def _span(chunk_size: int, rows: int) -> int:
+    """Tokens whose chunks' states are combined by one matrix product.
 
-    The plain form: ``ChunkwiseRetention`` computes the same, compilers get this one.
+    Longer texts go on span by span, so that cost and memory of that product stay linear in T. Few
+    rows are worth a longer span, many make one of that many tokens large enough.
     """
-    length = q.shape[2]
-    num_chunks = -(-length // chunk_size)
-    decays = chunk_decays(log_decay, length, chunk_size, valid, resets)
-    padding = num_chunks * chunk_size - length
-    if padding:  # the last chunk is short: fill it with tokens that add nothing
-        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
-    q, k, v = (x.unflatten(2, (num_chunks, chunk_size)) for x in (q, k, v))  # [B, H, N, C, .]
-
-    # what each chunk adds to the state at its own end: U_i = sum_m g^(end_i - m) k_m^T v_m
-    added = (k * decays.to_end[..., None]).mT @ v  # [B, H, N, K, V]
-
-    # the state at each chunk's end: R_i = sum_{j <= i} g^(end_i - end_j) U_j + g^(end_i) S
-    states = (decays.between @ added.flatten(3)).unflatten(3, added.shape[3:])
-    states = states + decays.from_start[..., None, None] * state[:, :, None]
-    before = torch.cat((state[:, :, None], states[:, :, :-1]), dim=2)  # the state each chunk meets
-
-    # inside the chunks, all pairs; from before them, the state
-    scores = q @ k.mT * decays.inside
-    if decays.same is not None:
-        scores = scores * decays.same
-    out = scores @ v + (q * decays.since_start[..., None]) @ before
-    # a copy: as a view, the last state would keep those of all chunks alive
-    return out.flatten(2, 3)[:, :, :length], states[:, :, -1].contiguous()
+    chunks = TOKENS_PER_SPAN // (chunk_size * rows)
+    return chunk_size * min(max(chunks, CHUNKS_PER_SPAN), MOST_CHUNKS_PER_SPAN)
 
 
-def promote(
+def _chunks(x: Tensor, chunk_size: int) -> Tensor:
+    """[B, H, T, D] -> [B, H, N, C, D], the last chunk filled up with tokens that add nothing."""
+    short = -x.shape[2] % chunk_size
+    x = F.pad(x, (0, 0, 0, short)) if short else x.contiguous()
+    return x.unflatten(2, (-1, chunk_size))
+
+
+def _promote(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -216,9 +199,3 @@ def promote(
         k = k.masked_fill(~valid[:, None, :, None], 0)
         resets = None if resets is None else resets & valid
     return q, k, v, log_decay, resets
-
-
-def state_or_zeros(state: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if state is None:
-        return q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    return state.to(q.dtype)

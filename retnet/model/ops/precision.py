@@ -1,4 +1,4 @@
-"""Where autocast must not reach."""
+"""What is never computed below float32, and where autocast must not reach."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is accumulated for a model of this dtype: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

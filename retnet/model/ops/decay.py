@@ -1,14 +1,57 @@
-"""Decays over time: between tokens, and between the tokens and edges of chunks.
+"""Decay: each head's, and over time between tokens and between the tokens and edges of chunks.
+
+Heads' decays are fixed numbers, never parameters. They are close to 1 (1 - 2^-9 and nearer), where
+bfloat16 knows nothing but 1.0. So they are kept as logarithms, computed in float64 inside every
+forward pass, and no cast of the model reaches them.
 
 Time counts the valid tokens of a row; a document's number tells what may see what. Both are plain
 integers, so the same few functions serve padding, packed documents and plain rows.
 """
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DECAY_SCHEDULES = ("paper", "log_linear")
+
+
+def head_log_decay(
+    decay: str | float, num_heads: int, device: torch.device | str | None = None
+) -> Tensor:
+    """The natural logarithm of each head's decay.
+
+    Args:
+        decay: ``"paper"``: 1 - 2^(-5-h) for head h (arXiv 2307.08621, section 2.1 equation 8);
+            ``"log_linear"``: 1 - exp(linspace(ln 1/32, ln 1/512, H)), the schedule of the paper's
+            experiments; a number in (0, 1]: the same decay for all heads (1 is no decay).
+        num_heads: H.
+        device: Where the result is wanted.
+
+    Returns:
+        float64 [H] (float32 where the device has no float64).
+    """
+    wide = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+    if isinstance(decay, str):
+        if decay == "paper":
+            forget = torch.exp2(-5.0 - torch.arange(num_heads, dtype=wide, device=device))
+        elif decay == "log_linear":
+            ends = math.log(1 / 32), math.log(1 / 512)
+            forget = torch.linspace(*ends, num_heads, dtype=wide, device=device).exp()
+        else:
+            raise ValueError(
+                f"decay ({decay!r}) must be one of {DECAY_SCHEDULES}, or a number in (0, 1]"
+            )
+        return torch.log1p(-forget)  # log(1 - x) would lose x below 2^-24 in float32
+    return torch.full((num_heads,), math.log(decay), dtype=wide, device=device)
+
+
+def head_windows(decay: str | float, num_heads: int) -> list[float]:
+    """How far each head looks back: 1 / (1 - decay) tokens, infinite without decay."""
+    forget = -torch.expm1(head_log_decay(decay, num_heads))
+    return [1 / f if f > 0 else math.inf for f in forget.tolist()]
 
 
 def clock(
@@ -52,17 +95,16 @@ def decay_matrix(log_decay: Tensor, time: Tensor, document: Tensor | None) -> Te
     return decay.tril()
 
 
-@dataclass(frozen=True)
-class ChunkDecays:
+class ChunkDecays(NamedTuple):
     """The decays that N chunks of C tokens need.
 
     Attributes:
         inside: [B or 1, H, N or 1, C, C], from token to token of a chunk, 0 above the diagonal.
         same: bool [B, 1, N, C, C] where the two are of one document, if that is not in ``inside``.
-        to_end: [B or 1, H, N, C], from each token to its chunk's end.
-        since_start: [B or 1, H, N, C], from the chunk's start to each token.
+        to_end: [B or 1, H, N, C, 1], from each token to its chunk's end.
+        since_start: [B or 1, H, N, C, 1], from the chunk's start to each token.
         between: [B or 1, H, N, N], from each chunk's end to each later one's.
-        from_start: [B or 1, H, N], from before the first chunk to each one's end.
+        from_start: [B or 1, H, N, 1], from before the first chunk to each one's end.
     """
 
     inside: Tensor
@@ -118,4 +160,6 @@ def chunk_decays(
         inside = decay_matrix(log_decay, time, document)
     between = decay_matrix(log_decay, end_time, end_document)
     from_start = decay_between(log_decay, end_time, start, end_document, first)
-    return ChunkDecays(inside, same, to_end, since_start, between, from_start)
+    return ChunkDecays(
+        inside, same, to_end[..., None], since_start[..., None], between, from_start[..., None]
+    )

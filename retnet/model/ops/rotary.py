@@ -5,11 +5,8 @@ channel pairs (a, b) of the token at position n become (a cos n*theta - b sin n*
 b cos n*theta + a sin n*theta).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ROTARY_LAYOUTS = ("interleaved", "half")
 ROTARY_FREQUENCIES = ("linspace", "standard")
@@ -72,84 +69,26 @@ class Rotation:
         layout: ``"interleaved"`` pairs channels (2i, 2i+1), ``"half"`` pairs (i, i + K/2).
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, layout: str, factor: Tensor | None = None) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, layout: str) -> None:
         self.cos, self.sin, self.layout = cos, sin, layout
         # an interleaved pair is a complex number and its rotation a product: one pass over the
         # memory (compilers fuse the real form, and know no complex numbers)
         in_pairs = layout == "interleaved" and not torch.compiler.is_compiling()
-        self.factor = torch.complex(cos, sin) if in_pairs and factor is None else factor
+        self.factor = torch.complex(cos, sin) if in_pairs else None
 
     def scaled(self, scale: float | Tensor) -> "Rotation":
         """The rotation that also multiplies by ``scale``."""
         return Rotation(self.cos * scale, self.sin * scale, self.layout)
 
-    def part(self, cut: slice) -> "Rotation":
-        """The rotation of these tokens."""
-        factor = None if self.factor is None else self.factor[:, :, cut]
-        return Rotation(self.cos[:, :, cut], self.sin[:, :, cut], self.layout, factor)
-
-    def transposed(self) -> "Rotation":
-        """The rotation back, which multiplies by the same ``scale``: gradients turn by it."""
-        return Rotation(self.cos, -self.sin, self.layout)
-
-    def into(self, x: Tensor, out: Tensor) -> None:
-        """Write the turned x into memory [B, H, T, K] that is there, without gradients."""
-        if self.factor is None:
-            out.copy_(self(x))
-        else:
-            x = x if _has_pairs(x) else x.contiguous()
-            torch.mul(_pairs(x), self.factor, out=_pairs(out))
-
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""
         if self.factor is not None and not torch.compiler.is_compiling():
-            if not (x.requires_grad and torch.is_grad_enabled()):
-                return _turn(x, self.factor)
-            turned: Tensor = _Turn.apply(x, self.factor)
-            return turned
+            x = x.to(torch.promote_types(x.dtype, self.cos.dtype))
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * self.factor).flatten(-2)
         cos, sin = self.cos, self.sin
         if self.layout == "interleaved":
             a, b = x[..., 0::2], x[..., 1::2]
             return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class _Turn(torch.autograd.Function):
-    """Interleaved pairs [B, H, T, K] times a complex factor, heads before tokens in memory.
-
-    The result is laid out for products of each head, its gradient for the projection that made x;
-    autograd's product would copy the layout of x, and each would be copied into its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.factor, ctx.dtype = factor, x.dtype
-        return _turn(x, factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        rows, heads, length, width = slope.shape
-        x_slope = slope.new_empty(rows, length, heads, width).transpose(1, 2)
-        slope = slope if _has_pairs(slope) else slope.contiguous()
-        torch.mul(_pairs(slope), ctx.factor.conj(), out=_pairs(x_slope))
-        return x_slope.to(ctx.dtype), None
-
-
-def _turn(x: Tensor, factor: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, factor.dtype.to_real())
-    out = torch.empty(x.shape, dtype=wide, device=x.device)
-    torch.mul(_pairs(x.to(wide)), factor, out=_pairs(out))
-    return out
-
-
-def _has_pairs(x: Tensor) -> bool:
-    """Whether the memory of x can be read as complex numbers."""
-    *strides, last = x.stride()
-    return last == 1 and all(stride % 2 == 0 for stride in (*strides, x.storage_offset()))
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """[..., K] as complex numbers [..., K/2]."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

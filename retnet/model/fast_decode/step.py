@@ -1,0 +1,194 @@
+"""One token per row through a model, in as few operators as it takes.
+
+The plain form of this is the model's own forward pass: right for every model, but made for whole
+texts. For one token its cost is not arithmetic, it is the modules called, the operators started,
+and the weights read at less than the memory's speed. ``DecodeStep`` computes the same (the tests
+compare the two) and differs in this:
+
+* Projections of the same input are one product, where ``lay_out_for_decoding`` has stored their
+  weights one after the other.
+* What does not change from token to token is computed once (``mixers.base.Step``).
+* The state is updated in place; nothing that a step allocates outlives it.
+* For many rows side by side the weights are packed once, where that pays.
+
+``make_decode_step`` is the one place that decides whether a model takes it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache import DecoderCache, State, is_locked
+from ..decoder import DecoderForCausalLM, DecoderLayer, DecoderModel
+from ..documents import NEXT_POSITION, SEGMENT
+from ..mixers.base import Part
+from .weights import MOST_LEFT, Product, joint_layers, joint_weights
+
+LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
+MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for
+MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of many rows faster
+
+
+def make_decode_step(model: nn.Module) -> tuple["DecodeStep | None", str]:
+    """The lean step of a model; None and the reason where only its forward pass is right.
+
+    Args:
+        model: A language model. It must consist of its own modules and plain weights, nothing
+            wrapped, hooked, compiled or in training, on a device that has float64 for the angles.
+    """
+    if not isinstance(model, DecoderForCausalLM):
+        return None, f"{type(model).__name__} is no model of this package"
+    reason = _obstacle(model)
+    return (None, reason) if reason else (DecodeStep(model), "")
+
+
+def _obstacle(model: DecoderForCausalLM) -> str | None:
+    """Why ``DecodeStep`` may not stand for the model, if so."""
+    if model.training:
+        return "the model is in training mode"
+    if model.device.type == "mps":
+        return "the device has no float64"
+    for name, weight in model.named_parameters():
+        if type(weight) is not nn.Parameter:
+            return f"{name} is a {type(weight).__name__}"
+    for name, module in model.named_modules():
+        name, kind = name or "the model", type(module).__name__
+        if isinstance(module, Part) and module.step is None:
+            return f"a {kind} has no step of its own"
+        if not _is_own(module):
+            return f"{name} is a {kind}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks"
+        if "forward" in vars(module) or module._compiled_call_impl is not None:
+            return f"{name} has another forward"
+    return None
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module computes what the step takes it to compute."""
+    kind = type(module)
+    if isinstance(module, Part):  # a class that changes forward must bring a step of its own
+        order = kind.__mro__
+        forward = next(c for c in order if "forward" in vars(c))
+        return order.index(next(c for c in order if "step" in vars(c))) <= order.index(forward)
+    whole = (DecoderForCausalLM, DecoderModel, DecoderLayer)
+    return kind in LEAVES or any(
+        isinstance(module, c) and kind.forward is c.forward for c in whole
+    )
+
+
+class PartStep:
+    """One token per row through a mixer or feed-forward network.
+
+    Attributes:
+        inputs: Products with what reads its input.
+        output: Product with its last layer's weight.
+        core: What lies between.
+    """
+
+    def __init__(self, part: Part) -> None:
+        assert part.step is not None
+        self.inputs = [Product(weight) for weight in joint_weights(joint_layers(part))]
+        self.output = Product(getattr(part, part.output).weight.detach())
+        self.core = part.step(part)
+
+    def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
+        """[B, d] -> [B, d]; the state is changed in place."""
+        joined = [product(x) for product in self.inputs]
+        whole = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+        return self.output(self.core(whole, shared, state))
+
+
+class DecodeStep:
+    """One token per row: tokens [B] in, the logits that follow [B, vocab] out, the cache updated.
+
+    It holds the model's weights as they are stored when it is made, and copies none; except on a
+    CPU whose kernels are faster with packed ones, for more rows than a few, up to ``MOST_PACKED``.
+    ``make_decode_step`` makes it.
+    """
+
+    def __init__(self, model: DecoderForCausalLM) -> None:
+        self.compute = self._compute
+        self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
+        self.grows = model.grows
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.norm = step_norm(model.model.norm)
+        self.output = Product(model.lm_head.weight.detach())
+        kinds: list[type] = []
+        self.first: list[PartStep] = []  # of each class of parts: it says what they share
+        self.parts: list[tuple[Callable[[Tensor], Tensor], PartStep, int]] = []
+        for layer in model.model.layers:
+            for norm, part in ((layer.mixer_norm, layer.mixer), (layer.ffn_norm, layer.ffn)):
+                step = PartStep(part)
+                if type(part) not in kinds:
+                    kinds.append(type(part))
+                    self.first.append(step)
+                self.parts.append((step_norm(norm), step, kinds.index(type(part))))
+
+    def fits(self, cache: DecoderCache) -> bool:
+        """Whether the cache holds something, nothing that needs a mask, and can be written here."""
+        plain = cache.rows.keys() <= {"record", "last_hidden"}
+        return cache.record is not None and plain and not is_locked(cache.record)
+
+    def compile(self) -> "DecodeStep":
+        """Compile the step at its first call; a growing cache compiles nothing anew.
+
+        Only that cache's sizes are left open: with those of rows and weights, which are no
+        parameters where they are joined, the compiler would be busy for minutes.
+        """
+        options: dict[str, Any] = {"recompile_limit": MOST_COMPILED}  # left out of the stubs
+        compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True, **options)
+        torch._dynamo.mark_static(self.embedding)
+        for product in self._products():
+            torch._dynamo.mark_static(product.weight)
+
+        def compute(tokens: Tensor, positions: Tensor, length: int, states: list[State]) -> Tensor:
+            torch._dynamo.mark_static(tokens)
+            torch._dynamo.mark_static(positions)
+            return compiled(tokens, positions, length, states)
+
+        self.compute = compute
+        return self
+
+    def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        """tokens int64 [B] -> logits [B, vocab]; ``fits(cache)`` must hold."""
+        assert cache.record is not None
+        if self.may_pack and len(tokens) > MOST_LEFT:
+            self.may_pack = False
+            for product in self._products():
+                product.pack(len(tokens))
+        states = [state for layer in cache.layers for state in (layer.mixer, layer.ffn)]
+        length = cache.length if self.grows else 0  # another number would be compiled anew
+        logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
+        cache.record[:, :SEGMENT] += 1
+        cache.length += 1
+        cache.rows.pop("last_hidden", None)
+        return logits
+
+    def _products(self) -> Iterator[Product]:
+        yield self.output
+        for _, part, _ in self.parts:
+            yield from (*part.inputs, part.output)
+
+    def _compute(
+        self, tokens: Tensor, positions: Tensor, length: int, states: list[State]
+    ) -> Tensor:
+        hidden = F.embedding(tokens, self.embedding)
+        shared = [part.core.shared(positions, length) for part in self.first]
+        for (norm, part, kind), state in zip(self.parts, states, strict=True):
+            hidden = hidden + part(norm(hidden), shared[kind], state)
+        return self.output(self.norm(hidden))
+
+
+def step_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    """The norm without its module; ``make_norm`` knows two kinds."""
+    weight = norm.weight.detach()
+    if isinstance(norm, nn.LayerNorm):
+        shape, bias, eps = norm.normalized_shape, norm.bias.detach(), norm.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    assert isinstance(norm, nn.RMSNorm)
+    shape, rms_eps = norm.normalized_shape, norm.eps
+    return lambda x: torch.rms_norm(x, shape, weight, rms_eps)

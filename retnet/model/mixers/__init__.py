@@ -1,0 +1,13 @@
+"""The mixers, by the name that ``model.mixer`` takes; one file each, ``base`` is their contract.
+
+Everything that lists mixers reads this table when it is asked.
+"""
+
+from .attention import CausalAttention
+from .base import Mixer
+from .retention import MultiScaleRetention
+
+MIXERS: dict[str, type[Mixer]] = {
+    "retention": MultiScaleRetention,
+    "attention": CausalAttention,
+}

@@ -1,0 +1,179 @@
+"""Causal softmax attention with rotary positions, the mixer of the Transformer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache import is_locked
+from ..configuration import DecoderConfig, option
+from ..documents import TokenInfo
+from ..ops.rotary import Rotation
+from .base import Mixer, RotaryStep, State, make_rotation, split_heads
+
+
+class AttentionOptions(DecoderConfig):
+    """Attention's own defaults: rotation as in Llama."""
+
+    rotary_layout: str = option("half", "interleaved or half", meaning=True)
+    rotary_frequencies: str = option("standard", "linspace or standard", meaning=True)
+
+
+@dataclass(frozen=True)
+class AttentionShared:
+    """What all layers of a pass share.
+
+    Attributes:
+        turn: The rotation of queries and keys.
+        mask: bool [B or 1, 1, T, past + T], True where a query may look; None when plain causality
+            says it all.
+        past: Columns of the earlier calls.
+    """
+
+    turn: Rotation
+    mask: Tensor | None
+    past: int
+
+
+class AttentionStep(RotaryStep):
+    """``CausalAttention`` for one token per row, its keys and values written into the state."""
+
+    def shared(self, positions: Tensor, length: int) -> tuple[Rotation, int]:
+        return super().shared(positions, length), length
+
+    def __call__(self, joined: Tensor, shared: tuple[Rotation, int], state: State) -> Tensor:
+        turn, past = shared
+        rows, heads = joined.shape[0], self.num_heads
+        qkv = joined.view(rows, 3 * heads, 1, -1)
+        q, k = turn(qkv[:, : 2 * heads]).to(qkv.dtype).split(heads, dim=1)
+        state |= append(state, k, qkv[:, 2 * heads :], past)
+        keys, values = (state[name][:, :, : past + 1] for name in ("keys", "values"))
+        return F.scaled_dot_product_attention(q, keys, values).view(rows, -1)
+
+
+class CausalAttention(Mixer):
+    """Multi-head softmax attention.
+
+    Its state: ``keys`` and ``values`` [B, H, capacity, K] of the model's dtype, of which as many
+    columns are used as were seen; when they are full, twice as many are reserved. Its memory by
+    row, each only where there was a cause: ``valid`` bool [B, past], False at padding;
+    ``document_start`` int64 [B], the column where the row's last document begins.
+    """
+
+    name = "attention"
+    options = AttentionOptions
+    joint = ("q_proj", "k_proj", "v_proj")
+    step = AttentionStep
+
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    @classmethod
+    def matrix_parameters(cls, config: Any) -> int:
+        return 4 * config.hidden_size**2
+
+    @classmethod
+    def growing(cls, config: Any) -> tuple[str, ...]:
+        return ("keys", "values")
+
+    def init_state(
+        self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> State:
+        heads, width = self.config.num_heads, self.config.head_dim
+        shape = (rows, heads, capacity or 0, width)
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name in ("keys", "values")}
+
+    def shared(self, tokens: TokenInfo, memory: State) -> tuple[AttentionShared, State]:
+        mask, memory = attention_mask(tokens, memory)
+        return AttentionShared(make_rotation(self.config, tokens), mask, tokens.past), memory
+
+    def forward(
+        self,
+        hidden: Tensor,
+        shared: AttentionShared,
+        state: State | None = None,
+        mode: str | None = None,
+    ) -> tuple[Tensor, State]:
+        heads = self.config.num_heads
+        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = shared.turn(q).to(v.dtype), shared.turn(k).to(v.dtype)
+        if state is None:
+            state = {"keys": k, "values": v}
+        else:
+            state = append(state, k, v, shared.past)
+            end = shared.past + k.shape[2]
+            k, v = state["keys"][:, :, :end], state["values"][:, :, :end]
+        causal = shared.mask is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), state
+
+
+def append(state: State, keys: Tensor, values: Tensor, past: int) -> State:
+    """The state with [B, H, T, K] of new tokens after the ``past`` columns that are used.
+
+    Without gradients it is written in place, after a larger one was made where it was full.
+    """
+    new = {"keys": keys, "values": values}
+    if torch.is_grad_enabled() and keys.requires_grad:
+        # autograd needs the old values as they were
+        used = {name: state[name][:, :, :past] for name in new}
+        return {name: torch.cat((used[name], new[name]), 2) if past else new[name] for name in new}
+    end, capacity = past + keys.shape[2], state["keys"].shape[2]
+    full = end > capacity
+    other_type = past == 0 and state["keys"].dtype != keys.dtype  # under autocast
+    if full or is_locked(state["keys"]) or other_type:
+        capacity = max(end, 2 * capacity) if full else capacity
+        for name, x in new.items():
+            buffer = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+            buffer[:, :, :past] = state[name][:, :, :past]
+            state = state | {name: buffer}
+    for name, x in new.items():
+        state[name][:, :, past:end] = x
+    return state
+
+
+def attention_mask(tokens: TokenInfo, memory: State) -> tuple[Tensor | None, State]:
+    """Which columns each query may look at, and what the next pass must know for that.
+
+    Returns:
+        bool [B or 1, 1, T, past + T], or None where causality by itself is right; and the memory
+        by row that ``CausalAttention`` describes.
+    """
+    (batch, length), past, device = tokens.shape, tokens.past, tokens.device
+    column = torch.arange(past + length, device=device)
+    query = column[past:, None]
+
+    valid, earlier = tokens.valid, memory.get("valid")
+    if valid is not None or earlier is not None:
+        ones = torch.ones(batch, past + length, dtype=torch.bool, device=device)
+        earlier = ones[:, :past] if earlier is None else earlier
+        valid = torch.cat((earlier, ones[:, past:] if valid is None else valid), dim=1)
+
+    start = memory.get("document_start")
+    if start is not None:
+        start = start[:, None].expand(batch, length)
+    if tokens.resets is not None:
+        begin = torch.where(tokens.resets, column[past:], 0).cummax(1).values
+        start = begin if start is None else torch.maximum(begin, start)
+
+    memory = {} if valid is None else {"valid": valid}
+    if start is not None:
+        memory["document_start"] = start[:, -1]
+    if not memory:
+        if past == 0 or length == 1:
+            return None, memory
+        return (column <= query)[None, None], memory
+    allowed = (column <= query)[None]
+    if start is not None:
+        allowed = allowed & (column >= start[..., None])
+    if valid is not None:
+        # padding sees itself, so that no query is left with nothing (softmax would give NaN)
+        allowed = allowed & (valid[:, None] | (column == query))
+    return allowed[:, None], memory

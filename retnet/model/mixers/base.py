@@ -1,0 +1,236 @@
+"""The contract of a mixer: everything that the rest of the code asks of one.
+
+A mixer is one file in this folder: a class of ``DecoderConfig`` with its keys, and a ``Mixer``.
+Feed-forward networks are ``Part`` too, so that they may have a memory as well.
+
+The state of a part is a dictionary of tensors with one entry per row, empty for one that remembers
+nothing. It is handed in and returned, never kept on the module. With gradients off a part may write
+into the tensors that it was given and return them, so that a key-value cache never copies itself;
+with gradients on it never does.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..cache import State
+from ..configuration import DecoderConfig
+from ..documents import TokenInfo
+from ..ops.precision import wide_dtype
+from ..ops.rotary import Rotation, rotary_angles, rotary_theta, rotation
+
+# Standard deviation of a fresh model's logits: small, so that training begins at a loss of
+# ln(vocab_size). (The official RetNet has 1 here, which begins half a nat above.)
+LOGIT_STD = 0.3
+
+
+class Part(nn.Module):
+    """A mixer or a feed-forward network: half of a block.
+
+    Attributes:
+        joint: Names of the linear layers that read the part's input, in the order in which ``step``
+            takes their products, side by side.
+        output: Name of the linear layer that ends it.
+        step: A faster way for one token, without gradients, padding or a document boundary: a
+            class whose instances are made of the part, see ``Step``; or None.
+        no_matrices: Names of parameters with two dimensions or more that are no matrices for an
+            optimizer: embeddings over positions, say. They are not decayed.
+    """
+
+    joint: ClassVar[tuple[str, ...]] = ()
+    output: ClassVar[str] = "o_proj"
+    step: ClassVar["Callable[[Any], Step] | None"] = None
+    no_matrices: ClassVar[tuple[str, ...]] = ()
+    config: Any
+
+    def init_state(
+        self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> State:
+        """What it remembers before the first token, to which a document boundary returns.
+
+        Args:
+            rows: B.
+            device, dtype: Of the model; sums are float32 or wider whatever the dtype.
+            capacity: Tokens to reserve at once in a state that grows.
+        """
+        return {}
+
+    def shared(self, tokens: TokenInfo, memory: State) -> tuple[Any, State]:
+        """What all parts of this class share in one pass, asked of the first of them.
+
+        Args:
+            tokens: The pass's validity, document boundaries and positions.
+            memory: What the last pass returned here, by row; empty at first.
+
+        Returns:
+            What ``forward`` gets, and the new memory (only the entries of this class).
+        """
+        return tokens, {}
+
+    def forward(
+        self, hidden: Tensor, shared: Any, state: State | None = None, mode: str | None = None
+    ) -> tuple[Tensor, State]:
+        """Mix the tokens of each row.
+
+        Args:
+            hidden: [B, T, d].
+            shared: From ``shared``.
+            state: After the earlier calls; None when there were none and none follow.
+            mode: One of the mixer's forms, or None for the fastest right one.
+
+        Returns:
+            [B, T, d] and the state after the last token.
+        """
+        raise NotImplementedError
+
+
+class Step:
+    """One token per row through a part, between its linear layers.
+
+    Instances are made of the part and keep what does not change from token to token.
+    """
+
+    def shared(self, positions: Tensor, length: int) -> Any:
+        """What all steps of this class share at one token.
+
+        Args:
+            positions: Of the token in each row, int64 [B].
+            length: Columns seen before it.
+        """
+        return None
+
+    def __call__(self, joined: Tensor, shared: Any, state: State) -> Tensor:
+        """The input of the output layer [B, in]; the state's tensors, and what it holds, go on.
+
+        Args:
+            joined: Products of the ``joint`` layers with the part's input, [B, sum of out].
+            shared: From ``shared``.
+            state: Changed in place.
+        """
+        raise NotImplementedError
+
+
+class Mixer(Part):
+    """What mixes a row's tokens.
+
+    Attributes:
+        name: Of ``model.mixer``.
+        options: Its configuration: the shared keys with the mixer's own defaults, and its own.
+        modes: Names of its forms, for ``mode``; empty for one that has a single form.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[type[DecoderConfig]]
+    modes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+
+    @classmethod
+    def growing(cls, config: Any) -> tuple[str, ...]:
+        """Names of the entries of its state that grow with the text, tokens at dimension -2.
+
+        Args:
+            config: A configuration, or a ``model`` section with its keys.
+        """
+        return ()
+
+    @classmethod
+    def matrix_parameters(cls, config: Any) -> int:
+        """Parameters of one mixer, vectors left out."""
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, config: Any) -> list[str]:
+        """Lines that say at the start of a run what its heads do."""
+        return []
+
+    @classmethod
+    @torch.no_grad()
+    def initialize(cls, module: nn.Module, role: str, config: Any) -> None:
+        """Fill one module's own weights; already loaded ones are left alone (transformers' flag).
+
+        Here GPT-2's: normal 0.02, the two output layers of a block divided by sqrt(2 layers). The
+        model's output layer, and an embedding tied to it, are the same for all mixers.
+
+        Args:
+            module: An embedding, norm or linear layer, of the mixer or outside of all mixers.
+            role: The last word of its name in the model, as "o_proj".
+            config: The model's.
+        """
+        if isinstance(module, nn.Embedding):
+            std = output_std(config) if config.tie_word_embeddings else cls.embedding_std(config)
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            if role == "lm_head":
+                init.normal_(module.weight, std=output_std(config))
+            else:
+                cls.initialize_linear(module, role, config)
+
+    @classmethod
+    def embedding_std(cls, config: Any) -> float:
+        """Standard deviation of a fresh embedding that is not tied to the output layer."""
+        return 0.02
+
+    @classmethod
+    def initialize_linear(cls, linear: nn.Linear, role: str, config: Any) -> None:
+        """Fill a linear layer of a block."""
+        ends_block = role in ("o_proj", "down_proj")
+        depth = (2 * config.num_hidden_layers) ** -0.5 if ends_block else 1.0
+        init.normal_(linear.weight, std=0.02 * depth)
+
+
+def output_std(config: Any) -> float:
+    """Standard deviation of a fresh output layer."""
+    return min(0.02, LOGIT_STD * config.hidden_size**-0.5)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, H * D] -> [B, H, T, D]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:
+    """The rotation of a pass's positions, in at least float32."""
+    angles = rotary_angles(
+        tokens.positions,
+        config.head_dim,
+        frequencies=config.rotary_frequencies,
+        base=config.rotary_base,
+    )
+    cos, sin = rotation(angles, wide_dtype(tokens.dtype), tokens.device)
+    return Rotation(cos, sin, config.rotary_layout)
+
+
+class RotaryStep(Step):
+    """A step whose queries and keys are rotated together, [B, 2H, 1, K].
+
+    Args:
+        mixer: Whose step it is.
+        key_scale: What the keys are multiplied by on the way.
+    """
+
+    def __init__(self, mixer: Any, key_scale: float = 1.0) -> None:
+        config, weight = mixer.config, mixer.o_proj.weight
+        self.layout, self.num_heads = config.rotary_layout, config.num_heads
+        self.theta = rotary_theta(
+            config.head_dim,
+            frequencies=config.rotary_frequencies,
+            base=config.rotary_base,
+            device=weight.device,
+        )
+        ones = weight.new_ones(config.num_heads, 1, 1, dtype=wide_dtype(weight.dtype))
+        self.scale = torch.cat((ones, ones * key_scale))
+
+    def shared(self, positions: Tensor, length: int) -> Any:
+        angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]
+        cos, sin = rotation(angles, self.scale.dtype, positions.device)
+        return Rotation(cos * self.scale, sin * self.scale, self.layout)

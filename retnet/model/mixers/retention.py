@@ -1,0 +1,268 @@
+"""Gated multi-scale retention, the mixer of the RetNet (arXiv 2307.08621, section 2.2).
+
+    MSR(X) = (swish(X W_G) * GroupNorm(heads)) W_O                                    (equation 8)
+
+Each head rotates its queries and keys by their position and retains with a decay of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..configuration import DecoderConfig, nearest_multiple, option
+from ..documents import TokenInfo, describe_tokens
+from ..ops.decay import DECAY_SCHEDULES, head_log_decay, head_windows
+from ..ops.precision import full_precision, wide_dtype
+from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
+from ..ops.rotary import Rotation
+from .base import Mixer, RotaryStep, State, make_rotation, split_heads
+
+HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
+
+
+class RetentionOptions(DecoderConfig):
+    """Retention's keys.
+
+    Args, beside those of ``DecoderConfig``:
+        value_size: Width of all heads' values together; 2 d when None.
+        head_norm: Of each head's output at each token, without learned parameters: "groupnorm"
+            (mean and variance), "rmsnorm", or "none".
+        head_norm_eps: Small, because retention outputs are small at a text's first tokens.
+        gate: The swish gate.
+        decay: "paper" (1 - 2^(-5-h)), "log_linear" (the schedule of the paper's experiments), or
+            one number in (0, 1] for all heads: single-scale, 1.0 without decay.
+        chunk_size: C of the chunkwise form; no effect on the result. When None, what was measured
+            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 128
+            on 128.
+    """
+
+    value_size: int = option(None, "width of all values together; null: 2 d")
+    head_norm: str = option("groupnorm", "groupnorm, rmsnorm or none")
+    head_norm_eps: float = 1e-6
+    gate: bool = option(True, "the swish gate")
+    decay: str | int | float = option(
+        "paper", "paper, log_linear, or one number in (0, 1] for all heads", meaning=True
+    )
+    chunk_size: int = option(
+        None, "chunk of the chunkwise form, changes speed only; null: by head width"
+    )
+
+    def resolve(self) -> None:
+        if self.value_size is None and isinstance(self.hidden_size, int):
+            self.value_size = 2 * self.hidden_size
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.chunk_size is None:
+            self.chunk_size = 64 if self.head_dim < 128 else 128
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.chunk_size is not None:
+            problems += self.check_size("chunk_size")
+        problems += self.check_choice("head_norm", HEAD_NORMS)
+        problems += self.check_number("head_norm_eps", 0, 1)
+        if isinstance(self.hidden_size, int):
+            problems += self.check_size("value_size")
+        if not isinstance(self.gate, bool):
+            problems.append(f"gate ({self.gate!r}) must be true or false")
+        if isinstance(self.decay, str):
+            problems += [
+                f"{problem}, or a number in (0, 1]"
+                for problem in self.check_choice("decay", DECAY_SCHEDULES)
+            ]
+        elif isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
+            problems.append(f"decay ({self.decay!r}) must be a name or a number in (0, 1]")
+        elif not 0 < self.decay <= 1:
+            problems.append(f"decay ({self.decay!r}) must be above 0 and at most 1")
+        if not problems and self.value_size % self.num_heads:
+            problems.append(
+                f"value_size ({self.value_size}) must be divisible by num_heads "
+                f"({self.num_heads}): take {nearest_multiple(self.value_size, self.num_heads)}"
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class RetentionShared:
+    """What all layers of a pass share.
+
+    Attributes:
+        turn_queries, turn_keys: Their rotations; that of the keys also scales them.
+        log_decay: ln g [H].
+        tokens: Validity and document boundaries.
+    """
+
+    turn_queries: Rotation
+    turn_keys: Rotation
+    log_decay: Tensor
+    tokens: TokenInfo
+
+
+class RetentionStep(RotaryStep):
+    """``MultiScaleRetention`` for one token per row, its state updated in place."""
+
+    def __init__(self, mixer: "MultiScaleRetention") -> None:
+        config = self.config = mixer.config
+        super().__init__(mixer, key_scale=config.head_dim**-0.5)
+        log_decay = head_log_decay(config.decay, config.num_heads, self.theta.device)
+        self.decay = log_decay.to(self.scale.dtype).exp()[:, None, None]
+        self.parts = [2 * config.hidden_size, config.value_size]
+        self.parts += [config.value_size] if config.gate else []
+        self.odd = sum(self.parts) % 2 == 1
+
+    def __call__(self, joined: Tensor, shared: Rotation, state: State) -> Tensor:
+        rows, heads, memory = joined.shape[0], self.config.num_heads, state["state"]
+        qk, v, *gate = joined.split_with_sizes(self.parts, dim=1)
+        if self.odd:  # pairs must begin at even places
+            qk = qk.contiguous()
+        with full_precision(joined.device):
+            q, k = shared(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
+            v = v.view(rows, heads, 1, -1).to(memory.dtype)
+            if torch.compiler.is_compiling():  # so the new state is written once, and not read
+                out = _read(q, memory) * self.decay + (q * k).sum(-1, keepdim=True) * v
+                memory.mul_(self.decay).addcmul_(k.mT, v)
+            else:
+                memory.mul_(self.decay).addcmul_(k.mT, v)
+                out = _read(q, memory)
+            out = head_norm(out.view(rows, heads, -1), self.config).view(rows, -1)
+        out = out.to(joined.dtype)
+        return F.silu(gate[0]) * out if gate else out
+
+
+def _read(q: Tensor, state: Tensor) -> Tensor:
+    """q S: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
+    rows, heads, _, width = q.shape
+    # strides as of a matrix of one row, also where compilers think them irrelevant, and torch's bmm
+    # under a name that they call as it is: for one row they write slower loops of their own
+    q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
+    state = state.flatten(0, 1)
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, state, beta=0).view(rows, heads, 1, -1)
+
+
+class MultiScaleRetention(Mixer):
+    """Retention with its projections, rotations, head norm and gate.
+
+    Its state: ``state`` [B, H, K, V], in float32 (float64 in a model of that).
+    """
+
+    name = "retention"
+    options = RetentionOptions
+    modes = ("parallel", "chunkwise", "recurrent")
+    joint = ("q_proj", "k_proj", "v_proj", "g_proj")
+    step = RetentionStep
+
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        hidden, value = config.hidden_size, config.value_size
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, value, bias=False)
+        self.g_proj = nn.Linear(hidden, value, bias=False) if config.gate else None
+        self.o_proj = nn.Linear(value, hidden, bias=False)
+
+    @classmethod
+    def matrix_parameters(cls, config: Any) -> int:
+        # W_Q and W_K are d x d; W_V, W_O and the gate's W_G are d x value_size
+        return config.hidden_size * (2 * config.hidden_size + (2 + config.gate) * config.value_size)
+
+    @classmethod
+    def describe(cls, config: Any) -> list[str]:
+        windows = head_windows(config.decay, config.num_heads)
+        shown = ", ".join(f"{window:,.0f}" for window in windows)
+        return [f"windows     1/(1-decay) of the heads: {shown} tokens"]
+
+    @classmethod
+    def embedding_std(cls, config: Any) -> float:
+        return config.hidden_size**-0.5
+
+    @classmethod
+    def initialize_linear(cls, linear: nn.Linear, role: str, config: Any) -> None:
+        """The official gains: Xavier uniform with 2^-2.5 for Q, K, V and G and 2^-1 for O, PyTorch's
+        default in the feed-forward network."""
+        if role in ("up_proj", "gate_proj", "down_proj"):
+            init.kaiming_uniform_(linear.weight, a=5**0.5)
+        else:
+            init.xavier_uniform_(linear.weight, gain=2**-1 if role == "o_proj" else 2**-2.5)
+
+    def init_state(
+        self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> State:
+        config = self.config
+        heads, values = config.num_heads, config.value_size // config.num_heads
+        shape = (rows, heads, config.head_dim, values)
+        return {"state": torch.zeros(shape, dtype=wide_dtype(dtype), device=device)}
+
+    def shared(self, tokens: TokenInfo, memory: State) -> tuple[RetentionShared, State]:
+        config = self.config
+        turn = make_rotation(config, tokens)
+        log_decay = head_log_decay(config.decay, config.num_heads, tokens.device)
+        return RetentionShared(turn, turn.scaled(config.head_dim**-0.5), log_decay, tokens), {}
+
+    def forward(
+        self,
+        hidden: Tensor,
+        shared: RetentionShared | None = None,
+        state: State | None = None,
+        mode: str | None = None,
+    ) -> tuple[Tensor, State]:
+        """Mix the tokens of each row; plain rows that begin at position 0 when nothing is shared.
+
+        Args, results: As those of ``Part.forward``.
+        """
+        config, heads = self.config, self.config.num_heads
+        if shared is None:
+            shared, _ = self.shared(describe_tokens(hidden), {})
+        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        with full_precision(hidden.device):
+            out, last = self._retain(
+                shared.turn_queries(q),
+                shared.turn_keys(k),
+                v,
+                shared.log_decay,
+                mode or self.choose_mode(hidden.shape[1]),
+                initial_state=None if state is None else state["state"],
+                valid=shared.tokens.valid,
+                resets=shared.tokens.resets,
+            )
+            out = head_norm(out.transpose(1, 2), config).flatten(2)  # [B, T, H V]
+        out = out.to(hidden.dtype)
+        if self.g_proj is not None:
+            out = F.silu(self.g_proj(hidden)) * out
+        return self.o_proj(out), {"state": last}
+
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mode: str, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if mode == "recurrent":
+            return retention_recurrent(q, k, v, log_decay, **options)
+        if mode == "parallel":
+            return retention_parallel(q, k, v, log_decay, **options)
+        return retention_chunkwise(
+            q, k, v, log_decay, chunk_size=self.config.chunk_size, **options
+        )
+
+    def choose_mode(self, length: int) -> str:
+        """The fastest form for T tokens: recurrent for one, parallel for few, else chunkwise.
+
+        Per token and head all pairs cost about 3 T V operations, chunks (3 C + 4 K) V, with states
+        between them that have to be written and read: as measured, they pay from T = 2 K on
+        (``python -m benchmarks.speed forms``). One chunk is the parallel form anyhow.
+        """
+        if length == 1:
+            return "recurrent"
+        few = max(self.config.chunk_size, 2 * self.config.head_dim)
+        return "parallel" if length <= few else "chunkwise"
+
+
+def head_norm(x: Tensor, config: Any) -> Tensor:
+    """Normalise the last dimension: each head of each token by itself, no learned parameters."""
+    if config.head_norm == "groupnorm":
+        return F.layer_norm(x, x.shape[-1:], eps=config.head_norm_eps)
+    if config.head_norm == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], eps=config.head_norm_eps)
+    return x

@@ -1,0 +1,69 @@
+"""The public classes by name, which pickling, transformers' Auto classes and exports need.
+
+Three for each mixer: configuration, model, causal language model.
+"""
+
+import functools
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .decoder import DecoderForCausalLM, DecoderModel
+from .mixers import MIXERS
+from .mixers.attention import AttentionOptions, CausalAttention
+from .mixers.retention import MultiScaleRetention, RetentionOptions
+
+
+class RetNetConfig(RetentionOptions):
+    """A RetNet (arXiv 2307.08621)."""
+
+    mixer_class, model_type = MultiScaleRetention, "retnet_lm"
+
+
+class RetNetModel(DecoderModel):
+    config_class = RetNetConfig
+
+
+class RetNetForCausalLM(DecoderForCausalLM):
+    config_class, model_class = RetNetConfig, RetNetModel
+
+
+class TransformerConfig(AttentionOptions):
+    """The Transformer of the same size."""
+
+    mixer_class, model_type = CausalAttention, "transformer_lm"
+
+
+class TransformerModel(DecoderModel):
+    config_class = TransformerConfig
+
+
+class TransformerForCausalLM(DecoderForCausalLM):
+    config_class, model_class = TransformerConfig, TransformerModel
+
+
+PUBLIC: tuple[type[DecoderForCausalLM], ...] = (RetNetForCausalLM, TransformerForCausalLM)
+
+
+def model_class(mixer: str) -> type[DecoderForCausalLM]:
+    """The causal language model of a mixer; ``config_class`` is its configuration.
+
+    Args:
+        mixer: A name in ``MIXERS``.
+    """
+    kind = MIXERS[mixer]
+    public = (model for model in PUBLIC if model.config_class.mixer_class is kind)
+    return next(public, None) or _unnamed(kind)
+
+
+@functools.cache
+def _unnamed(kind: Any) -> type[DecoderForCausalLM]:
+    """The classes of a mixer that has none here; transformers gets to know them."""
+    keys = {"mixer_class": kind, "model_type": f"{kind.name}_lm"}
+    config: Any = type(f"{kind.__name__}Config", (kind.options,), keys)
+    model = type(f"{kind.__name__}Model", (DecoderModel,), {"config_class": config})
+    both = {"config_class": config, "model_class": model}
+    causal = type(f"{kind.__name__}ForCausalLM", (DecoderForCausalLM,), both)
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, causal)
+    return causal

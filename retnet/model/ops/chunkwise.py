@@ -1,0 +1,112 @@
+"""Retention of N chunks at once, with a backward pass of its own.
+
+Inside the chunks all pairs, from before them the state that each chunk meets (``mix_chunks``).
+Autograd, given that, keeps every product; ``ChunkRetention`` keeps queries, keys, values and one
+state per chunk, and computes the scores again in the backward pass. With A = (Q K^T) * D inside the
+chunks, R the states that they meet, U what each adds to the state at its end, xi the decay since a
+chunk's start, zeta that to its end, and S' the state after the last of them:
+
+    O = A V + (xi * Q) R        U = (zeta * K)^T V        R_i = sum_{j < i} decay * U_j + decay * S
+
+so with G the gradient of O, and dU that of all later states, decayed as the states are:
+
+    dA = (G V^T) * D      dQ = dA K + xi * (G R^T)      dK = dA^T Q + zeta * (V dU^T)
+    dV = A^T G + (zeta * K) dU                          dR = (xi * Q)^T G
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decay import ChunkDecays
+from .precision import in_full_precision
+
+
+def mix_chunks(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, decays: ChunkDecays
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Retention of the chunks; every one of its steps has gradients of its own.
+
+    Args:
+        q, k: [B, H, N, C, K].
+        v: [B, H, N, C, V].
+        state: Before the first chunk, [B, H, K, V].
+        decays: Of these chunks.
+
+    Returns:
+        out [B, H, N, C, V], the state after the last chunk, and those that the chunks meet
+        [B, H, N, K, V].
+    """
+    added = ((k * decays.to_end).mT @ v).flatten(3)  # [B, H, N, K V]
+    states = decays.between @ added
+    states.addcmul_(decays.from_start, state.flatten(2)[:, :, None])
+    states = states.unflatten(3, state.shape[2:])
+    before = torch.cat((state[:, :, None], states[:, :, :-1]), dim=2)
+    out = _scores(q, k, decays) @ v
+    _add_product(out, q * decays.since_start, before)
+    # a copy: as a view, the last state would keep those of all chunks alive
+    return out, states[:, :, -1].clone(), before
+
+
+class ChunkRetention(torch.autograd.Function):
+    """``mix_chunks``, of whose results the third has no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, state: Tensor, *decays: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return mix_chunks(q, k, v, state, ChunkDecays(*decays))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(True)
+        ctx.save_for_backward(*inputs, output[2])
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor, last_grad: Tensor, _: Tensor) -> tuple:
+        *inputs, before = ctx.saved_tensors
+        return *_gradients(out_grad, last_grad, before, *inputs), *[None] * len(ChunkDecays._fields)
+
+
+@in_full_precision
+def _gradients(
+    out_grad: Tensor,
+    last_grad: Tensor,
+    before: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """Of q, k, v and of the state before the first chunk."""
+    decays = ChunkDecays(*rest)
+    if torch.is_grad_enabled():  # gradients of the gradients are wanted, which autograd knows
+        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, state)]
+        out, last, _ = mix_chunks(*inputs, decays)
+        return torch.autograd.grad((out, last), inputs, (out_grad, last_grad), create_graph=True)
+    score_grad = _scores(out_grad, v, decays)  # dA
+    met_grad = (q * decays.since_start).mT @ out_grad  # dR
+    at_end = torch.cat((met_grad[:, :, 1:], last_grad[:, :, None]), dim=2).flatten(3)
+    state_grad = met_grad[:, :, 0] + (decays.from_start * at_end).sum(2).view(state.shape)
+    added_grad = (decays.between.mT @ at_end).view(before.shape)  # dU
+    q_grad = (score_grad @ k).addcmul_(out_grad @ before.mT, decays.since_start)
+    k_grad = (score_grad.mT @ q).addcmul_(v @ added_grad.mT, decays.to_end)
+    v_grad = _scores(q, k, decays).mT @ out_grad
+    _add_product(v_grad, k * decays.to_end, added_grad)
+    return q_grad, k_grad, v_grad, state_grad
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, of batches of matrices."""
+    total.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+
+
+def _scores(a: Tensor, b: Tensor, decays: ChunkDecays) -> Tensor:
+    """(a b^T) * D inside the chunks, [B, H, N, C, C]."""
+    scores = (a @ b.mT).mul_(decays.inside)
+    return scores if decays.same is None else scores.mul_(decays.same)
