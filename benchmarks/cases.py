@@ -11,7 +11,7 @@ from torch import Tensor
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.model.cache import DecoderCache
 from retnet.model.layers import MODES
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 VOCAB, PAD = 64, 0
 MIXERS = ("retention", "attention")

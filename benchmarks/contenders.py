@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import Step, make_step, prefill
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.products import fast_products
 
 PAIRS_LIMIT = 2048  # tokens of a row above which forms of all pairs of tokens are not trained

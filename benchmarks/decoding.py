@@ -27,7 +27,7 @@ from benchmarks.measure import DECODE, LIMIT, Piece, Plan, Results, measure, ran
 from benchmarks.others import add_others
 from retnet.data import train_bpe
 from retnet.generation import Sampling, Usage, print_samples, stream_text
-from retnet.model.step_parts import lay_out_for_decoding
+from retnet.model.fast_decode.weights import lay_out_for_decoding
 
 BARE, LOOP, GENERATE = "bare decode step", "generate.py loop", "model.generate"
 LOOP_CASE = "the loops around the step"

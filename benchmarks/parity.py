@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.cases import MIXERS, PRECISIONS, Case, make_model
 from benchmarks.properties import PROPERTIES, TOKENS_PER_CASE, Property, largest
 from retnet.cli import ArgumentParser, positive_int, run
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from .model import (
     TransformerConfig,
     TransformerForCausalLM,
 )
-from .model.models import PUBLIC
+from .model.models import PUBLIC, configuration
 
 __version__ = "0.1.0"
 
@@ -22,5 +22,5 @@ __all__ = [
 ]
 
 for _model in PUBLIC:
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+    AutoConfig.register(configuration(_model).model_type, configuration(_model), exist_ok=True)
+    AutoModelForCausalLM.register(configuration(_model), _model, exist_ok=True)

@@ -24,7 +24,7 @@ from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.model import RetNetForCausalLM
 from retnet.model.cache import DecoderCache
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 IGNORED = -100
 LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss

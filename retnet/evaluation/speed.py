@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from retnet.generation import Step, make_step, prefill, synchronize
 from retnet.model.cache import DecoderCache
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 CONTEXTS = (128, 4096)
 ROUNDS = 7

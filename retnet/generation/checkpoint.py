@@ -29,8 +29,8 @@ from retnet.errors import UserError, is_out_of_memory
 from retnet.generation.decode import prefill
 from retnet.generation.weights import WEIGHTS, check_size, check_weights_unchanged, read_json
 from retnet.model import RetNetConfig, TransformerConfig
-from retnet.model.modeling import DecoderForCausalLM
-from retnet.model.step_parts import lay_out_for_decoding
+from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.fast_decode.weights import lay_out_for_decoding
 from retnet.paths import kind_of
 
 CONFIG = "config.json"

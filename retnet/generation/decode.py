@@ -19,12 +19,11 @@ from transformers import EosTokenCriteria, StoppingCriteria, StoppingCriteriaLis
 from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.model.cache import DecoderCache
-from retnet.model.graph import StepGraph
-from retnet.model.modeling import DecoderForCausalLM
-from retnet.model.step import DecodeStep, is_plain
+from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.fast_decode.graph import StepGraph
+from retnet.model.fast_decode.step import make_decode_step
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
-Step = Callable[[Tensor, DecoderCache], Tensor]  # tokens [B] -> logits [B, vocab]
 STOPPING_WINDOW = 64  # new tokens that stopping criteria see; more where a stop string is longer
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
 
@@ -41,6 +40,7 @@ class Usage:
         decode_seconds: Time to make them, without the time their reader took.
         rows: Continuations made side by side.
         state_bytes: Size of the state (or of the used part of the key-value cache) at the end.
+        path: Which step made the tokens, and why not the fast one.
     """
 
     prompt_tokens: int = 0
@@ -50,6 +50,7 @@ class Usage:
     decode_seconds: float = 0.0
     rows: int = 0
     state_bytes: int = 0
+    path: str = ""
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -65,7 +66,7 @@ class Usage:
         return (
             f"prompt: {self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s "
             f"| new: {self.new_tokens:,} tokens, {self.ms_per_token:.2f} ms/token{together} "
-            f"| state: {self.state_bytes:,} bytes"
+            f"| state: {self.state_bytes:,} bytes | {self.path}"
         )
 
 
@@ -114,35 +115,56 @@ def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -
     return _last_logits(model, tokens[:, None], cache)
 
 
-def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
-    """The fastest right way to feed one token per row: what ``decode_one`` does, without the model.
+class Step:
+    """The fastest right way to feed one token per row: tokens [B] and the cache in, logits out.
 
-    Models with wrapped, hooked or adapted parts, and caches that need a mask, take the plain way.
+    What ``decode_one`` does, without the model. Models with wrapped, hooked or adapted parts, and
+    caches that need a mask, take the plain way.
+
+    Attributes:
+        path: Which way was taken last, and why if not the fast one.
 
     Args:
         model: A language model.
         compile: Compile the step, at its first call; the growing number of tokens seen compiles
-            nothing anew. A RetNet's step on a GPU becomes one CUDA graph.
+            nothing anew. A step with a state of constant size becomes one CUDA graph on a GPU.
+    """
+
+    def __init__(self, model: DecoderForCausalLM, *, compile: bool) -> None:
+        self.model: Any = model
+        self.lean, reason = make_decode_step(model)
+        self.fast: Callable[[Tensor, DecoderCache], Tensor] | None = self.lean
+        compiled = ", compiled" if compile else ""
+        if self.lean is None:
+            self.model = torch.compile(model, dynamic=True, fullgraph=True) if compile else model
+            self.path = f"plain step{compiled}: {reason}"
+            return
+        self.path = self.fast_path = f"fast step{compiled}"
+        if compile:
+            self.fast = self.lean.compile()
+            if model.device.type == "cuda" and not self.lean.grows:
+                self.fast = StepGraph(self.lean)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
+        if self.lean is None or self.fast is None:
+            return decode_one(self.model, tokens, cache)
+        if not self.lean.fits(cache):
+            self.path = "plain step: the cache needs a mask, or is empty"
+            return decode_one(self.model, tokens, cache)
+        self.path = self.fast_path
+        return _widened(self.fast(tokens, cache))
+
+
+def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
+    """A ``Step`` of the model.
 
     Raises:
-        UserError: There is no C++ compiler to do it with.
+        UserError: There is no C++ compiler to compile it with.
     """
     if compile:
         check_compiler(model.device, "--compile")
-    if not is_plain(model):
-        forward: Any = torch.compile(model, dynamic=True, fullgraph=True) if compile else model
-        return lambda tokens, cache: decode_one(forward, tokens, cache)
-    lean = DecodeStep(model).compile() if compile else DecodeStep(model)
-    graphed = compile and model.device.type == "cuda" and not lean.grows
-    fast: Step = StepGraph(lean) if graphed else lean
-
-    @torch.inference_mode()
-    def step(tokens: Tensor, cache: DecoderCache) -> Tensor:
-        if not lean.fits(cache):
-            return decode_one(model, tokens, cache)
-        return _widened(fast(tokens, cache))
-
-    return step
+    return Step(model, compile=compile)
 
 
 def check_compiler(device: torch.device, key: str) -> None:
@@ -229,7 +251,7 @@ def generate(
             if all(ended):
                 return
     finally:
-        usage.state_bytes = cache.num_bytes()
+        usage.state_bytes, usage.path = cache.num_bytes(), step.path
 
 
 class _Ends:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from retnet.errors import UserError
 from retnet.memory import memory_of
 from retnet.model import TransformerConfig
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
 

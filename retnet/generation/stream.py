@@ -13,7 +13,7 @@ from retnet.errors import UserError
 from retnet.generation.decode import ENDED, Usage, check_compiler, generate
 from retnet.generation.prompt import check_length, encode_prompt
 from retnet.generation.sampling import Sampling
-from retnet.model.modeling import DecoderForCausalLM
+from retnet.model.decoder import DecoderForCausalLM
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode an incomplete character to
 WAITING_TOKENS = 16  # undecodable ones that wait for more before their text is looked into

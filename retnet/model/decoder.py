@@ -3,6 +3,7 @@
 Embedding, N pre-norm blocks of mixer and feed-forward network, final norm, output layer.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Shared:
         rows: What the last pass kept, see ``DecoderCache``.
     """
 
-    def __init__(self, layers: nn.ModuleList, tokens: TokenInfo, rows: State) -> None:
+    def __init__(self, layers: Iterable[Any], tokens: TokenInfo, rows: State) -> None:
         self.rows: State = {"record": tokens.record}
         self.by_class: dict[type[Part], Any] = {}
         for layer in layers:
@@ -108,9 +109,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory; ``max_length`` tokens are reserved at once where it grows."""
         config = self.config
-        growing = [
-            config.mixer_of(i).growing(config) for i in range(config.num_hidden_layers)
-        ]
+        growing = [config.mixer_of(i).growing(config) for i in range(config.num_hidden_layers)]
         return DecoderCache(growing, capacity=max_length)
 
     def forward(
@@ -178,7 +177,7 @@ class DecoderModel(DecoderPreTrainedModel):
         )
 
     def _begin(
-        self, layer: DecoderLayer, own: LayerState, hidden: Tensor, capacity: int | None
+        self, layer: nn.Module, own: LayerState, hidden: Tensor, capacity: int | None
     ) -> None:
         """Put the states from before the first token."""
         for part in ("mixer", "ffn"):

@@ -85,60 +85,56 @@ def describe_tokens(
     segment_ids = _fit("segment_ids", segment_ids, shape)
     position_ids = _fit("position_ids", position_ids, shape)
     fresh = record is None
-    if record is None:
-        record = empty_record(shape[0], device)
+    known = empty_record(shape[0], device) if record is None else record
     if valid is None and segment_ids is None and position_ids is None:
         steps = torch.arange(length, device=device)[None]
-        positions = steps if fresh else record[:, NEXT_POSITION, None] + steps
-        record = torch.cat((record[:, :SEGMENT] + length, record[:, SEGMENT:]), dim=1)
-        return TokenInfo(positions, past, hidden.dtype, None, None, record)
+        positions = steps if fresh else known[:, NEXT_POSITION, None] + steps
+        known = torch.cat((known[:, :SEGMENT] + length, known[:, SEGMENT:]), dim=1)
+        return TokenInfo(positions, past, hidden.dtype, None, None, known)
     present = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
     index = torch.where(present, torch.arange(length, device=device), -1)
     latest = index.cummax(1).values  # of the last valid token up to here, -1 before the first
     previous = torch.cat((torch.full_like(latest[:, :1], -1), latest[:, :-1]), dim=1)
-    begun = (previous >= 0) | (record[:, None, SEEN] > 0)  # something valid came before
+    begun = (previous >= 0) | (known[:, None, SEEN] > 0)  # something valid came before
 
     resets: Tensor | None = None
     if segment_ids is not None:
-        resets = segment_ids != _pick(segment_ids, previous, record[:, SEGMENT])
+        resets = segment_ids != _pick(segment_ids, previous, known[:, SEGMENT])
     if position_ids is not None:
-        back = position_ids <= _pick(position_ids, previous, record[:, NEXT_POSITION] - 1)
+        back = position_ids <= _pick(position_ids, previous, known[:, NEXT_POSITION] - 1)
         resets = back if resets is None else resets | back
     if resets is not None:
         resets = resets & present & begun
 
     count = present.cumsum(1)
-    positions = position_ids
-    if positions is None:
-        positions = count - 1 + record[:, None, NEXT_POSITION]
+    if position_ids is not None:
+        positions = position_ids
+    else:
+        positions = count - 1 + known[:, None, NEXT_POSITION]
         if resets is not None:  # a document counts its own tokens from 0
             begin = torch.where(resets, count, 0).cummax(1).values
             positions = torch.where(begin > 0, count - begin, positions)
 
     last = latest[:, -1:]
-    record = torch.stack(
+    known = torch.stack(
         (
-            record[:, SEEN] + count[:, -1],
-            _pick(positions + 1, last, record[:, NEXT_POSITION])[:, 0],
-            record[:, SEGMENT]
+            known[:, SEEN] + count[:, -1],
+            _pick(positions + 1, last, known[:, NEXT_POSITION])[:, 0],
+            known[:, SEGMENT]
             if segment_ids is None
-            else _pick(segment_ids, last, record[:, SEGMENT])[:, 0],
+            else _pick(segment_ids, last, known[:, SEGMENT])[:, 0],
         ),
         dim=1,
     )
     latest_valid = None if valid is None else latest
-    return TokenInfo(positions, past, hidden.dtype, valid, resets, record, latest_valid)
+    return TokenInfo(positions, past, hidden.dtype, valid, resets, known, latest_valid)
 
 
 def _last_columns(mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
     if mask is None:
         return None
     batch, length = shape
-    if (
-        mask.dim() != 2
-        or mask.shape[0] != batch
-        or mask.shape[1] not in (length, past + length)
-    ):
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         wanted = f"[{batch}, {length}]"
         if past:
             wanted += f" or [{batch}, {past + length}] (cached tokens included)"

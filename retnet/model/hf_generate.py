@@ -40,7 +40,7 @@ class OwnCacheGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
-        model_kwargs["decode_step"], _ = make_decode_step(self)
+        model_kwargs["decode_step"], _ = make_decode_step(self)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,

@@ -4,10 +4,11 @@ Three for each mixer: configuration, model, causal language model.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .configuration import DecoderConfig
 from .decoder import DecoderForCausalLM, DecoderModel
 from .mixers import MIXERS
 from .mixers.attention import AttentionOptions, CausalAttention
@@ -46,14 +47,19 @@ PUBLIC: tuple[type[DecoderForCausalLM], ...] = (RetNetForCausalLM, TransformerFo
 
 
 def model_class(mixer: str) -> type[DecoderForCausalLM]:
-    """The causal language model of a mixer; ``config_class`` is its configuration.
+    """The causal language model of a mixer.
 
     Args:
         mixer: A name in ``MIXERS``.
     """
     kind = MIXERS[mixer]
-    public = (model for model in PUBLIC if model.config_class.mixer_class is kind)
-    return next(public, None) or _unnamed(kind)
+    public = (model for model in PUBLIC if configuration(model).mixer_class is kind)
+    return next(public, None) or _unnamed(cast(Any, kind))
+
+
+def configuration(model: type[DecoderForCausalLM]) -> type[DecoderConfig]:
+    """The class of a model's configuration."""
+    return cast(type[DecoderConfig], model.config_class)
 
 
 @functools.cache

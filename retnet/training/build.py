@@ -1,9 +1,8 @@
 """From a configuration to a model."""
 
-import logging
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,64 +14,16 @@ from retnet.errors import UserError
 from retnet.generation import find_checkpoint
 from retnet.generation.checkpoint import TOKENIZER, check_weights_unchanged
 from retnet.generation.weights import read_json
-from retnet.model import (
-    RetNetConfig,
-    RetNetForCausalLM,
-    TransformerConfig,
-    TransformerForCausalLM,
-)
 from retnet.model.configuration import DecoderConfig
-from retnet.training.config import RETENTION_KEYS, Config, ModelSpec
+from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.models import model_class
 
-logger = logging.getLogger(__name__)
-
-Model = RetNetForCausalLM | TransformerForCausalLM
-# what changes no shape, and what the weights have been trained for
-MEANINGS = ("num_heads", "decay", "rotary_layout", "rotary_frequencies")
-
-
-def model_config(
-    config: Config, vocab_size: int, special_ids: dict[str, Any] | None = None
-) -> RetNetConfig | TransformerConfig:
-    """The model configuration of a run.
-
-    Args:
-        config: The run.
-        vocab_size: Entries of its tokenizer.
-        special_ids: bos_token_id, eos_token_id and pad_token_id.
-
-    Raises:
-        UserError: Values that make no model.
-    """
-    spec = config.model
-    retention = spec.mixer == "retention"
-    left_out = {"mixer", "init_from", *(() if retention else RETENTION_KEYS)}
-    keys: dict[str, Any] = {
-        key: value for key, value in vars(spec).items() if key not in left_out and value is not None
-    }
-    keys |= {"vocab_size": vocab_size, "max_position_embeddings": config.data.seq_len}
-    try:
-        return (RetNetConfig if retention else TransformerConfig)(**keys, **(special_ids or {}))
-    except ValueError as error:
-        parts = str(error).split("; ")
-        named = [f"model.{part}" if part.split()[0] in vars(spec) else part for part in parts]
-        raise UserError("; ".join(named)) from error
-
-
-def warn_without_effect(spec: ModelSpec) -> None:
-    """Log which keys of the section mean nothing to its mixer."""
-    if spec.mixer == "attention":
-        useless = [k for k in RETENTION_KEYS if getattr(spec, k) != getattr(ModelSpec, k)]
-        if useless:
-            names = ", ".join(f"model.{key}" for key in useless)
-            logger.warning("%s: no effect with model.mixer=attention", names)
+Model = DecoderForCausalLM
 
 
 def build_model(config: DecoderConfig) -> Model:
     """A fresh model, in float32."""
-    if isinstance(config, RetNetConfig):
-        return RetNetForCausalLM(config)
-    return TransformerForCausalLM(cast(TransformerConfig, config))
+    return model_class(config.mixer_class.name)(config)
 
 
 def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedTokenizerFast) -> Path:
@@ -135,7 +86,8 @@ def check_same_meaning(model: Model, folder: Path, what: str, fix: str) -> None:
     """
     stored = read_json(folder / "config.json")
     own = model.config.to_dict()
-    for key in MEANINGS:
+    fields = dataclasses.fields(model.config)
+    for key in (field.name for field in fields if field.metadata.get("meaning")):
         if key in own and key in stored and own[key] != stored[key]:
             raise UserError(
                 f"{what} is another model: model.{key} is {stored[key]} there and {own[key]} here; "

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from retnet.errors import UserError
-from retnet.model import RetNetForCausalLM
 from retnet.model.cache import DecoderCache
+from retnet.model.decoder import DecoderForCausalLM
 from retnet.training.checkpoint import CARRIED
 
 
 class CarriedState:
     """The states of this process's rows after the last completed optimizer step."""
 
-    def __init__(self, model: RetNetForCausalLM, micro_steps: int) -> None:
+    def __init__(self, model: DecoderForCausalLM, micro_steps: int) -> None:
         self._caches = [model.new_cache() for _ in range(micro_steps)]
         self._next: list[DecoderCache] = []
 
@@ -43,8 +43,9 @@ class CarriedState:
     def gather(self, accelerator: Accelerator) -> dict[str, Tensor]:
         """The states of all rows of the global batch, to be saved; every process must call this."""
         tensors: dict[str, Tensor] = {"length": torch.tensor([self._caches[0].length])}
-        for name in self._names():
-            parts = [accelerator.gather(_get(cache, name)) for cache in self._caches]
+        held = [cache.tensors() for cache in self._caches]
+        for name in held[0]:
+            parts = [accelerator.gather(own[name].contiguous()) for own in held]
             tensors[name] = torch.cat(parts).cpu().contiguous()
         return tensors
 
@@ -61,22 +62,12 @@ class CarriedState:
                 "set it to false, or use the weights alone with model.init_from"
             )
         stored = {name: x.to(accelerator.device) for name, x in load_file(file).items()}
+        length = int(stored.pop("length"))
         world_size, rank = accelerator.num_processes, accelerator.process_index
         for micro_step, cache in enumerate(self._caches):
-            cache.length = int(stored["length"])
+            cache.length = length
             part = micro_step * world_size + rank
-            for name in self._names():
-                rows = stored[name].chunk(len(self._caches) * world_size)[part]
-                if name == "record":
-                    cache.record = rows.clone()
-                else:
-                    cache.layers[int(name.split(".")[1])].state = rows.clone()
-
-    def _names(self) -> list[str]:
-        return ["record", *(f"layers.{i}" for i in range(len(self._caches[0].layers)))]
-
-
-def _get(cache: DecoderCache, name: str) -> Tensor:
-    tensor = cache.record if name == "record" else cache.layers[int(name.split(".")[1])].state
-    assert tensor is not None  # nothing is saved before the first step
-    return tensor.contiguous()
+            for name, rows in stored.items():
+                # runs of before mixers named their tensors have "layers.0"
+                name = f"{name}.mixer.state" if name.removeprefix("layers.").isdigit() else name
+                cache.put(name, rows.chunk(len(self._caches) * world_size)[part].clone())

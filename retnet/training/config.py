@@ -13,54 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 from retnet.data import DataSpec
 from retnet.data.spec import BPE
 from retnet.errors import UserError
-from retnet.model import RetNetConfig
+from retnet.model.mixers import MIXERS
 from retnet.paths import kind_of
 from retnet.training.limits import beyond_bounds
+from retnet.training.model_spec import model_section, settled
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The ``model`` section; the fields are those of the model configurations."""
-
-    mixer: Literal["retention", "attention"] = _option(
-        "retention", "retention: a RetNet; attention: the Transformer of the same size"
-    )
-    hidden_size: int = _option(RetNetConfig.hidden_size, "width d of the residual stream")
-    num_hidden_layers: int = _option(RetNetConfig.num_hidden_layers, "number of blocks")
-    num_heads: int = _option(RetNetConfig.num_heads, "heads of the mixer")
-    intermediate_size: int | None = _option(
-        None, "width of the feed-forward network; null: 12 d^2 matrix parameters in a layer"
-    )
-    norm: str = _option(RetNetConfig.norm, "layernorm or rmsnorm")
-    ffn: str = _option(RetNetConfig.ffn, "gelu or swiglu")
-    dropout: float = _option(RetNetConfig.dropout, "after embedding, mixers, feed-forward networks")
-    tie_word_embeddings: bool = _option(
-        RetNetConfig.tie_word_embeddings, "the output layer is the embedding"
-    )
-    rotary_layout: str | None = _option(
-        None, "interleaved or half; null: the mixer's own (interleaved for retention, else half)"
-    )
-    rotary_frequencies: str | None = _option(
-        None, "linspace or standard; null: the mixer's own (linspace for retention, else standard)"
-    )
-    value_size: int | None = _option(None, "retention: width of all values together; null: 2 d")
-    head_norm: str = _option(RetNetConfig.head_norm, "retention: groupnorm, rmsnorm or none")
-    gate: bool = _option(RetNetConfig.gate, "retention: the swish gate")
-    decay: str | int | float = _option(
-        RetNetConfig.decay, "retention: paper, log_linear, or one number in (0, 1] for all heads"
-    )
-    chunk_size: int | None = _option(
-        None, "retention: chunk of the chunkwise form, changes speed only; null: by head width"
-    )
-    init_from: str | None = _option(None, "checkpoint or run folder to take the weights from")
-
-
-# fields of ModelSpec that mean something to retention only
-RETENTION_KEYS = ("value_size", "head_norm", "gate", "decay", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -114,11 +74,20 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run: ``model`` is an instance of ``model_section``."""
 
-    model: ModelSpec = field(default_factory=ModelSpec)
+    model: Any = field(default_factory=lambda: model_section()())
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
+
+
+def config_schema() -> type[Config]:
+    """``Config`` with the keys of the mixers that there are now."""
+    section = model_section()
+    model = ("model", section, field(default_factory=section))
+    return cast(
+        type[Config], dataclasses.make_dataclass("Config", [model], bases=(Config,), frozen=True)
+    )
 
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
@@ -143,7 +112,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: Names the key or file, its value and the fix.
     """
-    layers = [OmegaConf.structured(Config)]
+    layers = [OmegaConf.structured(config_schema())]
     if path is not None:
         layers.append(_read_yaml(Path(path)))
     for override in overrides:
@@ -161,8 +130,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
-    given = {"data.tokenizer", "data.vocab_size"} & {text.partition("=")[0] for text in overrides}
-    if given == {"data.tokenizer"} and config.data.tokenizer != BPE:
+    given = {text.partition("=")[0] for text in overrides}
+    config = dataclasses.replace(config, model=settled(config.model, given))
+    tokenizer_keys = {"data.tokenizer", "data.vocab_size"}
+    if given & tokenizer_keys == {"data.tokenizer"} and config.data.tokenizer != BPE:
         # the size in the file is for the tokenizer in the file
         data = dataclasses.replace(config.data, vocab_size=DataSpec.vocab_size)
         config = dataclasses.replace(config, data=data)
@@ -311,8 +282,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if not config.train.carry_state:
         return
     name = "train.carry_state (true)"
-    if config.model.mixer != "retention":
-        yield f"{name} needs a state to carry: set model.mixer=retention"
+    if MIXERS[config.model.mixer].growing(config.model):
+        constant = (mixer for mixer, kind in MIXERS.items() if not kind.growing(config.model))
+        yield f"{name} needs a state to carry: set model.mixer={' or '.join(constant)}"
     if not config.data.reset_state_at_documents:
         yield f"{name} keeps documents apart: set data.reset_state_at_documents=true"
     if config.train.gradient_checkpointing:

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, cast, get_args, get_origin
 
-from retnet.training.config import Config
+from retnet.training.config import config_schema
 
 
 def describe_keys() -> Iterator[str]:
     """One line for each key: name, type, default, meaning."""
-    for section in dataclasses.fields(Config):
+    for section in dataclasses.fields(config_schema()):
         for option in dataclasses.fields(cast(Any, section.type)):
             default = option.default
             if default is dataclasses.MISSING:

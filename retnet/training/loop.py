@@ -21,7 +21,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
-from retnet.model.products import fast_products
 from retnet.training.build import Model
 from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import (
@@ -172,16 +171,15 @@ class Trainer:
         """Add a micro-batch's gradients; returns its share of the step's loss."""
         inputs = {k: v.to(self.accelerator.device) for k, v in batch.items()}
         cache = None if self.carried is None else self.carried.begin(micro_step)
-        with fast_products(self.accelerator.device):
-            loss = self.model(
-                **inputs,
-                past_key_values=cache,
-                num_items_in_batch=targets,
-                return_logits=False,
-                use_cache=False,
-            ).loss
-            # DDP averages over processes; the targets were counted over all of them
-            self.accelerator.backward(loss * self.accelerator.num_processes)
+        loss = self.model(
+            **inputs,
+            past_key_values=cache,
+            num_items_in_batch=targets,
+            return_logits=False,
+            use_cache=False,
+        ).loss
+        # DDP averages over processes; the targets were counted over all of them
+        self.accelerator.backward(loss * self.accelerator.num_processes)
         if self.carried is not None and cache is not None:
             self.carried.end(cache)
         return loss.detach()

@@ -5,15 +5,23 @@ import math
 import torch
 from torch import nn
 
+from retnet.model.mixers.base import Part
 from retnet.training.config import TrainSpec
 
 
 def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices are decayed, vectors (norms) are not."""
+    """AdamW over two groups: matrices are decayed, vectors (norms) are not.
+
+    Nor is what a mixer says is no matrix.
+    """
+    parts = [part for part in model.modules() if isinstance(part, Part)]
+    others = {id(getattr(part, name)) for part in parts for name in part.no_matrices}
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in others]
+    decayed = {id(p) for p in matrices}
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups,

@@ -5,9 +5,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
-from retnet.model import RetNetConfig
 from retnet.model.configuration import DecoderConfig
-from retnet.model.decay import head_windows
 from retnet.training.build import Model, build_model
 from retnet.training.config import Config
 
@@ -110,10 +108,7 @@ def describe_run(
         f"training    {spec.max_steps:,} steps of {per_step:,} tokens: {seen:,} tokens, "
         f"{batches.epoch(spec.max_steps):.2f} times the corpus",
     ]
-    if isinstance(model.config, RetNetConfig):
-        windows = head_windows(model.config.decay, model.config.num_heads)
-        shown = ", ".join(f"{window:,.0f}" for window in windows)
-        lines.append(f"windows     1/(1-decay) of the heads: {shown} tokens")
+    lines += model.config.mixer_class.describe(model.config)
     count = f"{processes} process" + ("es" if processes > 1 else "")
     lines.append(
         f"device      {device}, {precision}, {count}, {torch.get_num_threads()} CPU threads each"

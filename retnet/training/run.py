@@ -18,13 +18,10 @@ from retnet.data import (
 )
 from retnet.errors import UserError
 from retnet.generation import check_compiler, find_checkpoint
-from retnet.model import RetNetForCausalLM
 from retnet.training.build import (
     Model,
     build_model,
     load_initial_weights,
-    model_config,
-    warn_without_effect,
 )
 from retnet.training.carry import CarriedState
 from retnet.training.checkpoint import FINAL, Progress, step_folder
@@ -32,6 +29,7 @@ from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import DivergedError
 from retnet.training.limits import check_memory
 from retnet.training.loop import EXIT_DIVERGED, Trainer
+from retnet.training.model_spec import model_config
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
 from retnet.training.report import describe_run
@@ -65,13 +63,13 @@ def train(config: Config) -> int:
     keep_freed_memory()
     check_trackers(config)
     check_memory(config)
-    model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
+    # mistakes are found before the data is prepared
+    model_config(config.model, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len)
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
     if not accelerator.is_main_process:
         logging.getLogger("retnet").setLevel(logging.CRITICAL)  # everything is said once
-    warn_without_effect(config.model)
     lock = run_lock(config)
 
     def plan() -> Start:
@@ -180,7 +178,9 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     tokenizer = data.tokenizer
     batches = _build_batches(config, accelerator, data.train)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    network = model_config(config, len(tokenizer), ids)
+    network = model_config(
+        config.model, vocab_size=len(tokenizer), seq_len=config.data.seq_len, special_ids=ids
+    )
     set_seed(spec.seed)
     bare_model: Model = build_model(network)
     if spec.gradient_checkpointing:
@@ -192,7 +192,6 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     progress = Progress(global_batch=batches.global_batch)
     carried = None
     if spec.carry_state:
-        assert isinstance(bare_model, RetNetForCausalLM)  # the configuration was checked
         carried = CarriedState(bare_model, spec.gradient_accumulation_steps)
     return Trainer(
         config, accelerator, model, bare_model, optimizer, data, batches, progress, carried

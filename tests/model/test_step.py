@@ -22,7 +22,7 @@ from retnet.model import products
 from retnet.model import step as step_module
 from retnet.model.linear import MOST_LEFT, PackedWeight
 from retnet.model.step import MOST_PACKED, DecodeStep, is_plain
-from retnet.model.step_parts import lay_out_for_decoding
+from retnet.model.fast_decode.weights import lay_out_for_decoding
 from tests.generation.builders import MIXERS, VOCAB, tiny_model
 
 both_mixers = pytest.mark.parametrize("mixer", MIXERS)

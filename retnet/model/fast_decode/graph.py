@@ -18,7 +18,7 @@ WARM_UPS = 3  # runs before the capture, in which libraries and compilers settle
 
 
 class StepGraph:
-    """``DecodeStep`` on a GPU, for a state of constant size, captured at the first token of a cache.
+    """``DecodeStep`` on a GPU, captured at the first token of a cache whose size is constant.
 
     It is captured anew when the cache's tensors have moved, as after a change of its rows.
 

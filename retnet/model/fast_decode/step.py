@@ -75,9 +75,7 @@ def _is_own(module: nn.Module) -> bool:
         forward = next(c for c in order if "forward" in vars(c))
         return order.index(next(c for c in order if "step" in vars(c))) <= order.index(forward)
     whole = (DecoderForCausalLM, DecoderModel, DecoderLayer)
-    return kind in LEAVES or any(
-        isinstance(module, c) and kind.forward is c.forward for c in whole
-    )
+    return kind in LEAVES or any(isinstance(module, c) and kind.forward is c.forward for c in whole)
 
 
 class PartStep:

@@ -182,8 +182,8 @@ class MultiScaleRetention(Mixer):
 
     @classmethod
     def initialize_linear(cls, linear: nn.Linear, role: str, config: Any) -> None:
-        """The official gains: Xavier uniform with 2^-2.5 for Q, K, V and G and 2^-1 for O, PyTorch's
-        default in the feed-forward network."""
+        """The official gains: Xavier uniform with 2^-2.5 for Q, K, V and G and 2^-1 for O; in the
+        feed-forward network PyTorch's default."""
         if role in ("up_proj", "gate_proj", "down_proj"):
             init.kaiming_uniform_(linear.weight, a=5**0.5)
         else:
@@ -242,9 +242,7 @@ class MultiScaleRetention(Mixer):
             return retention_recurrent(q, k, v, log_decay, **options)
         if mode == "parallel":
             return retention_parallel(q, k, v, log_decay, **options)
-        return retention_chunkwise(
-            q, k, v, log_decay, chunk_size=self.config.chunk_size, **options
-        )
+        return retention_chunkwise(q, k, v, log_decay, chunk_size=self.config.chunk_size, **options)
 
     def choose_mode(self, length: int) -> str:
         """The fastest form for T tokens: recurrent for one, parallel for few, else chunkwise.

@@ -86,9 +86,11 @@ def _gradients(
     """Of q, k, v and of the state before the first chunk."""
     decays = ChunkDecays(*rest)
     if torch.is_grad_enabled():  # gradients of the gradients are wanted, which autograd knows
-        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, state)]
-        out, last, _ = mix_chunks(*inputs, decays)
-        return torch.autograd.grad((out, last), inputs, (out_grad, last_grad), create_graph=True)
+        q, k, v, state = inputs = tuple(
+            x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, state)
+        )
+        results = mix_chunks(q, k, v, state, decays)[:2]
+        return torch.autograd.grad(results, inputs, (out_grad, last_grad), create_graph=True)
     score_grad = _scores(out_grad, v, decays)  # dA
     met_grad = (q * decays.since_start).mT @ out_grad  # dR
     at_end = torch.cat((met_grad[:, :, 1:], last_grad[:, :, None]), dim=2).flatten(3)

@@ -141,11 +141,11 @@ def retention_chunkwise(
         if valid is not None or resets is not None or decays is None or cut.stop == length:
             flags = (None if x is None else x[:, cut] for x in (valid, resets))
             decays = chunk_decays(log_decay, cut.stop - cut.start, chunk_size, *flags)
-        chunks = (_chunks(x, chunk_size) for x in parts)
+        own_q, own_k, own_v = (_chunks(x, chunk_size) for x in parts)
         if log_decay.requires_grad or torch.compiler.is_compiling():  # autograd, or the compiler
-            out, state, _ = mix_chunks(*chunks, state, decays)
+            out, state, _ = mix_chunks(own_q, own_k, own_v, state, decays)
         else:
-            out, state, _ = ChunkRetention.apply(*chunks, state, *decays)
+            out, state, _ = ChunkRetention.apply(own_q, own_k, own_v, state, *decays)
         outputs.append(out.flatten(2, 3)[:, :, : cut.stop - cut.start])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
 
