@@ -14,7 +14,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.batches import check_window
-from retnet.data.cache import (
+from retnet.data.prepared import (
     TOKENIZER,
     TRAIN,
     VALIDATION,

@@ -10,7 +10,6 @@ document. Reading stops when ``data.max_tokens`` training tokens are there.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.cache import TOKENIZER, TRAIN, VALIDATION
 from retnet.data.hub import HubSource
+from retnet.data.prepared import TOKENIZER, TRAIN, VALIDATION
 from retnet.data.progress import Phase, phase
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
@@ -30,6 +29,7 @@ from retnet.data.token_file import TokenFileWriter
 from retnet.data.tokenizer import encode_in_pieces, max_token_id, train_bpe
 from retnet.data.writing import add_document, finish_tokens, read_documents_of
 from retnet.errors import UserError
+from retnet.files import read_json, replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,9 @@ def as_stream(source: Source) -> Source:
 
 def stream_fingerprint(source: Source) -> str:
     """A hash of names, sizes and times of the files: their content would take a read of all."""
-    if isinstance(source, FileSource):
-        files = list(source.files)
-    elif isinstance(source, HubSource) and source.is_folder:
-        files = sorted(path for path in Path(source.location).rglob("*") if path.is_file())
-    else:
+    if not isinstance(source, FileSource | HubSource) or not source.files:
         return source.fingerprint()
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     return hashlib.sha256(json.dumps([source.name, facts]).encode()).hexdigest()
 
 
@@ -83,10 +79,8 @@ def stream_tokenizer(
 
     with phase("training the tokenizer", total=TOKENIZER_BYTES) as counter:
         tokenizer = train_bpe(first(counter), spec.vocab_size)
-    unfinished = folder / f"{TOKENIZER}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder / TOKENIZER)
+    with replacing(folder / TOKENIZER) as new:
+        tokenizer.save_pretrained(new)
     return tokenizer
 
 
@@ -183,7 +177,7 @@ def _take_up(
     hashes = _Hashes(rule)
     if not (folder / PROGRESS).is_file():
         return hashes, None
-    committed = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    committed = read_json(folder / PROGRESS, "start again")
     with phase("reading what is tokenised already") as counter:
         for text in islice(documents, committed["documents_read"]):
             counter.advance(hashes.add(text, hashes.side(text)))
@@ -218,12 +212,7 @@ def _append(
 def _commit(folder: Path, writers: dict[str, TokenFileWriter], hashes: _Hashes) -> None:
     progress: dict[str, Any] = {side: writer.commit() for side, writer in writers.items()}
     progress |= {"documents_read": hashes.documents, "sha256": hashes.all.hexdigest()}
-    new = folder / f"{PROGRESS}.part"
-    with new.open("w", encoding="utf-8") as stream:
-        json.dump(progress, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(folder / PROGRESS)
+    write_json(folder / PROGRESS, progress)
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

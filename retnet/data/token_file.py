@@ -4,7 +4,6 @@ The manifest is written last and holds sizes and checksums, so a folder that lac
 with it is known to be damaged.
 """
 
-import json
 import os
 import zlib
 from array import array
@@ -14,6 +13,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from retnet.files import read_json, write_json
 
 TOKENS, STARTS, SIZES, MANIFEST = (
     "tokens.bin",
@@ -69,7 +70,7 @@ class TokenFile:
             DamagedTokenFileError: It is not complete and unchanged.
         """
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST, "prepare the text again")
             for name in (TOKENS, STARTS, SIZES):
                 if _checksum(folder / name) != manifest["checksums"][name]:
                     raise DamagedTokenFileError(f"{folder / name} is not what was written")
@@ -192,8 +193,7 @@ class TokenFileWriter:
             "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, STARTS, SIZES)},
             **facts,
         }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (self._folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_json(self._folder / MANIFEST, manifest)
 
 
 def _checksum(path: Path) -> list[int]:

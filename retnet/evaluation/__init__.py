@@ -2,8 +2,8 @@
 
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap
 from retnet.evaluation.comparison import Comparison, compare_checkpoints
-from retnet.evaluation.perplexity import DocumentScores, evaluate_batches, score_documents
 from retnet.evaluation.report import check_writable, format_comparison, to_json, write_json
+from retnet.evaluation.scoring import DocumentScores, evaluate_batches, score_documents
 from retnet.evaluation.speed import CONTEXTS, DecodeSpeed, Timing, decode_speed, interleaved
 from retnet.evaluation.text import EvaluationText, text_of_file, validation_text
 

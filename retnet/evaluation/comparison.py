@@ -12,13 +12,14 @@ import tokenizers
 import torch
 import transformers
 
+from retnet.checkpoints import Checkpoint
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
-from retnet.evaluation.perplexity import DocumentScores, check_windows, score_documents
+from retnet.evaluation.scoring import DocumentScores, check_windows, score_documents
 from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
-from retnet.generation import Checkpoint, check_memory
+from retnet.generation import check_text_fits
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def compare_checkpoints(
         check_windows(checkpoint.model, window, stride, carry_state)
         if speed_contexts:
             longest = max(speed_contexts)
-            check_memory(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(

@@ -10,8 +10,9 @@ from transformers import (
 )
 
 from retnet.errors import UserError
+from retnet.generation.checks import check_length
 from retnet.generation.decode import ENDED, Usage, check_compiler, generate
-from retnet.generation.prompt import check_length, encode_prompt
+from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.model.modeling import DecoderForCausalLM
 

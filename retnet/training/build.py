@@ -1,20 +1,18 @@
 """From a configuration to a model."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from retnet.checkpoints import check_weights_unchanged, find_checkpoint
+from retnet.checkpoints.format import TOKENIZER, WEIGHTS
+from retnet.checkpoints.match import check_same_meaning, check_same_model
+from retnet.checkpoints.weights import read_weights
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
-from retnet.generation import find_checkpoint
-from retnet.generation.checkpoint import TOKENIZER, check_weights_unchanged
-from retnet.generation.weights import read_json
 from retnet.model import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -27,8 +25,6 @@ from retnet.training.config import RETENTION_KEYS, Config, ModelSpec
 logger = logging.getLogger(__name__)
 
 Model = RetNetForCausalLM | TransformerForCausalLM
-# what changes no shape, and what the weights have been trained for
-MEANINGS = ("num_heads", "decay", "rotary_layout", "rotary_frequencies")
 
 
 def model_config(
@@ -82,18 +78,16 @@ def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedToke
         UserError: No such checkpoint, or one of another shape or with another tokenizer.
     """
     folder = find_checkpoint(init_from)
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(
             f"model.init_from ({init_from}) has no {file.name}: take another checkpoint"
         )
     check_weights_unchanged(folder)
     try:
-        weights = load_file(file)
+        weights = read_weights(folder, tied=model.config.tie_word_embeddings)
     except SafetensorError as error:
         raise UserError(f"model.init_from ({file}) can't be read: {error}") from error
-    if "lm_head.weight" not in weights and model.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     what = f"model.init_from ({init_from})"
     fix = (
         "take over the model section of its config.yaml, and its tokenizer "
@@ -109,35 +103,3 @@ def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedToke
         )
     model.load_state_dict(weights)
     return folder
-
-
-def check_same_model(
-    own: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, fix: str
-) -> None:
-    """Raise a ``UserError`` when the names or shapes of two models' weights differ."""
-    for name in sorted(own.keys() | stored.keys()):
-        here = tuple(own[name].shape) if name in own else "absent"
-        there = tuple(stored[name].shape) if name in stored else "absent"
-        if here != there:
-            raise UserError(
-                f"{what} is another model: {name} is {there} there and {here} here; {fix}"
-            )
-
-
-def check_same_meaning(model: Model, folder: Path, what: str, fix: str) -> None:
-    """Raise a ``UserError`` when a checkpoint's weights, of the same shapes, are for another model.
-
-    Args:
-        model: That is to take them.
-        folder: The checkpoint.
-        what: How the error speaks of the checkpoint.
-        fix: What to do.
-    """
-    stored = read_json(folder / "config.json")
-    own = model.config.to_dict()
-    for key in MEANINGS:
-        if key in own and key in stored and own[key] != stored[key]:
-            raise UserError(
-                f"{what} is another model: model.{key} is {stored[key]} there and {own[key]} here; "
-                f"{fix}"
-            )

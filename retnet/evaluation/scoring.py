@@ -6,7 +6,6 @@ targets, each later one those that no window before it has scored. So a target i
 least ``context - stride + 1`` tokens where the document has that many before it.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data import encode_documents
 from retnet.errors import UserError
+from retnet.evaluation import metrics
 from retnet.model import RetNetForCausalLM
 from retnet.model.cache import DecoderCache
+from retnet.model.loss import IGNORE_INDEX
 from retnet.model.modeling import DecoderForCausalLM
 
-IGNORED = -100
 LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss
 TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small
 
@@ -47,15 +47,15 @@ class DocumentScores:
 
     @property
     def nats_per_token(self) -> float:
-        return float(self.nll.sum() / self.targets.sum())
+        return metrics.nats_per_token(self.nll.sum().item(), self.targets.sum().item())
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return metrics.perplexity(self.nll.sum().item(), self.targets.sum().item())
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.nll.sum() / self.bytes.sum() / math.log(2))
+        return metrics.bits_per_byte(self.nll.sum().item(), self.bytes.sum().item())
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,14 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: [B, T, vocab].
-        labels: The target of each position, [B, T], ``IGNORED`` where there is none.
+        labels: The target of each position, [B, T], ``IGNORE_INDEX`` where there is none.
 
     Returns:
         float64 [B, T], zero where there is no target.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = F.cross_entropy(
-        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return flat.view_as(labels).double()
 
@@ -222,10 +222,10 @@ def _score_windows(
             ids = tokens[window.document]
             inputs.append(ids[window.start : window.end])
             targets = ids[window.start + 1 : window.end + 1].clone()
-            targets[: window.first_target - window.start - 1] = IGNORED
+            targets[: window.first_target - window.start - 1] = IGNORE_INDEX
             labels.append(targets)
         output = model(_padded(inputs, 0, model.device), use_cache=False)
-        nll = token_nll(output.logits, _padded(labels, IGNORED, model.device)).sum(dim=1)
+        nll = token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device)).sum(dim=1)
         rows = torch.tensor([window.document for window in batch])
         yield rows, nll, sum(window.end + 1 - window.first_target for window in batch)
 
@@ -238,14 +238,14 @@ def _score_carried(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         ids = _padded([tokens[document][:-1] for document in rows], 0, model.device)
-        labels = _padded([tokens[document][1:] for document in rows], IGNORED, model.device)
+        labels = _padded([tokens[document][1:] for document in rows], IGNORE_INDEX, model.device)
         cache = model.new_cache()
         for piece, targets in zip(
             ids.split(context, dim=1), labels.split(context, dim=1), strict=True
         ):
             output = model(piece, past_key_values=cache, use_cache=True)
             nll = token_nll(output.logits, targets).sum(dim=1)
-            yield torch.tensor(rows), nll, int((targets != IGNORED).sum())
+            yield torch.tensor(rows), nll, int((targets != IGNORE_INDEX).sum())
 
 
 def evaluate_batches(
@@ -283,5 +283,5 @@ def evaluate_batches(
                 use_cache=False,
             ).loss.double()
             total = nll if total is None else total + nll
-            targets += int((batch["shift_labels"] != IGNORED).sum())
+            targets += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return (0.0 if total is None else total.item()), targets

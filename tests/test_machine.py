@@ -12,7 +12,7 @@ from retnet.training.config import Config
 FAULTS = """
 import resource, sys
 import torch
-from retnet.allocator import keep_freed_memory
+from retnet.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def use():
