@@ -3,8 +3,7 @@
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import Progress
 from retnet.checkpoints.load import Checkpoint, load_checkpoint
-from retnet.checkpoints.restore import load_checkpoint_state
-from retnet.checkpoints.save import Snapshot, save_checkpoint
+from retnet.checkpoints.save import Snapshot, load_checkpoint_state, save_checkpoint
 from retnet.checkpoints.verify import check_weights_unchanged, find_damage, write_manifest
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a run.
+"""Writing the checkpoints of a run, and putting their state back into it.
 
 States are gathered by ``torch.distributed.checkpoint``, which gives the same names and whole
 tensors for a plain, a DDP and a sharded model.
@@ -11,26 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retnet.checkpoints.format import (
     CARRIED,
     CHECKPOINTS,
+    COPY_AGAIN,
     DATA_RECORD,
     OPTIMIZER,
     TRAINING_STATE,
+    WEIGHTS,
     Progress,
     list_checkpoints,
 )
+from retnet.checkpoints.match import TAKE_OVER, check_same_model
 from retnet.checkpoints.verify import write_manifest
-from retnet.files import remove_folder, replacing, tidy, write_json
+from retnet.checkpoints.weights import read_weights
+from retnet.errors import UserError
+from retnet.files import read_json, remove_folder, replacing, tidy, write_json
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -83,7 +90,7 @@ def save_checkpoint(
         write_json(new / DATA_RECORD, snapshot.data_record)
         write_json(new / TRAINING_STATE, asdict(progress))
         if moments is not None:
-            save_file(flatten_moments(moments), new / OPTIMIZER)
+            save_file(_flatten_moments(moments), new / OPTIMIZER)
             if carried is not None:
                 save_file(carried, new / CARRIED)
         write_manifest(new)
@@ -102,7 +109,37 @@ def _failed_writes() -> Iterator[None]:
         raise
 
 
-def flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
+def load_checkpoint_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put a checkpoint's weights and moments into model and optimizer.
+
+    Raises:
+        UserError: The folder is no checkpoint to go on from.
+    """
+    for name in (WEIGHTS, OPTIMIZER, TRAINING_STATE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"checkpoint ({folder}) has no {name}: go on from one in {CHECKPOINTS}/, or use "
+                "its weights alone with model.init_from"
+            )
+    weights: dict[str, Any] = dict(read_weights(folder, tied=True))
+    what, fix = f"checkpoint ({folder})", TAKE_OVER
+    own: Any = get_model_state_dict(model)
+    check_same_model(own, weights, what, fix)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, weights, options=options)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    stored = load_file(folder / OPTIMIZER)
+    check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
+    for name, values in moments["state"].items():
+        for key in values:
+            values[key] = stored[f"{name}/{key}"]
+    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    return Progress(**read_json(folder / TRAINING_STATE, COPY_AGAIN))
+
+
+def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
     """An optimizer's state as it is stored: "name of the parameter/name of the moment"."""
     return {
         f"{name}/{key}": value.contiguous()

@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import HASH_RANGE, DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import encode_in_pieces, max_token_id, train_bpe
+from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id, train_bpe
 from retnet.data.writing import add_document, finish_tokens, read_documents_of
 from retnet.errors import UserError
 from retnet.files import read_json, replacing, write_json
@@ -131,10 +132,12 @@ def write_stream(
         side: TokenFileWriter(folder / side, largest, committed[side] if committed else None)
         for side in sides
     }
-    try:
+    with ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
         with phase(f"tokenising {source.name}") as counter:
             last_commit = 0
-            for batch in _batches(documents):
+            for batch in in_groups(documents, BATCH_CHARACTERS):
                 full = _append(batch, writers, hashes, tokenizer, spec.max_tokens, counter)
                 batch.clear()  # a long document is not kept while the next one is read
                 if full:
@@ -155,18 +158,11 @@ def write_stream(
                     "data.validation"
                 )
             facts[f"{side}_sha256"] = hashes.sides[side].hexdigest()
-            facts[side] = {
-                "documents": writer.num_documents,
-                "bytes": writer.num_bytes,
-                "tokens": writer.num_tokens,
-            }
+            facts[side] = writer.counts()
             finish_tokens(writer, tokenizer, facts[f"{side}_sha256"])
         (folder / PROGRESS).unlink(missing_ok=True)
         for writer in writers.values():
             writer.forget()
-    finally:
-        for writer in writers.values():
-            writer.__exit__(None, None, None)
     return facts
 
 
@@ -213,16 +209,3 @@ def _commit(folder: Path, writers: dict[str, TokenFileWriter], hashes: _Hashes) 
     progress: dict[str, Any] = {side: writer.commit() for side, writer in writers.items()}
     progress |= {"documents_read": hashes.documents, "sha256": hashes.all.hexdigest()}
     write_json(folder / PROGRESS, progress)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -9,7 +9,6 @@ import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,7 +21,6 @@ TOKENS, STARTS, SIZES, MANIFEST = (
     "document_bytes.npy",
     "manifest.json",
 )
-PART = "{}.part"  # of a file that is being written
 FORMAT = 1
 BLOCK_BYTES = 1 << 22
 
@@ -110,26 +108,16 @@ class TokenFileWriter:
             self._stream: BinaryIO = (folder / TOKENS).open("wb")
             return
         self.num_tokens, self._committed = committed["tokens"], committed["documents"]
-        for name, values in (
-            (PART.format(STARTS), self._starts),
-            (PART.format(SIZES), self._sizes),
-        ):
-            with (folder / name).open("r+b") as stream:
+        for path, values in self._parts():
+            with path.open("r+b") as stream:
                 stream.truncate(self._committed * values.itemsize)
                 values.fromfile(stream, self._committed)
         self._stream = (folder / TOKENS).open("r+b")
         self._stream.truncate(self.num_tokens * self._dtype.itemsize)
         self._stream.seek(0, os.SEEK_END)
 
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file, finished or not."""
         self._stream.close()
 
     @property
@@ -163,21 +151,31 @@ class TokenFileWriter:
         """Have everything so far on disk; returns what a later writer needs to go on."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        for name, values in (
-            (PART.format(STARTS), self._starts),
-            (PART.format(SIZES), self._sizes),
-        ):
-            with (self._folder / name).open("ab") as stream:
+        for path, values in self._parts():
+            with path.open("ab") as stream:
                 values[self._committed :].tofile(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
         self._committed = self.num_documents
-        return {"tokens": self.num_tokens, "documents": self.num_documents}
+        return self.counts()
+
+    def counts(self) -> dict[str, int]:
+        """Documents, bytes of text and tokens so far."""
+        return {
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "tokens": self.num_tokens,
+        }
 
     def forget(self) -> None:
         """Remove what only a later writer would need."""
-        for name in (STARTS, SIZES):
-            (self._folder / PART.format(name)).unlink(missing_ok=True)
+        for path, _ in self._parts():
+            path.unlink(missing_ok=True)
+
+    def _parts(self) -> list[tuple[Path, array]]:
+        """What a later writer needs beside the tokens, and the files that it is committed to."""
+        named = ((STARTS, self._starts), (SIZES, self._sizes))
+        return [(self._folder / f"{name}.part", values) for name, values in named]
 
     def finish(self, **facts: Any) -> None:
         """Write what belongs beside the tokens, the manifest (with ``facts``) last."""
@@ -187,9 +185,7 @@ class TokenFileWriter:
         manifest = {
             "format": FORMAT,
             "dtype": self._dtype.name,
-            "tokens": self.num_tokens,
-            "documents": self.num_documents,
-            "bytes": self.num_bytes,
+            **self.counts(),
             "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, STARTS, SIZES)},
             **facts,
         }

@@ -159,7 +159,7 @@ def encode_in_pieces(
         np.array([end], dtype=np.uint32) for end in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
     encode = _encoder(tokenizer)
-    for group in _groups(documents):
+    for group in in_groups(documents, BATCH_CHARACTERS):
         bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
         for text in group:
             if len(text) <= PIECE_CHARACTERS:
@@ -172,7 +172,7 @@ def _encode_long(
     encode: Callable[[list[str]], list[np.ndarray]], text: str, bos: np.ndarray, eos: np.ndarray
 ) -> Iterator[Piece]:
     yield bos, 0
-    for part in _groups(_pieces(text)):
+    for part in in_groups(_pieces(text), BATCH_CHARACTERS):
         for piece, ids in zip(part, encode(part), strict=True):
             yield ids, len(piece.encode())
     yield eos, 0
@@ -191,14 +191,14 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[n
     return encode
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Texts together while they are short: what is encoded at a time bounds the memory."""
+def in_groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts together while they are short: what is held at a time bounds the memory."""
     group: list[str] = []
     size = 0
     for text in documents:
         group.append(text)
         size += len(text)
-        if size >= BATCH_CHARACTERS:
+        if size >= characters:
             yield group
             group, size = [], 0
     if group:

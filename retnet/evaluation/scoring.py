@@ -7,7 +7,6 @@ least ``context - stride + 1`` tokens where the document has that many before it
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.evaluation import metrics
+from retnet.generation import evaluation_mode
 from retnet.model import RetNetForCausalLM
 from retnet.model.cache import DecoderCache
 from retnet.model.loss import IGNORE_INDEX
@@ -126,7 +126,7 @@ def score_documents(
         disable=True if progress is None else None,
     )  # fmt: skip
     score = _score_carried if carry_state else _score_windows
-    with _evaluating(model), bar:
+    with evaluation_mode(model), torch.inference_mode(), bar:
         for documents_of_rows, nll, scored in score(model, tokens, context, stride, batch_size):
             totals.index_add_(0, documents_of_rows.to(totals.device), nll)
             bar.update(scored)
@@ -159,18 +159,6 @@ def check_windows(
             "skipped: make it smaller"
         )
     return stride
-
-
-@contextmanager
-def _evaluating(model: DecoderForCausalLM) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; the mode of before after it."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -265,7 +253,7 @@ def evaluate_batches(
     """
     total: Tensor | None = None
     targets = 0
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             labels = batch["shift_labels"].to(model.device)
             inputs: dict[str, Any] = {

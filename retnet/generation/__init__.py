@@ -16,7 +16,13 @@ from retnet.generation.decode import (
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling
-from retnet.generation.stream import TextStream, sample_text, stopping_criteria, stream_text
+from retnet.generation.stream import (
+    TextStream,
+    evaluation_mode,
+    sample_text,
+    stopping_criteria,
+    stream_text,
+)
 
 __all__ = [
     "ENDED",
@@ -32,6 +38,7 @@ __all__ = [
     "decode_one",
     "decode_utf8",
     "encode_prompt",
+    "evaluation_mode",
     "generate",
     "loading_arguments",
     "make_step",

@@ -1,6 +1,7 @@
 """Text as it is made: whole characters only, and nothing from a stop string on."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import (
     EosTokenCriteria,
@@ -227,12 +228,19 @@ def sample_text(
         seed: See ``Sampling``.
     """
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
         )
         return "".join(piece for (piece,) in pieces)
+
+
+@contextmanager
+def evaluation_mode(model: DecoderForCausalLM) -> Iterator[None]:
+    """Evaluation mode inside the block; the mode of before after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
