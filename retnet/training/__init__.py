@@ -1,4 +1,4 @@
-"""Training: configuration, loop, checkpoints, tracking."""
+"""Training: configuration, loop, run folder, tracking."""
 
 from retnet.training.config import Config, load_config, to_yaml
 from retnet.training.keys import describe_keys

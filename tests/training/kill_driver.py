@@ -75,6 +75,8 @@ KILLS: dict[str, Callable[[], None]] = {
     "evaluation": lambda: at_call(validation, "evaluate_batches", 1, after=True),
     "writing": lambda: at_call(save, "save_file", 1),
     "before renaming": lambda: at_call(save, "write_manifest", 2, after=True),
+    "configuration": lambda: at_call(Path, "replace", 1),  # it is written, but not in its place
+    "metrics": lambda: at_call(Path, "replace", 2),
     "pruning": lambda: at_call(save, "remove_folder", 1),
     "saved": lambda: at_call(loop, "save_checkpoint", 2, after=True),
     "logged": lambda: at_call(loop.Trainer, "_log", 4, after=True),
