@@ -18,7 +18,10 @@ TAKE_OVER = "take over the model section of its run's config.yaml"  # where they
 def check_same_model(
     own: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, fix: str
 ) -> None:
-    """Raise a ``UserError`` when the names or shapes of two models' weights differ."""
+    """Raise a ``UserError`` when the names or shapes of two models' weights differ.
+
+    The message begins with ``what``, the checkpoint, and ends with ``fix``.
+    """
     for name in sorted(own.keys() | stored.keys()):
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(stored[name].shape) if name in stored else "absent"
@@ -31,11 +34,7 @@ def check_same_model(
 def check_same_meaning(model: PreTrainedModel, folder: Path, what: str, fix: str) -> None:
     """Raise a ``UserError`` when a checkpoint's weights, of the same shapes, are for another model.
 
-    Args:
-        model: That is to take them.
-        folder: The checkpoint.
-        what: How the error speaks of the checkpoint.
-        fix: What to do.
+    The message is like that of ``check_same_model``.
     """
     stored = read_json(folder / CONFIG, COPY_AGAIN)
     own = model.config.to_dict()

@@ -161,12 +161,8 @@ def _check_vocab_size(spec: DataSpec, tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def _fingerprints(spec: DataSpec, source: Source, validation: Source | None) -> list[str | None]:
-    take = stream_fingerprint if spec.streaming else _content
+    take = stream_fingerprint if spec.streaming else lambda source: source.fingerprint()
     return [take(source), take(validation) if validation else None]
-
-
-def _content(source: Source) -> str:
-    return source.fingerprint()
 
 
 def _entry_name(

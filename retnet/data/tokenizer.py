@@ -148,10 +148,6 @@ def encode_in_pieces(
     of a piece that is searched for one (Chinese, minified code) is cut through its words: there
     those of a bpe tokenizer may differ too.
 
-    Args:
-        tokenizer: Any of this module's.
-        documents: Texts; read as they are needed.
-
     Yields:
         For each document in order its pieces, which are encoded as they are asked for.
     """

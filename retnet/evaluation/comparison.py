@@ -93,16 +93,15 @@ def compare_checkpoints(
         checkpoints: At least two; the others are compared with the first.
         text: What to evaluate on.
         context: Tokens of a window; the first model's training window when None.
-        stride: See ``score_documents``.
-        batch_size: See ``score_documents``.
-        carry_state: See ``score_documents``.
+        stride, batch_size, carry_state: See ``score_documents``.
         speed_contexts: Lengths after which decoding is measured; none when empty.
 
     Raises:
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
-    window = training_window(checkpoints[0]) if context is None else context
+    own_window: int = checkpoints[0].model.config.max_position_embeddings
+    window = own_window if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
@@ -176,12 +175,6 @@ def _result(
         bits_difference=bits,
         speed=speed,
     )
-
-
-def training_window(checkpoint: Checkpoint) -> int:
-    """Tokens of the windows that a model was trained on."""
-    window: int = checkpoint.model.config.max_position_embeddings
-    return window
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

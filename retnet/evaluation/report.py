@@ -154,12 +154,7 @@ def _speed(comparison: Comparison) -> list[str]:
 
 
 def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
-    """The comparison with everything needed to check or repeat it, JSON-able.
-
-    Args:
-        comparison: What to write.
-        command: The command line that made it.
-    """
+    """The comparison that a command line made, with all that it takes to check or repeat it."""
     return {
         "command": list(command),
         "text": {

@@ -36,12 +36,6 @@ def check_length(
 
     A RetNet reads any length in the same memory, with a decay that it was trained with.
 
-    Args:
-        model: The model that is to read it.
-        prompt_tokens: Tokens of the prompt.
-        max_new_tokens: The most tokens to make of each sample.
-        num_samples: Continuations side by side.
-
     Raises:
         UserError: The tokens, and what a Transformer keeps of each, exceed the machine's memory.
     """

@@ -212,22 +212,9 @@ def sample_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    temperature: float = Sampling.temperature,
-    top_p: float = Sampling.top_p,
-    seed: int = 0,
+    sampling: Sampling | None = None,
 ) -> str:
-    """One continuation of a prompt, without the prompt; leaves the model's training mode alone.
-
-    Args:
-        model: A language model, in training mode or not.
-        tokenizer: Its tokenizer.
-        prompt: May be empty.
-        max_new_tokens: The most tokens to make.
-        temperature: See ``Sampling``.
-        top_p: See ``Sampling``.
-        seed: See ``Sampling``.
-    """
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone."""
     with evaluation_mode(model):
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling

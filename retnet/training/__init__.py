@@ -3,5 +3,3 @@
 from retnet.training.config import Config, load_config, to_yaml
 from retnet.training.keys import describe_keys
 from retnet.training.run import train
-
-__all__ = ["Config", "describe_keys", "load_config", "to_yaml", "train"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
 from retnet.evaluation import evaluate_batches, metrics
-from retnet.generation import check_text_fits, encode_prompt, sample_text
+from retnet.generation import Sampling, check_text_fits, encode_prompt, sample_text
 from retnet.training.build import Model
 from retnet.training.config import Config, TrainSpec
 
@@ -81,7 +81,7 @@ def sample_lines(
             tokenizer,
             spec.sample_prompt,
             max_new_tokens=spec.sample_tokens,
-            seed=spec.seed,
+            sampling=Sampling(seed=spec.seed),
         )
     for line in (spec.sample_prompt + text).splitlines():
         yield f"  | {line}"

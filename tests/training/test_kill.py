@@ -76,7 +76,8 @@ def test_a_run_killed_in_each_phase_is_the_uninterrupted_run(
     """Also twice in a row, and after the epoch's end; each goes on from the newest checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     phases = ["data", "accumulation", "accumulation", "evaluation", "writing", "before renaming",
-              "saved", "configuration", "metrics", "logged", "pruning", "replacing best", "final"]  # fmt: skip
+              "saved", "configuration", "metrics", "logged", "pruning", "replacing best",
+              "final"]  # fmt: skip
     changes = {"train.carry_state": carry}
     attempts: list[Attempt] = [(phase, arguments(killed, **changes)) for phase in phases]
     attempts += [(None, arguments(killed, **changes)), (None, arguments(whole, **changes))]
