@@ -73,42 +73,25 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _finish(backend)
 
 
-def load_tokenizer(name: str, *, vocab_limit: int | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder or Hub name.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries. Where the model has no room for them, the end token also serves as the
-    beginning, and the unknown or the end token as padding (which is masked wherever it occurs).
+    lacks as new entries.
 
     Args:
         name: As in ``data.tokenizer``.
-        vocab_limit: Entries of the model's embedding, where it is fixed already.
 
     Raises:
-        UserError: There is no such tokenizer, it is not a fast one, or its ids do not fit.
+        UserError: There is no such tokenizer, or it is not a fast one.
     """
     if name == BPE:
         raise UserError(
             "data.tokenizer (bpe) is trained on the corpus: name the folder it was saved to"
         )
     if name == BYTES:
-        tokenizer = byte_tokenizer()
-    else:
-        tokenizer = load_pretrained(name, vocab_limit, {"bos": BOS, "eos": EOS, "pad": PAD})
-    check_vocabulary(tokenizer, name, vocab_limit)
-    return tokenizer
-
-
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerFast, name: str, vocab_limit: int | None
-) -> None:
-    """Raise a ``UserError`` when some id is not below ``vocab_limit``."""
-    if vocab_limit is not None and max_token_id(tokenizer) >= vocab_limit:
-        fix = "set data.vocab_size to at most that" if name == BPE else "use another tokenizer"
-        raise UserError(
-            f"data.tokenizer ({name}) has ids up to {max_token_id(tokenizer)}, beyond the model's "
-            f"vocabulary of {vocab_limit}: {fix}, or a model with a larger vocabulary"
-        )
+        return byte_tokenizer()
+    return load_pretrained(name, {"bos": BOS, "eos": EOS, "pad": PAD})
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
