@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 try:  # the imports take seconds
+    from retnet.checkpoints import load_checkpoint
     from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
@@ -21,12 +22,7 @@ try:  # the imports take seconds
         validation_text,
         write_json,
     )
-    from retnet.generation import (
-        add_loading_options,
-        load_checkpoint,
-        loading_arguments,
-        text_output,
-    )
+    from retnet.generation import add_loading_options, loading_arguments, text_output
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:  # the imports take seconds
+    from retnet.checkpoints import load_checkpoint
     from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.generation import (
@@ -21,7 +22,6 @@ try:  # the imports take seconds
         add_loading_options,
         check_finite,
         decode_utf8,
-        load_checkpoint,
         loading_arguments,
         print_samples,
         read_prompt,
@@ -45,7 +45,8 @@ def build_parser() -> ArgumentParser:
         "--prompt-file", type=file_path, help="a UTF-8 file to continue; - is stdin"
     )
     add("--max-new-tokens", type=positive_int, default=200, help="the most to make (200)")
-    add("--temperature", type=float, help=f"above 0, lower is bolder ({Sampling.temperature})")
+    temperature = f"above 0, lower is more cautious ({Sampling.temperature})"
+    add("--temperature", type=float, help=temperature)
     add("--top-k", type=int, help="keep the k most likely tokens (all)")
     add("--top-p", type=float, help=f"keep the likely ones up to this sum ({Sampling.top_p})")
     add("--repetition-penalty", type=float, help="above 1: repeat less (1)")

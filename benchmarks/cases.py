@@ -10,8 +10,8 @@ from torch import Tensor
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.model.cache import DecoderCache
-from retnet.model.layers import MODES
 from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.layers import MODES
 
 VOCAB, PAD = 64, 0
 MIXERS = ("retention", "attention")

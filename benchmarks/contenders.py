@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from retnet.model.products import fast_products
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import Step, make_step, prefill
 from retnet.model.decoder import DecoderForCausalLM
-from retnet.model.products import fast_products
 
 PAIRS_LIMIT = 2048  # tokens of a row above which forms of all pairs of tokens are not trained
 LOOP_LIMIT = 128  # the same for the recurrent form, whose graph has every token's state

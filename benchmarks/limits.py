@@ -7,10 +7,10 @@ every weight, and one look at and one write to every state.
 from collections.abc import Callable
 
 import torch
+from retnet.model.products import matmul
 from torch import Tensor, nn
 
 from benchmarks.contenders import Prepare
-from retnet.model.products import matmul
 
 
 def linear_products(model: nn.Module, tokens: int) -> Prepare:

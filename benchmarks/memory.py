@@ -19,7 +19,7 @@ import torch
 from benchmarks.contenders import Contender, Field, Llama, Size, add_ours, make_llama
 from benchmarks.measure import Peak, Plan, Results, random_ids
 from benchmarks.others import add_others
-from retnet.allocator import keep_freed_memory
+from retnet.machine import keep_freed_memory
 
 CONTENDERS = ("RetNet", "Transformer", "Llama", "torchscale chunkwise")
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss

@@ -23,10 +23,10 @@ from benchmarks.measure import DECODE, FORMS, MEMORY, PREFILL, TRAIN, Plan, Resu
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
 from benchmarks.training import prefill, train
-from retnet.allocator import keep_freed_memory
 from retnet.cli import ArgumentParser, positive_int, run
 from retnet.evaluation import check_writable, write_json
 from retnet.generation import loading_arguments
+from retnet.machine import keep_freed_memory
 
 BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
     TRAIN: train,

@@ -65,22 +65,18 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        message = str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split()) or "an allocation failed"
-        print(
-            f"error: out of memory ({reason}): make the model, the batch or the text smaller",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
+        reason = str(error).strip() or "an allocation failed"
+        message = f"out of memory ({reason}): make the model, the batch or the text smaller"
     except OSError as error:
         if error.filename is None:  # not of a file that the user could know
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        message = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER_ERROR

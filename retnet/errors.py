@@ -1,5 +1,8 @@
 """The one exception for what a user did wrong, and how others are told apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or an argument.
@@ -15,3 +18,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+@contextmanager
+def os_errors(problem: str, fix: str) -> Iterator[None]:
+    """Turn an ``OSError`` in the block into a ``UserError``.
+
+    Args:
+        problem: The message up to the reason: "--json (out.json) cannot be written".
+        fix: The rest of it: "name another file".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem} ({error.strerror or error}): {fix}") from error

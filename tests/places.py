@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 import compare
 import generate
 import train
+from retnet.checkpoints import write_manifest
 from retnet.data import DataSpec, prepare_data
-from retnet.generation import write_manifest
 from tests.generation.builders import MIXERS, save_checkpoint
 
 MAINS = {"train": train.main, "generate": generate.main, "compare": compare.main}

@@ -143,7 +143,7 @@ def test_a_prompt_beyond_the_training_window(places: dict[str, Path], capsys) ->
 
 def test_a_prompt_that_no_memory_holds(places: dict[str, Path], capsys, monkeypatch) -> None:
     """Keys and values of 2 layers of width 16 in float32 and the id: 264 bytes a token."""
-    monkeypatch.setattr("retnet.generation.prompt.memory_of", lambda device: 264 * 50)
+    monkeypatch.setattr("retnet.generation.checks.memory_of", lambda device: 264 * 50)
     for tokens, code in ((9, 0), (10, 2)):
         argv = [str(places["runs"] / "attention"), "--prompt", "x" * 40, "--max-new-tokens"]
         assert cli.run(generate.main, [*argv, str(tokens)]) == code

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from retnet.data.token_file import TokenFile
 from retnet.errors import UserError
-
-IGNORED = -100
+from retnet.model.loss import IGNORE_INDEX
 
 
 def check_window(num_tokens: int, seq_len: int) -> None:
@@ -53,7 +52,7 @@ class _Windows:
         counted = inside[:, 1:] & (documents[:, 1:] == documents[:, :-1])
         batch = {
             "input_ids": torch.from_numpy(rows[:, :-1].copy()),
-            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORED)),
+            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
         }
         segments = documents[:, :-1].astype(np.int64)
         if name_documents or (self._reset and segments.any()):
@@ -196,4 +195,5 @@ class ValidationBatches:
                 yield self._windows.batch(starts, self._end)
             else:
                 batch = self._windows.batch(self._starts[:1], self._end)
-                yield {**batch, "shift_labels": torch.full_like(batch["shift_labels"], IGNORED)}
+                batch["shift_labels"].fill_(IGNORE_INDEX)
+                yield batch

@@ -4,7 +4,6 @@ A local folder is streamed, because the data set library's own cache goes by mod
 would return what the files held before.
 """
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from retnet.data.network import (
     reason_of,
     while_reachable,
 )
-from retnet.data.readers import READERS, missing_field, suffix_of, text_of_row
+from retnet.data.readers import READERS, hash_files, missing_field, suffix_of, text_of_row
 from retnet.errors import UserError
 from retnet.paths import kind_of
 
@@ -54,16 +53,16 @@ class HubSource:
         """Whether it is a local folder."""
         return self.revision is None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of a local folder; none of the Hub."""
+        found = Path(self.location).rglob("*") if self.is_folder else ()
+        return tuple(sorted(path for path in found if path.is_file()))
+
     def fingerprint(self) -> str:
         if not self.is_folder:
             return f"{self.revision}/{self.hub_config}/{self.split}"
-        total = hashlib.sha256(f"{self.hub_config}/{self.split}".encode())
-        folder = Path(self.location)
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").digest()
-            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
-        return total.hexdigest()
+        return hash_files(self.files, Path(self.location), f"{self.hub_config}/{self.split}")
 
     def documents(self) -> Iterator[str]:
         number = 0

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retnet.data.batches import IGNORED, ValidationBatches
+from retnet.data.batches import ValidationBatches
 from retnet.data.token_file import TokenFile
 from retnet.errors import UserError
+from retnet.model.loss import IGNORE_INDEX
 
 VALIDATION_LANES = 32  # enough to fill batches, and as many processes
 LEAST_WINDOWS = 16  # of a validation lane, whose first window begins without a state
@@ -75,7 +76,7 @@ class CarriedBatches:
         segments = documents[:, :-1] + epoch * len(order)
         return {
             "input_ids": torch.from_numpy(rows[:, :-1].copy()),
-            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORED)),
+            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
             "segment_ids": torch.from_numpy(segments.astype(np.int64)),
         }
 
@@ -153,5 +154,5 @@ class CarriedValidationBatches(ValidationBatches):
             there = torch.from_numpy(windows < len(self._starts))
             starts = self._starts[np.minimum(windows, len(self._starts) - 1)]
             batch = self._windows.batch(starts, self._end, name_documents=True)
-            labels = batch["shift_labels"].masked_fill(~there[:, None], IGNORED)
+            labels = batch["shift_labels"].masked_fill(~there[:, None], IGNORE_INDEX)
             yield {**batch, "shift_labels": labels}

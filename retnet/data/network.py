@@ -71,9 +71,7 @@ def while_reachable(
 
     Args:
         call: Loads something of the repository.
-        name: Repository name.
-        kind: Of the repository.
-        what: Key and value, for the message.
+        name, kind, what: As of ``hub_revision``.
 
     Raises:
         HubUnreachableError: The Hub stopped answering, or refuses now what it gave before; the

@@ -14,7 +14,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.batches import check_window
-from retnet.data.cache import (
+from retnet.data.prepared import (
     TOKENIZER,
     TRAIN,
     VALIDATION,
@@ -52,13 +52,8 @@ FORMAT = 1  # of the cache and its records; a higher one leaves older entries un
 Side = Literal["train", "validation"]
 
 
-def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedData:
+def prepare_data(spec: DataSpec) -> PreparedData:
     """Token files for ``spec``: from the cache when nothing changed, else made now.
-
-    Args:
-        spec: The ``data`` section.
-        vocab_limit: Entries of the model's embedding where they are fixed already; None where
-            the model takes its vocabulary from the tokenizer.
 
     Raises:
         UserError: Whatever is wrong with the text, the tokenizer or an option; nothing is left
@@ -71,13 +66,8 @@ def prepare_data(spec: DataSpec, *, vocab_limit: int | None = None) -> PreparedD
         source, validation = as_stream(source), as_stream(validation) if validation else None
     tokenizer = None
     if spec.tokenizer != BPE:
-        tokenizer = load_tokenizer(spec.tokenizer, vocab_limit=vocab_limit)
+        tokenizer = load_tokenizer(spec.tokenizer)
         _check_vocab_size(spec, tokenizer)
-    elif vocab_limit is not None and spec.vocab_size > vocab_limit:
-        raise UserError(
-            f"data.vocab_size ({spec.vocab_size}) is beyond the model's vocabulary of "
-            f"{vocab_limit}: set it to at most that"
-        )
     fingerprints = _fingerprints(spec, source, validation)
     name = _entry_name(spec, source, validation, fingerprints, tokenizer)
     entry = expand(spec.cache_dir, "data.cache_dir") / name
@@ -161,12 +151,8 @@ def _check_vocab_size(spec: DataSpec, tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def _fingerprints(spec: DataSpec, source: Source, validation: Source | None) -> list[str | None]:
-    take = stream_fingerprint if spec.streaming else _content
+    take = stream_fingerprint if spec.streaming else lambda source: source.fingerprint()
     return [take(source), take(validation) if validation else None]
-
-
-def _content(source: Source) -> str:
-    return source.fingerprint()
 
 
 def _entry_name(

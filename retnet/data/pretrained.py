@@ -9,14 +9,11 @@ from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 
 
-def load_pretrained(
-    name: str, vocab_limit: int | None, lacking: dict[str, str]
-) -> PreTrainedTokenizerFast:
+def load_pretrained(name: str, lacking: dict[str, str]) -> PreTrainedTokenizerFast:
     """A pretrained tokenizer that has a beginning, an end and a padding token.
 
     Args:
         name: Folder or Hub name.
-        vocab_limit: Entries of the model's embedding, None where it follows the tokenizer.
         lacking: Texts of the tokens to add where the tokenizer has none: bos, eos, pad.
 
     Raises:
@@ -30,7 +27,9 @@ def load_pretrained(
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     for kind in ("eos", "bos", "pad"):
-        _provide(tokenizer, kind, lacking[kind], vocab_limit)
+        current = getattr(tokenizer, f"{kind}_token")
+        if current is None or (kind == "pad" and current == tokenizer.eos_token):
+            tokenizer.add_special_tokens({f"{kind}_token": lacking[kind]})
     return tokenizer
 
 
@@ -70,19 +69,3 @@ def _load(name: str) -> PreTrainedTokenizerBase:
 def _from_pretrained(name: str, **options: Any) -> PreTrainedTokenizerBase:
     # Without a word on remote code transformers would ask on the terminal whether to run it.
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-
-
-def _provide(
-    tokenizer: PreTrainedTokenizerFast, kind: str, text: str, vocab_limit: int | None
-) -> None:
-    """Give the tokenizer its bos, eos or pad token if it has none (or pads with the end token)."""
-    current = getattr(tokenizer, f"{kind}_token")
-    if current is not None and not (kind == "pad" and current == tokenizer.eos_token):
-        return
-    next_id = max(tokenizer.get_vocab().values()) + 1
-    if kind == "eos" or vocab_limit is None or next_id < vocab_limit:
-        tokenizer.add_special_tokens({f"{kind}_token": text})
-    elif kind == "bos":
-        tokenizer.bos_token = tokenizer.eos_token
-    else:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -6,14 +6,17 @@ A .txt or .md file is one document; a row of .jsonl, .csv and .parquet is one.
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from retnet.errors import UserError
+from retnet.errors import UserError, os_errors
+from retnet.files import sha256
 
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
@@ -28,19 +31,36 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
         UserError: The file is unreadable, damaged, not UTF-8 (with the offset of the first bad
             byte), or a row lacks ``text_field`` (with the fields there are).
     """
-    try:
-        yield from READERS[suffix_of(path)](path, text_field)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: the first bad byte is at offset {_first_bad_byte(path)}; "
-            "convert the file to UTF-8 or leave it out"
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): compress it again with gzip") from error
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}): check the file and its permissions"
-        ) from error
+    with _reading(path):
+        try:
+            yield from READERS[suffix_of(path)](path, text_field)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is not UTF-8 text: the first bad byte is at offset "
+                f"{_first_bad_byte(path)}; convert the file to UTF-8 or leave it out"
+            ) from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): compress it again with gzip") from error
+
+
+def hash_files(files: Iterable[Path], folder: Path | None = None, about: str = "") -> str:
+    """The sha256 of names and contents of files.
+
+    Args:
+        files: In their order.
+        folder: That the names are relative to; None takes whole paths.
+        about: What else decides on the documents.
+    """
+    total = hashlib.sha256(about.encode())
+    for path in files:
+        name = path.relative_to(folder).as_posix() if folder else str(path)
+        with _reading(path):
+            total.update(name.encode("utf-8", "surrogateescape") + b"\0" + sha256(path))
+    return total.hexdigest()
+
+
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return os_errors(f"{path} cannot be read", "check the file and its permissions")
 
 
 def suffix_of(path: Path) -> str:

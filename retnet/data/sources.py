@@ -5,7 +5,6 @@ fingerprint that changes exactly when its content does.
 """
 
 import glob
-import hashlib
 import logging
 import platform
 import re
@@ -17,10 +16,10 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from retnet.data.cache import known_revision
 from retnet.data.hub import HubSource, is_hub_layout, open_hub
 from retnet.data.network import HubUnreachableError, hub_revision
-from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, read_documents, suffix_of
+from retnet.data.prepared import known_revision
+from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, hash_files, read_documents, suffix_of
 from retnet.data.spec import PYTHON_STDLIB, DataSpec
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
@@ -109,7 +108,7 @@ class FileSource:
         return self.location
 
     def fingerprint(self) -> str:
-        return hash_files(self.files, None)
+        return hash_files(self.files)
 
     def documents(self) -> Iterator[str]:
         for path in self.files:
@@ -117,22 +116,6 @@ class FileSource:
 
     def to_record(self) -> dict[str, Any]:
         return {"kind": "files", "location": self.location, "text_field": self.text_field}
-
-
-def hash_files(files: list[Path] | tuple[Path, ...], folder: Path | None) -> str:
-    """The sha256 of names (relative to ``folder`` where given) and contents of files."""
-    total = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(folder).as_posix() if folder else str(path)
-        try:
-            with path.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").digest()
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): check the file and its permissions"
-            ) from error
-        total.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
-    return total.hexdigest()
 
 
 def open_source(spec: DataSpec) -> Source:

@@ -10,9 +10,9 @@ document. Reading stops when ``data.max_tokens`` training tokens are there.
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,16 +20,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.cache import TOKENIZER, TRAIN, VALIDATION
 from retnet.data.hub import HubSource
+from retnet.data.prepared import TOKENIZER, TRAIN, VALIDATION
 from retnet.data.progress import Phase, phase
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import HASH_RANGE, DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import encode_in_pieces, max_token_id, train_bpe
+from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id, train_bpe
 from retnet.data.writing import add_document, finish_tokens, read_documents_of
 from retnet.errors import UserError
+from retnet.files import read_json, replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,9 @@ def as_stream(source: Source) -> Source:
 
 def stream_fingerprint(source: Source) -> str:
     """A hash of names, sizes and times of the files: their content would take a read of all."""
-    if isinstance(source, FileSource):
-        files = list(source.files)
-    elif isinstance(source, HubSource) and source.is_folder:
-        files = sorted(path for path in Path(source.location).rglob("*") if path.is_file())
-    else:
+    if not isinstance(source, FileSource | HubSource) or not source.files:
         return source.fingerprint()
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     return hashlib.sha256(json.dumps([source.name, facts]).encode()).hexdigest()
 
 
@@ -83,10 +80,8 @@ def stream_tokenizer(
 
     with phase("training the tokenizer", total=TOKENIZER_BYTES) as counter:
         tokenizer = train_bpe(first(counter), spec.vocab_size)
-    unfinished = folder / f"{TOKENIZER}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder / TOKENIZER)
+    with replacing(folder / TOKENIZER) as new:
+        tokenizer.save_pretrained(new)
     return tokenizer
 
 
@@ -137,10 +132,12 @@ def write_stream(
         side: TokenFileWriter(folder / side, largest, committed[side] if committed else None)
         for side in sides
     }
-    try:
+    with ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
         with phase(f"tokenising {source.name}") as counter:
             last_commit = 0
-            for batch in _batches(documents):
+            for batch in in_groups(documents, BATCH_CHARACTERS):
                 full = _append(batch, writers, hashes, tokenizer, spec.max_tokens, counter)
                 batch.clear()  # a long document is not kept while the next one is read
                 if full:
@@ -161,18 +158,11 @@ def write_stream(
                     "data.validation"
                 )
             facts[f"{side}_sha256"] = hashes.sides[side].hexdigest()
-            facts[side] = {
-                "documents": writer.num_documents,
-                "bytes": writer.num_bytes,
-                "tokens": writer.num_tokens,
-            }
+            facts[side] = writer.counts()
             finish_tokens(writer, tokenizer, facts[f"{side}_sha256"])
         (folder / PROGRESS).unlink(missing_ok=True)
         for writer in writers.values():
             writer.forget()
-    finally:
-        for writer in writers.values():
-            writer.__exit__(None, None, None)
     return facts
 
 
@@ -183,7 +173,7 @@ def _take_up(
     hashes = _Hashes(rule)
     if not (folder / PROGRESS).is_file():
         return hashes, None
-    committed = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    committed = read_json(folder / PROGRESS, "start again")
     with phase("reading what is tokenised already") as counter:
         for text in islice(documents, committed["documents_read"]):
             counter.advance(hashes.add(text, hashes.side(text)))
@@ -218,22 +208,4 @@ def _append(
 def _commit(folder: Path, writers: dict[str, TokenFileWriter], hashes: _Hashes) -> None:
     progress: dict[str, Any] = {side: writer.commit() for side, writer in writers.items()}
     progress |= {"documents_read": hashes.documents, "sha256": hashes.all.hexdigest()}
-    new = folder / f"{PROGRESS}.part"
-    with new.open("w", encoding="utf-8") as stream:
-        json.dump(progress, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(folder / PROGRESS)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    write_json(folder / PROGRESS, progress)

@@ -4,16 +4,16 @@ The manifest is written last and holds sizes and checksums, so a folder that lac
 with it is known to be damaged.
 """
 
-import json
 import os
 import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from retnet.files import read_json, write_json
 
 TOKENS, STARTS, SIZES, MANIFEST = (
     "tokens.bin",
@@ -21,7 +21,6 @@ TOKENS, STARTS, SIZES, MANIFEST = (
     "document_bytes.npy",
     "manifest.json",
 )
-PART = "{}.part"  # of a file that is being written
 FORMAT = 1
 BLOCK_BYTES = 1 << 22
 
@@ -69,7 +68,7 @@ class TokenFile:
             DamagedTokenFileError: It is not complete and unchanged.
         """
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST, "prepare the text again")
             for name in (TOKENS, STARTS, SIZES):
                 if _checksum(folder / name) != manifest["checksums"][name]:
                     raise DamagedTokenFileError(f"{folder / name} is not what was written")
@@ -109,26 +108,16 @@ class TokenFileWriter:
             self._stream: BinaryIO = (folder / TOKENS).open("wb")
             return
         self.num_tokens, self._committed = committed["tokens"], committed["documents"]
-        for name, values in (
-            (PART.format(STARTS), self._starts),
-            (PART.format(SIZES), self._sizes),
-        ):
-            with (folder / name).open("r+b") as stream:
+        for path, values in self._parts():
+            with path.open("r+b") as stream:
                 stream.truncate(self._committed * values.itemsize)
                 values.fromfile(stream, self._committed)
         self._stream = (folder / TOKENS).open("r+b")
         self._stream.truncate(self.num_tokens * self._dtype.itemsize)
         self._stream.seek(0, os.SEEK_END)
 
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file, finished or not."""
         self._stream.close()
 
     @property
@@ -162,21 +151,31 @@ class TokenFileWriter:
         """Have everything so far on disk; returns what a later writer needs to go on."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        for name, values in (
-            (PART.format(STARTS), self._starts),
-            (PART.format(SIZES), self._sizes),
-        ):
-            with (self._folder / name).open("ab") as stream:
+        for path, values in self._parts():
+            with path.open("ab") as stream:
                 values[self._committed :].tofile(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
         self._committed = self.num_documents
-        return {"tokens": self.num_tokens, "documents": self.num_documents}
+        return self.counts()
+
+    def counts(self) -> dict[str, int]:
+        """Documents, bytes of text and tokens so far."""
+        return {
+            "documents": self.num_documents,
+            "bytes": self.num_bytes,
+            "tokens": self.num_tokens,
+        }
 
     def forget(self) -> None:
         """Remove what only a later writer would need."""
-        for name in (STARTS, SIZES):
-            (self._folder / PART.format(name)).unlink(missing_ok=True)
+        for path, _ in self._parts():
+            path.unlink(missing_ok=True)
+
+    def _parts(self) -> list[tuple[Path, array]]:
+        """What a later writer needs beside the tokens, and the files that it is committed to."""
+        named = ((STARTS, self._starts), (SIZES, self._sizes))
+        return [(self._folder / f"{name}.part", values) for name, values in named]
 
     def finish(self, **facts: Any) -> None:
         """Write what belongs beside the tokens, the manifest (with ``facts``) last."""
@@ -186,14 +185,11 @@ class TokenFileWriter:
         manifest = {
             "format": FORMAT,
             "dtype": self._dtype.name,
-            "tokens": self.num_tokens,
-            "documents": self.num_documents,
-            "bytes": self.num_bytes,
+            **self.counts(),
             "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, STARTS, SIZES)},
             **facts,
         }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (self._folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_json(self._folder / MANIFEST, manifest)
 
 
 def _checksum(path: Path) -> list[int]:

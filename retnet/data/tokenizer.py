@@ -73,42 +73,25 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _finish(backend)
 
 
-def load_tokenizer(name: str, *, vocab_limit: int | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder or Hub name.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries. Where the model has no room for them, the end token also serves as the
-    beginning, and the unknown or the end token as padding (which is masked wherever it occurs).
+    lacks as new entries.
 
     Args:
         name: As in ``data.tokenizer``.
-        vocab_limit: Entries of the model's embedding, where it is fixed already.
 
     Raises:
-        UserError: There is no such tokenizer, it is not a fast one, or its ids do not fit.
+        UserError: There is no such tokenizer, or it is not a fast one.
     """
     if name == BPE:
         raise UserError(
             "data.tokenizer (bpe) is trained on the corpus: name the folder it was saved to"
         )
     if name == BYTES:
-        tokenizer = byte_tokenizer()
-    else:
-        tokenizer = load_pretrained(name, vocab_limit, {"bos": BOS, "eos": EOS, "pad": PAD})
-    check_vocabulary(tokenizer, name, vocab_limit)
-    return tokenizer
-
-
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerFast, name: str, vocab_limit: int | None
-) -> None:
-    """Raise a ``UserError`` when some id is not below ``vocab_limit``."""
-    if vocab_limit is not None and max_token_id(tokenizer) >= vocab_limit:
-        fix = "set data.vocab_size to at most that" if name == BPE else "use another tokenizer"
-        raise UserError(
-            f"data.tokenizer ({name}) has ids up to {max_token_id(tokenizer)}, beyond the model's "
-            f"vocabulary of {vocab_limit}: {fix}, or a model with a larger vocabulary"
-        )
+        return byte_tokenizer()
+    return load_pretrained(name, {"bos": BOS, "eos": EOS, "pad": PAD})
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -148,10 +131,6 @@ def encode_in_pieces(
     of a piece that is searched for one (Chinese, minified code) is cut through its words: there
     those of a bpe tokenizer may differ too.
 
-    Args:
-        tokenizer: Any of this module's.
-        documents: Texts; read as they are needed.
-
     Yields:
         For each document in order its pieces, which are encoded as they are asked for.
     """
@@ -159,7 +138,7 @@ def encode_in_pieces(
         np.array([end], dtype=np.uint32) for end in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
     encode = _encoder(tokenizer)
-    for group in _groups(documents):
+    for group in in_groups(documents, BATCH_CHARACTERS):
         bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
         for text in group:
             if len(text) <= PIECE_CHARACTERS:
@@ -172,7 +151,7 @@ def _encode_long(
     encode: Callable[[list[str]], list[np.ndarray]], text: str, bos: np.ndarray, eos: np.ndarray
 ) -> Iterator[Piece]:
     yield bos, 0
-    for part in _groups(_pieces(text)):
+    for part in in_groups(_pieces(text), BATCH_CHARACTERS):
         for piece, ids in zip(part, encode(part), strict=True):
             yield ids, len(piece.encode())
     yield eos, 0
@@ -191,14 +170,14 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[n
     return encode
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Texts together while they are short: what is encoded at a time bounds the memory."""
+def in_groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts together while they are short: what is held at a time bounds the memory."""
     group: list[str] = []
     size = 0
     for text in documents:
         group.append(text)
         size += len(text)
-        if size >= BATCH_CHARACTERS:
+        if size >= characters:
             yield group
             group, size = [], 0
     if group:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,15 @@ def write_tokens(
             waiting.append(text)
             yield text
 
-    with phase(title) as counter, TokenFileWriter(folder, max_token_id(tokenizer)) as writer:
+    writer = TokenFileWriter(folder, max_token_id(tokenizer))
+    with phase(title) as counter, closing(writer):
         for pieces in encode_in_pieces(tokenizer, read()):
             total.add(waiting.popleft().encode())
             counter.advance(add_document(writer, pieces, max_tokens))
             if writer.num_tokens == max_tokens:
                 break
-        facts = {
-            "documents": writer.num_documents,
-            "bytes": writer.num_bytes,
-            "tokens": writer.num_tokens,
-            "sha256": total.hexdigest(),
-        }
         finish_tokens(writer, tokenizer, total.hexdigest())
-    return facts
+    return {**writer.counts(), "sha256": total.hexdigest()}
 
 
 def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: int | None) -> int:

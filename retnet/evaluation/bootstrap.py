@@ -1,10 +1,11 @@
 """Is one model better than another on such text, or only on these documents?"""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from retnet.evaluation import metrics
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -74,7 +75,7 @@ def to_bits(difference: Difference) -> Difference:
     """The same difference, from nats to bits."""
     low, high = difference.low, difference.high
     return Difference(
-        difference.value / math.log(2),
-        None if low is None else low / math.log(2),
-        None if high is None else high / math.log(2),
+        metrics.to_bits(difference.value),
+        None if low is None else metrics.to_bits(low),
+        None if high is None else metrics.to_bits(high),
     )

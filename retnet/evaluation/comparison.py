@@ -12,13 +12,14 @@ import tokenizers
 import torch
 import transformers
 
+from retnet.checkpoints import Checkpoint
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
-from retnet.evaluation.perplexity import DocumentScores, check_windows, score_documents
+from retnet.evaluation.scoring import DocumentScores, check_windows, score_documents
 from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
-from retnet.generation import Checkpoint, check_memory
+from retnet.generation import check_text_fits
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ModelResult:
     Attributes:
         name: Short; the models' names differ where their folders do.
         path: The checkpoint's folder.
-        mixer: "retention" or "attention".
+        mixer: Its name.
         dtype: Of its weights.
         parameters: How many, tied ones once.
         scores: Of each document.
@@ -92,22 +93,21 @@ def compare_checkpoints(
         checkpoints: At least two; the others are compared with the first.
         text: What to evaluate on.
         context: Tokens of a window; the first model's training window when None.
-        stride: See ``score_documents``.
-        batch_size: See ``score_documents``.
-        carry_state: See ``score_documents``.
+        stride, batch_size, carry_state: See ``score_documents``.
         speed_contexts: Lengths after which decoding is measured; none when empty.
 
     Raises:
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
-    window = training_window(checkpoints[0]) if context is None else context
+    own_window: int = checkpoints[0].model.config.max_position_embeddings
+    window = own_window if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
         if speed_contexts:
             longest = max(speed_contexts)
-            check_memory(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(
@@ -166,7 +166,7 @@ def _result(
     return ModelResult(
         name=name,
         path=checkpoint.path,
-        mixer="retention" if checkpoint.is_retention else "attention",
+        mixer=checkpoint.mixer,
         dtype=str(checkpoint.model.dtype).removeprefix("torch."),
         parameters=checkpoint.model.num_parameters(),
         scores=scores,
@@ -175,12 +175,6 @@ def _result(
         bits_difference=bits,
         speed=speed,
     )
-
-
-def training_window(checkpoint: Checkpoint) -> int:
-    """Tokens of the windows that a model was trained on."""
-    window: int = checkpoint.model.config.max_position_embeddings
-    return window
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

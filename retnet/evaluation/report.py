@@ -1,15 +1,14 @@
 """A comparison as a table for people and as JSON for programs."""
 
-import json
-import math
 import textwrap
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retnet.errors import UserError
+from retnet import files
+from retnet.errors import UserError, os_errors
 from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
@@ -155,12 +154,7 @@ def _speed(comparison: Comparison) -> list[str]:
 
 
 def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
-    """The comparison with everything needed to check or repeat it, JSON-able.
-
-    Args:
-        comparison: What to write.
-        command: The command line that made it.
-    """
+    """The comparison that a command line made, with all that it takes to check or repeat it."""
     return {
         "command": list(command),
         "text": {
@@ -220,12 +214,8 @@ def check_writable(path: Path) -> None:
         raise UserError(f"--json ({path}) is a device or pipe: name a file")
     if kind_of(path.absolute().parent, "--json") != "folder":
         raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
-    temporary = _temporary(path)
-    try:
-        temporary.write_text("", encoding="utf-8")
-        temporary.unlink()
-    except OSError as error:
-        raise _not_writable(path, error) from error
+    with _writing(path):
+        files.try_to_write(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -234,30 +224,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    temporary = _temporary(path)
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise _not_writable(path, error) from error
+    with _writing(path):
+        files.write_json(path, content)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _not_writable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"--json ({path}) cannot be written ({error.strerror or error}): name another file"
-    )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return os_errors(f"--json ({path}) cannot be written", "name another file")

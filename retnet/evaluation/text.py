@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retnet.checkpoints import Checkpoint
+from retnet.checkpoints.format import DATA_RECORD
 from retnet.data import rebuild_validation
 from retnet.data.sources import open_location
 from retnet.errors import UserError
-from retnet.generation import DATA_RECORD, Checkpoint
 from retnet.paths import kind_of
 
 ASK_FOR_TEXT = "name a text that none of the models was trained on with --text FILE"

@@ -27,7 +27,7 @@ class Sampling:
 
     Args:
         repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
-        temperature: Divides the logits; below 1 is bolder, above 1 more varied.
+        temperature: Divides the logits; below 1 is more cautious, above 1 more varied.
         top_k: Keep the k most likely tokens only; None keeps all.
         top_p: Keep the smallest set of tokens that has this probability; 1 keeps all.
         greedy: Take the most likely token instead of drawing one.

@@ -1,6 +1,7 @@
 """Text as it is made: whole characters only, and nothing from a stop string on."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import (
     EosTokenCriteria,
@@ -10,8 +11,9 @@ from transformers import (
 )
 
 from retnet.errors import UserError
+from retnet.generation.checks import check_length
 from retnet.generation.decode import ENDED, Usage, check_compiler, generate
-from retnet.generation.prompt import check_length, encode_prompt
+from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.model.decoder import DecoderForCausalLM
 
@@ -210,28 +212,22 @@ def sample_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    temperature: float = Sampling.temperature,
-    top_p: float = Sampling.top_p,
-    seed: int = 0,
+    sampling: Sampling | None = None,
 ) -> str:
-    """One continuation of a prompt, without the prompt; leaves the model's training mode alone.
-
-    Args:
-        model: A language model, in training mode or not.
-        tokenizer: Its tokenizer.
-        prompt: May be empty.
-        max_new_tokens: The most tokens to make.
-        temperature: See ``Sampling``.
-        top_p: See ``Sampling``.
-        seed: See ``Sampling``.
-    """
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    was_training = model.training
-    model.eval()
-    try:
+    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone."""
+    with evaluation_mode(model):
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
         )
         return "".join(piece for (piece,) in pieces)
+
+
+@contextmanager
+def evaluation_mode(model: DecoderForCausalLM) -> Iterator[None]:
+    """Evaluation mode inside the block; the mode of before after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from retnet.checkpoints.format import CARRIED
 from retnet.errors import UserError
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
-from retnet.training.checkpoint import CARRIED
 
 
 class CarriedState:

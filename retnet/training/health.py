@@ -1,6 +1,5 @@
 """Signs that a run goes wrong: a first loss far from chance, spikes, values that are not finite."""
 
-import json
 import logging
 import math
 from collections import deque
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from retnet.data import CarriedBatches, TrainingBatches
-from retnet.training.checkpoint import replace_text
+from retnet.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -96,17 +95,9 @@ def describe_divergence(
 def stop_diverged(run: Path, report: dict[str, Any], *, write: bool) -> DivergedError:
     """The error to raise, after one process has written the report into the run folder."""
     if write:
-        text = json.dumps(_finite(report), indent=2, allow_nan=False)
-        replace_text(run / DIVERGED, text + "\n")
+        write_json(run / DIVERGED, report, not_finite=str)
     return DivergedError(
         f"step {report['step']}: loss {report['loss']}, gradient norm {report['grad_norm']}; the "
         f"step was not taken, see {run / DIVERGED}. Go on from an older checkpoint "
         "(train.resume) with a lower train.learning_rate or train.grad_clip"
     )
-
-
-def _finite(value: Any) -> Any:
-    """The same with "inf" and "nan" as strings: JSON has no such numbers."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from retnet.errors import UserError
-from retnet.memory import memory_of
+from retnet.machine import memory_of
 
 if TYPE_CHECKING:
     from retnet.training.config import Config
@@ -31,7 +31,7 @@ def beyond_bounds(config: Config) -> Iterator[str]:
                 yield f"{section}.{key} ({value}) must be at most {most}"
 
 
-def check_memory(config: Config) -> None:
+def check_run_fits(config: Config) -> None:
     """Raise a ``UserError`` when this machine has less than the least memory that the run takes."""
     model, rows, length = config.model, config.train.batch_size, config.data.seq_len
     on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()

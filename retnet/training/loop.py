@@ -19,21 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from retnet.checkpoints import Progress, Snapshot, save_checkpoint
+from retnet.checkpoints.format import BEST, CHECKPOINTS, FINAL, list_checkpoints, step_folder
+from retnet.checkpoints.save import prune_checkpoints
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
+from retnet.model.loss import IGNORE_INDEX
 from retnet.training.build import Model
 from retnet.training.carry import CarriedState
-from retnet.training.checkpoint import (
-    BEST,
-    CHECKPOINTS,
-    FINAL,
-    Progress,
-    Snapshot,
-    list_checkpoints,
-    prune_checkpoints,
-    save_checkpoint,
-    step_folder,
-)
 from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import SpikeWatch, check_first_loss, describe_divergence, stop_diverged
 from retnet.training.optimizer import learning_rate
@@ -127,7 +120,8 @@ class Trainer:
         micro_steps = range(self.spec.gradient_accumulation_steps)
         micro_batches = [self.batches.batch(step, micro_step) for micro_step in micro_steps]
         waited = time.perf_counter() - began
-        targets = torch.stack([(b["shift_labels"] != -100).sum() for b in micro_batches]).sum()
+        counts = [(b["shift_labels"] != IGNORE_INDEX).sum() for b in micro_batches]
+        targets = torch.stack(counts).sum()
         targets = self._sum_over_processes(targets.to(self.accelerator.device))
         loss = torch.zeros((), device=self.accelerator.device)
         for micro_step, batch in enumerate(micro_batches):

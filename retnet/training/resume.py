@@ -1,14 +1,14 @@
 """Going on from a checkpoint: whether it fits the run as it is set up now, then its state."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from retnet.checkpoints import load_checkpoint_state
+from retnet.checkpoints.format import DATA_RECORD
+from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
 from retnet.errors import UserError
-from retnet.generation import DATA_RECORD
-from retnet.training.build import check_same_meaning
-from retnet.training.checkpoint import TAKE_OVER, load_checkpoint_state
+from retnet.files import read_json
 from retnet.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,10 @@ def _check_data(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
+    fix = "go on from another one, or use its weights alone with model.init_from"
     try:
-        record = json.loads((checkpoint / DATA_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(checkpoint / DATA_RECORD, fix)
+    except UserError as error:
         raise UserError(
-            f"checkpoint ({checkpoint}) has no {DATA_RECORD} that can be read: go on from another "
-            "one, or use its weights alone with model.init_from"
+            f"checkpoint ({checkpoint}) has no {DATA_RECORD} that can be read: {fix}"
         ) from error
-    return dict(record)

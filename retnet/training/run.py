@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from retnet.allocator import keep_freed_memory
+from retnet.checkpoints import Progress, find_checkpoint
+from retnet.checkpoints.format import FINAL, step_folder
 from retnet.data import (
     CarriedBatches,
     PreparedData,
@@ -17,22 +18,21 @@ from retnet.data import (
     prepare_data,
 )
 from retnet.errors import UserError
-from retnet.generation import check_compiler, find_checkpoint
+from retnet.generation import check_compiler
+from retnet.machine import keep_freed_memory
 from retnet.training.build import (
     Model,
     build_model,
     load_initial_weights,
 )
 from retnet.training.carry import CarriedState
-from retnet.training.checkpoint import FINAL, Progress, step_folder
 from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import DivergedError
-from retnet.training.limits import check_memory
+from retnet.training.limits import check_run_fits
 from retnet.training.loop import EXIT_DIVERGED, Trainer
 from retnet.training.model_spec import model_config
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
-from retnet.training.report import describe_run
 from retnet.training.resume import go_on
 from retnet.training.run_folder import (
     Start,
@@ -42,6 +42,7 @@ from retnet.training.run_folder import (
     run_lock,
 )
 from retnet.training.signals import stop_on_signals
+from retnet.training.summary import describe_run
 from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
 from retnet.training.validation import check_sample
 
@@ -62,7 +63,7 @@ def train(config: Config) -> int:
     """
     keep_freed_memory()
     check_trackers(config)
-    check_memory(config)
+    check_run_fits(config)
     # mistakes are found before the data is prepared
     model_config(config.model, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len)
     if config.model.init_from:

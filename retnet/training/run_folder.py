@@ -1,24 +1,26 @@
 """The folder of a run: what is there already, and whether it may be used."""
 
-import json
 import logging
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from retnet.errors import UserError
-from retnet.training.checkpoint import (
+from retnet.checkpoints.format import (
     BEST,
     CHECKPOINTS,
+    COPY_AGAIN,
     FINAL,
     TRAINING_STATE,
-    checkpoint_damage,
     list_checkpoints,
-    remove_unfinished,
-    replace_text,
+    step_number,
 )
+from retnet.checkpoints.save import remove_unfinished
+from retnet.checkpoints.verify import checkpoint_damage
+from retnet.errors import UserError, os_errors
+from retnet.files import missing_folders, read_json, write_text
 from retnet.training.config import RESUMABLE_KEYS, Config, flatten, load_config, to_yaml
 from retnet.training.health import DIVERGED
 
@@ -75,13 +77,11 @@ def run_lock(config: Config) -> FileLock:
 def check_writable(config: Config) -> None:
     """Raise a ``UserError`` when the run folder can't be made; nothing is left of the attempt."""
     run = Path(str(config.train.out_dir))
-    missing = [folder for folder in (run, *run.parents) if not folder.exists()]
-    try:
+    missing = missing_folders(run)
+    with _writing(run):
         run.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             folder.rmdir()
-    except OSError as error:
-        raise _not_writable(run, error) from error
 
 
 def lock_run_folder(lock: FileLock) -> None:
@@ -93,14 +93,14 @@ def lock_run_folder(lock: FileLock) -> None:
     run = Path(lock.lock_file).parent
     if not run.is_dir():
         return
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"train.out_dir ({run}) is in use by another run: wait for it, or set another folder"
-        ) from error
-    except OSError as error:
-        raise _not_writable(run, error) from error
+    with _writing(run):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"train.out_dir ({run}) is in use by another run: wait for it, or set another "
+                "folder"
+            ) from error
 
 
 def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
@@ -121,17 +121,15 @@ def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
         UserError: Another process trains there, or the folder can't be written.
     """
     run = Path(str(config.train.out_dir))
-    try:
+    with _writing(run):
         run.mkdir(parents=True, exist_ok=True)
         lock_run_folder(lock)
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
         if start.checkpoint is not None:
             _set_aside_newer(run, start, named=config.train.resume != "auto")
-        replace_text(run / CONFIG, to_yaml(config))
+        write_text(run / CONFIG, to_yaml(config))
         return (run / BEST).is_dir()
-    except OSError as error:
-        raise _not_writable(run, error) from error
 
 
 def _set_aside_newer(run: Path, start: Start, *, named: bool) -> None:
@@ -141,7 +139,7 @@ def _set_aside_newer(run: Path, start: Start, *, named: bool) -> None:
     """
     assert start.checkpoint is not None
     step = _step_of(start.checkpoint)
-    newer = [folder for folder in list_checkpoints(run) if int(folder.name[5:]) > step]
+    newer = [folder for folder in list_checkpoints(run) if step_number(folder) > step]
     if named:
         newer += [folder for folder in (run / BEST, run / FINAL) if _step_of(folder) > step]
     elif start.damaged_end:
@@ -234,16 +232,14 @@ def _newest_whole(run: Path) -> Path | None:
 def _step_of(folder: Path) -> int:
     """The steps after which a checkpoint was written; 0 when it is not there."""
     try:
-        return int(json.loads((folder / TRAINING_STATE).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(folder / TRAINING_STATE, COPY_AGAIN)["step"])
+    except (ValueError, KeyError, TypeError):  # UserError is a ValueError
         return 0
 
 
-def _not_writable(run: Path, error: OSError) -> UserError:
-    return UserError(
-        f"train.out_dir ({run}) can't be written ({error.strerror or error}): set another folder, "
-        "or make it writable"
-    )
+def _writing(run: Path) -> AbstractContextManager[None]:
+    fix = "set another folder, or make it writable"
+    return os_errors(f"train.out_dir ({run}) can't be written", fix)
 
 
 def _check_same_configuration(config: Config, run: Path) -> None:

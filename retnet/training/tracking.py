@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retnet.errors import UserError
-from retnet.training.checkpoint import replace_text
+from retnet.files import write_text
 from retnet.training.config import Config, flatten
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class MetricsFile:
         self.path = run / METRICS
         kept = _lines_until(self.path, step)
         self.losses = [json.loads(line)["train/loss"] for line in kept]
-        replace_text(self.path, "".join(line + "\n" for line in kept))
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:

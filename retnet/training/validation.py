@@ -1,6 +1,5 @@
 """What a run measures of itself between steps: validation loss and a sample."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -8,9 +7,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
-from retnet.evaluation import evaluate_batches
-from retnet.generation import encode_prompt, sample_text
-from retnet.generation.prompt import check_memory
+from retnet.evaluation import evaluate_batches, metrics
+from retnet.generation import Sampling, check_text_fits, encode_prompt, sample_text
 from retnet.training.build import Model
 from retnet.training.config import Config, TrainSpec
 
@@ -45,11 +43,10 @@ def validate(
     if accelerator.num_processes > 1:
         both = accelerator.reduce(both, reduction="sum")
     nll, targets = both.tolist()
-    loss = nll / targets
     values = {
-        "val/loss": loss,
-        "val/perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
-        "val/bits_per_byte": nll / math.log(2) / batches.num_bytes,
+        "val/loss": metrics.nats_per_token(nll, targets),
+        "val/perplexity": metrics.perplexity(nll, targets),
+        "val/bits_per_byte": metrics.bits_per_byte(nll, batches.num_bytes),
     }
     return values, int(targets)
 
@@ -68,7 +65,7 @@ def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSp
         return
     prompt, new = encode_prompt(tokenizer, spec.sample_prompt).shape[1], spec.sample_tokens
     what = f"a prompt of {prompt:,} tokens and train.sample_tokens ({new:,}) need"
-    check_memory(model, prompt + new, 1, what)
+    check_text_fits(model, prompt + new, 1, what)
 
 
 def sample_lines(
@@ -84,7 +81,7 @@ def sample_lines(
             tokenizer,
             spec.sample_prompt,
             max_new_tokens=spec.sample_tokens,
-            seed=spec.seed,
+            sampling=Sampling(seed=spec.seed),
         )
     for line in (spec.sample_prompt + text).splitlines():
         yield f"  | {line}"

@@ -286,22 +286,6 @@ def test_leftovers_of_killed_processes_go_after_a_day(tmp_path: Path, spec_for: 
     assert [name for name in entries(spec) if name.startswith(".")] == [".unfinished-new"]
 
 
-@pytest.mark.parametrize(
-    ("options", "limit", "message"),
-    [
-        ({}, 258, r"data\.tokenizer \(bytes\) has ids up to 258.*vocabulary of 258"),
-        ({"tokenizer": "bpe", "vocab_size": 300}, 299, r"data\.vocab_size \(300\).*of 299"),
-    ],
-)
-def test_ids_beyond_the_model(
-    tmp_path: Path, spec_for: SpecFor, options: dict[str, object], limit: int, message: str
-) -> None:
-    path = write_documents(tmp_path / "a.jsonl")
-    prepare_data(spec_for(path, **options), vocab_limit=limit + 1)
-    with pytest.raises(UserError, match=message):
-        prepare_data(spec_for(path, **options), vocab_limit=limit)
-
-
 def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> None:
     train_bpe(["the cat sat on the mat"] * 9, 280).save_pretrained(tmp_path / "tokenizer")
     path = write_documents(tmp_path / "a.jsonl")

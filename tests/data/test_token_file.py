@@ -1,5 +1,6 @@
 """Token files: what is written is read, and what is damaged is not believed."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ DOCUMENTS = [np.array([1, 5, 9, 2]), np.array([1, 2]), np.array([1, 65535, 2])]
 
 
 def write(folder: Path, max_token_id: int = 65535) -> Path:
-    with TokenFileWriter(folder, max_token_id) as writer:
+    with closing(TokenFileWriter(folder, max_token_id)) as writer:
         for ids in DOCUMENTS:
             writer.add(ids, len(ids) * 10)
         writer.finish(note="kept")
@@ -54,7 +55,7 @@ def test_a_bad_manifest_is_noticed(tmp_path: Path, manifest: str) -> None:
 
 
 def test_unfinished_has_no_manifest(tmp_path: Path) -> None:
-    with TokenFileWriter(tmp_path / "t", 10) as writer:
+    with closing(TokenFileWriter(tmp_path / "t", 10)) as writer:
         writer.add(np.array([1, 2]), 0)
     with pytest.raises(DamagedTokenFileError):
         TokenFile.open(tmp_path / "t")

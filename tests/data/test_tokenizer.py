@@ -120,15 +120,6 @@ def test_padding_with_the_end_token_is_replaced(tmp_path: Path) -> None:
     assert tokenizer.pad_token_id != 3
 
 
-def test_no_room_for_more_tokens(tmp_path: Path) -> None:
-    name = foreign(tmp_path, eos_token="END", unk_token="[UNK]")
-    tokenizer = load_tokenizer(name, vocab_limit=4)
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert ends == (3, 3, 0)
-    with pytest.raises(UserError, match=r"ids up to 3, beyond the model's vocabulary of 3"):
-        load_tokenizer(name, vocab_limit=3)
-
-
 def test_truncation_of_a_pretrained_tokenizer_is_off(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(foreign(tmp_path))
     tokenizer.backend_tokenizer.enable_truncation(2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retnet.checkpoints import Checkpoint
 from retnet.errors import UserError
 from retnet.evaluation import (
     EvaluationText,
@@ -20,7 +21,6 @@ from retnet.evaluation import (
     write_json,
 )
 from retnet.evaluation.comparison import short_names
-from retnet.generation import Checkpoint
 from tests.generation.builders import MIXERS, byte_tokenizer, tiny_model
 
 TEXT = EvaluationText("some text", [f"document {i} " * (i % 5 + 1) for i in range(25)])

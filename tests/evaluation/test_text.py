@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from retnet.checkpoints import Checkpoint
 from retnet.data import DataSpec, prepare_data
 from retnet.errors import UserError
 from retnet.evaluation import text_of_file, validation_text
-from retnet.generation import Checkpoint
 from tests.generation.builders import byte_tokenizer, tiny_model
 
 

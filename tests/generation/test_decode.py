@@ -6,7 +6,6 @@ from transformers import EosTokenCriteria, StoppingCriteria
 
 from retnet.errors import UserError
 from retnet.generation import (
-    ENDED,
     Sampler,
     Sampling,
     Usage,
@@ -14,7 +13,7 @@ from retnet.generation import (
     generate,
     prefill,
 )
-from retnet.generation.decode import STOPPING_WINDOW
+from retnet.generation.decode import ENDED, STOPPING_WINDOW
 from tests.generation.builders import MIXERS, tiny_model
 
 pytestmark = pytest.mark.parametrize("mixer", MIXERS)

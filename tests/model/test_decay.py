@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from retnet.model.decay import head_log_decay, head_windows
 
 

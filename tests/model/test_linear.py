@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retnet.model.linear import FEW_TOKENS, MOST_LEFT, Linear, PackedWeight, linear, pack, product
 from torch import Tensor
 
 from retnet.model import linear as module
 from retnet.model import products
-from retnet.model.linear import FEW_TOKENS, MOST_LEFT, Linear, PackedWeight, linear, pack, product
 from tests.model.conftest import make_model, random_ids
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retnet.model.products import are_fast, fast_products, matmul
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from retnet.model import products as module
-from retnet.model.products import are_fast, fast_products, matmul
 from tests.model.conftest import make_model, random_ids
 
 needs_kernels = pytest.mark.skipif(not module._HAS_KERNELS, reason="a CPU without AVX-512")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from retnet.model.rotary import Rotation, rotary_angles, rotation
 
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retnet.model.linear import MOST_LEFT, PackedWeight
+from retnet.model.step import MOST_PACKED, DecodeStep, is_plain
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import (
@@ -20,8 +22,6 @@ from retnet.generation import (
 )
 from retnet.model import products
 from retnet.model import step as step_module
-from retnet.model.linear import MOST_LEFT, PackedWeight
-from retnet.model.step import MOST_PACKED, DecodeStep, is_plain
 from retnet.model.fast_decode.weights import lay_out_for_decoding
 from tests.generation.builders import MIXERS, VOCAB, tiny_model
 

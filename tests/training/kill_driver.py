@@ -17,8 +17,9 @@ from typing import Any
 
 import train
 from retnet import cli
+from retnet.checkpoints import save
 from retnet.data import prepare
-from retnet.training import checkpoint, loop, validation
+from retnet.training import loop, validation
 
 
 def die() -> None:
@@ -58,23 +59,25 @@ def renamed_to(name: str) -> None:
 
 def described(name: str) -> None:
     """Die when the folder of that name has its manifest, before it is renamed to its place."""
-    real = checkpoint.write_manifest
+    real = save.write_manifest
 
     def write(folder: Path) -> None:
         real(folder)
         if folder.name == name:
             die()
 
-    checkpoint.write_manifest = write
+    save.write_manifest = write
 
 
 KILLS: dict[str, Callable[[], None]] = {
     "data": lambda: at_call(prepare, "check_window", 1),
     "accumulation": lambda: at_call(loop.Trainer, "_seed", 4),
     "evaluation": lambda: at_call(validation, "evaluate_batches", 1, after=True),
-    "writing": lambda: at_call(checkpoint, "save_file", 1),
-    "before renaming": lambda: at_call(checkpoint, "write_manifest", 2, after=True),
-    "pruning": lambda: at_call(checkpoint, "_remove", 1),
+    "writing": lambda: at_call(save, "save_file", 1),
+    "before renaming": lambda: at_call(save, "write_manifest", 2, after=True),
+    "configuration": lambda: at_call(Path, "replace", 1),  # it is written, but not in its place
+    "metrics": lambda: at_call(Path, "replace", 2),
+    "pruning": lambda: at_call(save, "remove_folder", 1),
     "saved": lambda: at_call(loop, "save_checkpoint", 2, after=True),
     "logged": lambda: at_call(loop.Trainer, "_log", 4, after=True),
     "replacing best": lambda: renamed_to(".unfinished-old-best"),

@@ -19,7 +19,8 @@ import torch
 import compare
 import generate
 from retnet import cli
-from retnet.training import checkpoint, loop
+from retnet.checkpoints import save
+from retnet.training import loop
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run, weights
 
@@ -136,7 +137,7 @@ def no_space() -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "newest"),
     [
-        (checkpoint, "save_file", 2, 2), (checkpoint, "write_manifest", 3, 2),
+        (save, "save_file", 2, 2), (save, "write_manifest", 3, 2),
         (loop.MetricsFile, "write", 5, 4),
     ],
 )  # fmt: skip
@@ -169,7 +170,7 @@ def test_a_file_that_may_not_grow(options, tmp_path: Path, capsys) -> None:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            fail_at(patch, checkpoint, "get_model_state_dict", 3, limit)
+            fail_at(patch, save, "get_model_state_dict", 3, limit)
             assert run(options) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -244,7 +245,7 @@ def test_a_replaced_folder_comes_back(tmp_path: Path) -> None:
     (old / "config.json").write_text("{}")
     (tmp_path / ".unfinished-best").mkdir()
     (tmp_path / ".unfinished-config.yaml").write_text("half")
-    checkpoint.remove_unfinished(tmp_path)
+    save.remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 

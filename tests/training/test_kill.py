@@ -76,14 +76,15 @@ def test_a_run_killed_in_each_phase_is_the_uninterrupted_run(
     """Also twice in a row, and after the epoch's end; each goes on from the newest checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     phases = ["data", "accumulation", "accumulation", "evaluation", "writing", "before renaming",
-              "saved", "logged", "pruning", "replacing best", "final"]  # fmt: skip
+              "saved", "configuration", "metrics", "logged", "pruning", "replacing best",
+              "final"]  # fmt: skip
     changes = {"train.carry_state": carry}
     attempts: list[Attempt] = [(phase, arguments(killed, **changes)) for phase in phases]
     attempts += [(None, arguments(killed, **changes)), (None, arguments(whole, **changes))]
     codes, steps = drive(attempts)
     assert codes[:-2] == [-9] * len(phases)
     assert codes[-2:] == [0, 0]
-    assert steps == [3, 3, 3, 6, 9, 12, 12, 20]  # from "writing" on
+    assert steps == [3, 3, 3, 6, 6, 6, 9, 12, 12, 20]  # from "writing" on
     assert metrics(whole)[-1]["data/epoch"] > 1
     assert_same_run(killed, whole)
 

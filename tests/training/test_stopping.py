@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from retnet.training import checkpoint, loop
+from retnet.checkpoints import save
+from retnet.checkpoints.format import list_checkpoints
+from retnet.training import loop
 from retnet.training.health import SpikeWatch
 from retnet.training.signals import stop_on_signals
 from tests.training.test_faults import fail_at
@@ -48,10 +50,10 @@ def test_sigint_saves_and_a_second_one_stops_at_once(options, tmp_path: Path, ca
     assert "stopped after step 3, saved in" in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, loop.Trainer, "_seed", 3, interrupt)
-        fail_at(patch, checkpoint, "save_file", 2, interrupt)  # of step 4, then of the stop
+        fail_at(patch, save, "save_file", 2, interrupt)  # of step 4, then of the stop
         assert run(options) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
-    folders = [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")]
+    folders = [folder.name for folder in list_checkpoints(tmp_path / "run")]
     assert folders == ["step_3", "step_4"]
     assert run(options) == 0
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

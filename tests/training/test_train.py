@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from retnet.model.products import fast_products
 from safetensors.torch import load_file
 
 import train
 from retnet import cli
-from retnet.generation import load_checkpoint
-from retnet.model.products import fast_products
+from retnet.checkpoints import load_checkpoint
 from retnet.training import loop
 from retnet.training.config import load_config
-from retnet.training.report import count_parameters
+from retnet.training.summary import count_parameters
 from tests.training.conftest import as_options
 
 TINY = "configs/tiny.yaml"

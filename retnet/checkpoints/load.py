@@ -1,7 +1,5 @@
-"""Finding and loading the checkpoint a user means: local files and safetensors only."""
+"""Loading a checkpoint: local files and safetensors only."""
 
-import difflib
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,24 +23,19 @@ from transformers.utils.logging import (
     set_verbosity_error,
 )
 
+from retnet.checkpoints.find import find_checkpoint
+from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER, WEIGHTS
+from retnet.checkpoints.verify import check_weights_unchanged
+from retnet.checkpoints.weights import check_size
+from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError, is_out_of_memory
-from retnet.generation.decode import prefill
-from retnet.generation.weights import WEIGHTS, check_size, check_weights_unchanged, read_json
-from retnet.model import RetNetConfig, TransformerConfig
+from retnet.files import read_json
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
-from retnet.paths import kind_of
+from retnet.model.mixers import MIXERS
+from retnet.model.models import configuration, model_class
 
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
-DATA_RECORD = "data.json"
-MODEL_TYPES = (RetNetConfig.model_type, TransformerConfig.model_type)
 FLA_MODEL_TYPE = "retnet"  # flash-linear-attention's
-
-MAX_SUGGESTIONS = 5
-# Where checkpoints lie below the folder of runs, a run, or the folder above the runs.
-NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
-        "*/*/final", "*/*/best", "*/*/checkpoints/*")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,66 +55,10 @@ class Checkpoint:
     data_record: dict[str, Any] | None
 
     @property
-    def is_retention(self) -> bool:
-        """Whether the model's memory is a state of constant size."""
-        return self.model.config.model_type == RetNetConfig.model_type
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a path means.
-
-    Args:
-        path: A checkpoint folder, or a run folder: its ``final``, else its ``best``, else the
-            newest of its ``checkpoints``.
-
-    Raises:
-        UserError: There is none; the message lists checkpoints that are near. Or the path cannot
-            be reached.
-    """
-    if not str(path):
-        raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
-    path = Path(path)
-    kind = kind_of(path, "checkpoint")
-    if kind is None:
-        raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
-    if kind != "folder":
-        raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
-    numbered = [
-        (int(match[1]), folder)
-        for folder in (*path.glob("checkpoints/step_*"), *path.glob("step_*"))
-        if (match := re.fullmatch(r"step_(\d+)", folder.name))
-    ]
-    newest_first = [folder for _, folder in sorted(numbered, reverse=True)]
-    for folder in (path, path / "final", path / "best", *newest_first):
-        if kind_of(folder / CONFIG, "checkpoint") == "file":
-            return folder
-    raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
-
-
-def _suggest(path: Path) -> str:
-    """What to do instead: the checkpoints around a path, those of similar name first."""
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    near = {folder for pattern in NEAR for folder in _glob(parent, f"{pattern}/{CONFIG}")}
-    if not near and parent == path:
-        near = {
-            folder for pattern in NEAR for folder in _glob(parent.parent, f"{pattern}/{CONFIG}")
-        }
-    if not near:
-        return "train a model with train.py, or name its run folder"
-    names = [str(_relative(folder)) for folder in sorted(near)]
-    wanted = str(_relative(path))
-    names.sort(key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
-    more = f" and {len(names) - MAX_SUGGESTIONS} more" if len(names) > MAX_SUGGESTIONS else ""
-    return f"checkpoints near it: {', '.join(names[:MAX_SUGGESTIONS])}{more}"
-
-
-def _glob(folder: Path, pattern: str) -> list[Path]:
-    return [found.parent for found in folder.glob(pattern)]
-
-
-def _relative(path: Path) -> Path:
-    absolute = path.absolute()
-    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path
+    def mixer(self) -> str:
+        """The name of its mixer."""
+        name: str = self.model.config.mixer_class.name
+        return name
 
 
 def load_checkpoint(
@@ -150,27 +87,12 @@ def load_checkpoint(
     lay_out_for_decoding(model)
     tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
     record_file = folder / DATA_RECORD
-    record = read_json(record_file) if record_file.is_file() else None
+    record = read_json(record_file, COPY_AGAIN) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
-def check_finite(checkpoint: Checkpoint) -> None:
-    """Find out before a text is begun whether a model can make one.
-
-    Raises:
-        UserError: The logits after ``<bos>`` are not finite.
-    """
-    model = checkpoint.model
-    begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
-    if not prefill(model, begin, model.new_cache()).isfinite().all():
-        raise UserError(
-            f"checkpoint ({checkpoint.path}) gives logits that are not finite: its weights are "
-            "damaged or of a run that diverged, so take another one"
-        )
-
-
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, COPY_AGAIN)
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise UserError(
@@ -185,13 +107,14 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
     if model_type == FLA_MODEL_TYPE:
         raise UserError(
             f"{folder / CONFIG}: model_type ({model_type}) is flash-linear-attention's format: "
-            f"it needs a converter to {RetNetConfig.model_type}, its weights have other names"
+            "it needs a converter to ours, its weights have other names"
         )
-    if model_type in MODEL_TYPES:
+    known = [configuration(model_class(mixer)).model_type for mixer in MIXERS]
+    if model_type in known:
         return
     if "auto_map" not in config:
         raise UserError(
-            f"{folder / CONFIG}: model_type ({model_type}) is none of {', '.join(MODEL_TYPES)}: "
+            f"{folder / CONFIG}: model_type ({model_type}) is none of {', '.join(known)}: "
             "name a checkpoint made by train.py"
         )
     if not trust_remote_code:
@@ -292,7 +215,7 @@ def _load_tokenizer(
             f"{folder / TOKENIZER}: {type(tokenizer).__name__} is not a fast tokenizer: use one "
             "that the tokenizers library can run"
         )
-    largest = max(tokenizer.get_vocab().values())
+    largest = max_token_id(tokenizer)
     if largest >= vocab_size:
         raise UserError(
             f"{folder / TOKENIZER}: its largest id ({largest}) is beyond the model's vocab_size "

@@ -1,16 +1,15 @@
-"""The cache of preparations: complete folders only.
+"""Preparations and the cache of them: complete folders only.
 
 A preparation is built under a temporary name and renamed when it is complete, so another process
 sees all of it or nothing, and of two that build the same one the later keeps the earlier's.
 """
 
-import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import tokenizer_hash
-from retnet.errors import UserError
+from retnet.errors import UserError, os_errors
+from retnet.files import UNFINISHED, missing_folders, read_json, write_json
 from retnet.paths import kind_of
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ RECORD: Final = "record.json"
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
 TOKENIZER: Final = "tokenizer"
-TEMPORARY = ".unfinished-"
 STREAMING = ".streaming-"
 ABANDONED_S = 24 * 3600
+PREPARE_AGAIN = "prepare the text again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
     if kind_of(entry, "data.cache_dir") is None:
         return None
     try:
-        record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
+        record = read_json(entry / RECORD, PREPARE_AGAIN)
         train, validation = TokenFile.open(entry / TRAIN), TokenFile.open(entry / VALIDATION)
         if tokenizer is None:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
@@ -73,8 +73,7 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
 
 def save_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record, the last file of an entry."""
-    text = json.dumps(record, indent=2) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
+    write_json(folder / RECORD, record)
 
 
 def known_revision(cache_dir: Path, location: str) -> str | None:
@@ -83,7 +82,7 @@ def known_revision(cache_dir: Path, location: str) -> str | None:
         cache_dir.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
     ):
         try:
-            source = json.loads(path.read_text(encoding="utf-8"))["source"]
+            source = read_json(path, PREPARE_AGAIN)["source"]
             if source["kind"] == "hub" and source["location"] == location:
                 return source["revision"]
         except (ValueError, KeyError, TypeError):  # a damaged entry knows nothing
@@ -98,30 +97,19 @@ def unfinished(entry: Path) -> Iterator[Path]:
     Raises:
         UserError: The cache folder cannot be written.
     """
-    made = _missing_folders(entry.parent)
-    try:
+    made = missing_folders(entry.parent)
+    with _writing(entry.parent, "name a folder that can"):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        for old in entry.parent.glob(f"{TEMPORARY}*"):  # of processes that were killed
+        for old in entry.parent.glob(f"{UNFINISHED}*"):  # of processes that were killed
             if old.stat().st_mtime < time.time() - ABANDONED_S:
                 shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=entry.parent))
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir ({entry.parent}) cannot be written ({error.strerror}): "
-            "name a folder that can"
-        ) from error
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=entry.parent))
     try:
-        yield folder
-    except OSError as error:
-        raise _not_writable(entry.parent, error) from error
+        with _writing(entry.parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
-
-
-def _missing_folders(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there yet, the innermost first."""
-    return [missing for missing in (folder, *folder.parents) if not missing.exists()]
 
 
 def _remove_empty(made: list[Path]) -> None:
@@ -140,38 +128,36 @@ def resumable(entry: Path) -> Iterator[Path]:
         UserError: The cache folder cannot be written, or another process is at work there.
     """
     folder = entry.with_name(f"{STREAMING}{entry.name}")
-    made = _missing_folders(entry.parent)
+    made = missing_folders(entry.parent)
     lock = FileLock(f"{folder}.lock")
-    try:
+    with _writing(entry.parent):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"data.cache_dir ({entry.parent}): another process is preparing the same text: wait"
-        ) from error
-    except OSError as error:
-        raise _not_writable(entry.parent, error) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"data.cache_dir ({entry.parent}): another process is preparing the same text: wait"
+            ) from error
     try:
-        yield folder
-        shutil.rmtree(folder)
-    except HubUnreachableError:
-        raise  # nothing is wrong with the text: what is committed serves the next attempt
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # the text must change, and then nothing fits
-        raise
-    except OSError as error:
-        raise _not_writable(entry.parent, error) from error
+        with _writing(entry.parent):
+            try:
+                yield folder
+                shutil.rmtree(folder)
+            except HubUnreachableError:
+                raise  # nothing is wrong with the text: what is committed serves the next attempt
+            except UserError:
+                shutil.rmtree(folder, ignore_errors=True)  # the text must change: nothing fits then
+                raise
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
         _remove_empty(made)
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"data.cache_dir ({folder}) cannot be written ({error.strerror or error}): "
-        "free space there, or name another folder"
-    )
+def _writing(
+    folder: Path, fix: str = "free space there, or name another folder"
+) -> AbstractContextManager[None]:
+    return os_errors(f"data.cache_dir ({folder}) cannot be written", fix)
 
 
 def publish(complete: Path, entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from retnet.errors import UserError
 from retnet.evaluation import evaluate_batches, score_documents
-from retnet.evaluation.perplexity import token_nll, windows
+from retnet.evaluation.scoring import token_nll, windows
 from tests.generation.builders import BOS, EOS, MIXERS, byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()

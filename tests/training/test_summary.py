@@ -5,7 +5,7 @@ import torch
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig
 from retnet.training.build import build_model
-from retnet.training.report import count_parameters, estimate_memory
+from retnet.training.summary import count_parameters, estimate_memory
 
 SIZE = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 2, "vocab_size": 300}
 

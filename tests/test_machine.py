@@ -1,18 +1,20 @@
-"""Freed memory is kept: counted in page faults, in processes of their own."""
+"""How much memory there is; freed memory is kept: counted in page faults of other processes."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import retnet.training.run as run
+from retnet.machine import memory_of
 from retnet.training.config import Config
 
 FAULTS = """
 import resource, sys
 import torch
-from retnet.allocator import keep_freed_memory
+from retnet.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def use():
@@ -57,3 +59,9 @@ def test_training_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "keep_freed_memory", ask)
     with pytest.raises(AskedError):
         run.train(Config())
+
+
+def test_the_memory_of_a_device() -> None:
+    found = memory_of(torch.device("cpu"))
+    assert found is None or found > 2**28
+    assert memory_of(torch.device("meta")) is None

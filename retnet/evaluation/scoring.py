@@ -6,9 +6,7 @@ targets, each later one those that no window before it has scored. So a target i
 least ``context - stride + 1`` tokens where the document has that many before it.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data import encode_documents
 from retnet.errors import UserError
-from retnet.model import RetNetForCausalLM
+from retnet.evaluation import metrics
+from retnet.generation import evaluation_mode
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.loss import IGNORE_INDEX
 
-IGNORED = -100
 LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss
 TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small
 
@@ -47,15 +46,15 @@ class DocumentScores:
 
     @property
     def nats_per_token(self) -> float:
-        return float(self.nll.sum() / self.targets.sum())
+        return metrics.nats_per_token(self.nll.sum().item(), self.targets.sum().item())
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return metrics.perplexity(self.nll.sum().item(), self.targets.sum().item())
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.nll.sum() / self.bytes.sum() / math.log(2))
+        return metrics.bits_per_byte(self.nll.sum().item(), self.bytes.sum().item())
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def score_documents(
         disable=True if progress is None else None,
     )  # fmt: skip
     score = _score_carried if carry_state else _score_windows
-    with _evaluating(model), bar:
+    with evaluation_mode(model), torch.inference_mode(), bar:
         for documents_of_rows, nll, scored in score(model, tokens, context, stride, batch_size):
             totals.index_add_(0, documents_of_rows.to(totals.device), nll)
             bar.update(scored)
@@ -144,10 +143,10 @@ def check_windows(
     if context < 1:
         raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
     if carry_state:
-        if not isinstance(model, RetNetForCausalLM):
+        if model.grows:
             raise UserError(
                 f"--carry-state needs a recurrent model, not a {type(model).__name__}: leave it "
-                "out, or compare retention models only"
+                "out, or compare models whose state has a constant size"
             )
         if stride is not None:
             raise UserError(f"stride ({stride}) has no effect with --carry-state: leave it out")
@@ -161,31 +160,19 @@ def check_windows(
     return stride
 
 
-@contextmanager
-def _evaluating(model: DecoderForCausalLM) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; the mode of before after it."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats; the log-softmax is at least float32.
 
     Args:
         logits: [B, T, vocab].
-        labels: The target of each position, [B, T], ``IGNORED`` where there is none.
+        labels: The target of each position, [B, T], ``IGNORE_INDEX`` where there is none.
 
     Returns:
         float64 [B, T], zero where there is no target.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = F.cross_entropy(
-        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return flat.view_as(labels).double()
 
@@ -222,10 +209,10 @@ def _score_windows(
             ids = tokens[window.document]
             inputs.append(ids[window.start : window.end])
             targets = ids[window.start + 1 : window.end + 1].clone()
-            targets[: window.first_target - window.start - 1] = IGNORED
+            targets[: window.first_target - window.start - 1] = IGNORE_INDEX
             labels.append(targets)
         output = model(_padded(inputs, 0, model.device), use_cache=False)
-        nll = token_nll(output.logits, _padded(labels, IGNORED, model.device)).sum(dim=1)
+        nll = token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device)).sum(dim=1)
         rows = torch.tensor([window.document for window in batch])
         yield rows, nll, sum(window.end + 1 - window.first_target for window in batch)
 
@@ -238,14 +225,14 @@ def _score_carried(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         ids = _padded([tokens[document][:-1] for document in rows], 0, model.device)
-        labels = _padded([tokens[document][1:] for document in rows], IGNORED, model.device)
+        labels = _padded([tokens[document][1:] for document in rows], IGNORE_INDEX, model.device)
         cache = model.new_cache()
         for piece, targets in zip(
             ids.split(context, dim=1), labels.split(context, dim=1), strict=True
         ):
             output = model(piece, past_key_values=cache, use_cache=True)
             nll = token_nll(output.logits, targets).sum(dim=1)
-            yield torch.tensor(rows), nll, int((targets != IGNORED).sum())
+            yield torch.tensor(rows), nll, int((targets != IGNORE_INDEX).sum())
 
 
 def evaluate_batches(
@@ -265,7 +252,7 @@ def evaluate_batches(
     """
     total: Tensor | None = None
     targets = 0
-    with _evaluating(model):
+    with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             labels = batch["shift_labels"].to(model.device)
             inputs: dict[str, Any] = {
@@ -283,5 +270,5 @@ def evaluate_batches(
                 use_cache=False,
             ).loss.double()
             total = nll if total is None else total + nll
-            targets += int((batch["shift_labels"] != IGNORED).sum())
+            targets += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return (0.0 if total is None else total.item()), targets

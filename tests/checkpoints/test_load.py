@@ -1,8 +1,7 @@
-"""Which checkpoint a path means, and a clear error for everything that can be wrong with one."""
+"""A loaded checkpoint is the saved one; a clear error for everything that can be wrong with it."""
 
 import json
 import shutil
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import get_verbosity
 
+from retnet.checkpoints import load_checkpoint, write_manifest
 from retnet.errors import UserError
-from retnet.generation import (
-    add_loading_options,
-    find_checkpoint,
-    load_checkpoint,
-    loading_arguments,
-    write_manifest,
-)
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint, tiny_model
 
 
@@ -29,12 +22,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def fake(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    return folder
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -68,50 +55,6 @@ def test_dtype_and_record(saved: Path) -> None:
 def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
     load_checkpoint(saved)
     assert capfd.readouterr().err == ""
-
-
-def test_a_run_folder_means_final_then_best_then_the_newest(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    fake(run / "checkpoints" / "step_9")
-    newest = fake(run / "checkpoints" / "step_100")
-    (run / "checkpoints" / "step_200.tmp").mkdir()
-    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == newest
-    best = fake(run / "best")
-    assert find_checkpoint(str(run)) == best
-    final = fake(run / "final")
-    assert find_checkpoint(run) == final
-    assert find_checkpoint(newest) == newest
-
-
-def test_a_missing_path_lists_checkpoints_that_are_near(tmp_path: Path, monkeypatch) -> None:
-    for name in ("tiny-retention", "tiny-attention"):
-        fake(tmp_path / "runs" / name / "final")
-    monkeypatch.chdir(tmp_path)
-    for wrong in ("runs/tiny-retenton/final", "runs/tiny-retenton", "tiny-retention"):
-        with pytest.raises(UserError, match=r"near it: runs/tiny-retention/final, runs/tiny-att"):
-            find_checkpoint(wrong)
-    with pytest.raises(UserError, match=r"near it: runs/tiny-attention/final, runs/tiny-ret"):
-        find_checkpoint("runs")
-    (tmp_path / "runs" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no config.json: checkpoints near it: "):
-        find_checkpoint("runs/empty")
-
-
-def test_a_long_list_is_cut(tmp_path: Path) -> None:
-    for number in range(9):
-        fake(tmp_path / "runs" / f"run{number}" / "final")
-    with pytest.raises(UserError, match=r" and 4 more$"):
-        find_checkpoint(tmp_path / "runs" / "run")
-
-
-def test_nothing_near(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not exist: train a model"):
-        find_checkpoint(tmp_path / "a" / "b")
-
-
-def test_a_file_is_no_checkpoint(saved: Path) -> None:
-    with pytest.raises(UserError, match="is a file: name its folder"):
-        find_checkpoint(saved / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -299,27 +242,3 @@ def test_a_damaged_or_foreign_tokenizer(copy: Path, name: str, content: bytes) -
     fix = "add --trust-remote-code" if b"auto_map" in content else "copy its tokenizer files again"
     with pytest.raises(UserError, match=rf"tokenizer that cannot be loaded \(.*{fix}$"):
         load_checkpoint(copy)
-
-
-def options(*argv: str) -> dict:
-    parser = ArgumentParser()
-    add_loading_options(parser)
-    return loading_arguments(parser.parse_args(argv))
-
-
-def test_loading_options() -> None:
-    chosen = options("--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code")
-    assert chosen == {
-        "dtype": torch.bfloat16,
-        "device": torch.device("cpu"),
-        "trust_remote_code": True,
-    }
-    automatic = options()
-    assert automatic["dtype"] is None
-    assert automatic["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
-def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(UserError, match=rf"--device \({name}\) cannot be used"):
-        options("--device", name)

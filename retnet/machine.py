@@ -1,10 +1,21 @@
-"""The C library's allocator, set up for tensors."""
+"""What the machine has and how its C library hands memory out."""
 
 import ctypes
 import os
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory of a device, whoever uses them now; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> bool:

@@ -12,19 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from retnet import RetNetForCausalLM
+from retnet.checkpoints import Progress, Snapshot, load_checkpoint_state, save_checkpoint
+from retnet.checkpoints.format import list_checkpoints, step_folder
+from retnet.checkpoints.save import prune_checkpoints, remove_unfinished
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.training.build import build_model, model_config
-from retnet.training.checkpoint import (
-    Progress,
-    Snapshot,
-    list_checkpoints,
-    load_checkpoint_state,
-    prune_checkpoints,
-    remove_unfinished,
-    save_checkpoint,
-    step_folder,
-)
 from retnet.training.config import load_config
 from retnet.training.optimizer import build_optimizer
 
@@ -93,7 +86,7 @@ def test_an_interrupted_write_is_no_checkpoint(
     def fail(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retnet.training.checkpoint.save_file", fail)
+    monkeypatch.setattr("retnet.checkpoints.save.save_file", fail)
     for target in (step_folder(tmp_path, 2), folder):
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(target, model, model, optimizer, Progress(step=2), SNAPSHOT)

@@ -1,34 +1,16 @@
 """The weights of a checkpoint folder: which files they are, and whether they may be loaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
+from retnet.checkpoints.format import COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX
 from retnet.errors import UserError
-from retnet.generation.integrity import MANIFEST, find_damage
+from retnet.files import read_json
 from retnet.paths import kind_of
-
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        UserError: It cannot be read or is no object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not readable JSON ({error}): copy the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold an object: copy the checkpoint again")
-    return content
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -54,7 +36,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def _shards(folder: Path) -> list[str]:
     index = folder / WEIGHTS_INDEX
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(
             f"{index}: weight_map must name a file for each weight: copy the checkpoint again"
@@ -104,20 +86,17 @@ def check_size(folder: Path, config: Any) -> None:
         )
 
 
-def check_weights_unchanged(folder: Path) -> None:
-    """Compare the weights with the manifest of their folder.
+def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
+    """The weights in a checkpoint of ours by name.
 
-    The other files are text that one may want to edit; a folder without a manifest is accepted.
+    Args:
+        folder: The checkpoint.
+        tied: Whether an output layer that is not there is the embedding.
 
     Raises:
-        UserError: They are not what the manifest describes, or ``weight_files`` refuses them.
+        SafetensorError: The file is damaged.
     """
-    files = weight_files(folder)
-    if not (folder / MANIFEST).is_file():
-        return
-    damage = find_damage(folder, only=(WEIGHTS, *files))
-    if damage is not None:
-        raise UserError(
-            f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
-            "you changed the weights yourself"
-        )
+    weights = load_file(folder / WEIGHTS)
+    if tied and "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return weights

@@ -1,0 +1,63 @@
+"""Finding the checkpoint that a user means."""
+
+import difflib
+from pathlib import Path
+
+from retnet.checkpoints.format import BEST, CHECKPOINTS, CONFIG, FINAL, in_order
+from retnet.errors import UserError
+from retnet.paths import kind_of
+
+MAX_SUGGESTIONS = 5
+# Where checkpoints lie below the folder of runs, a run, or the folder above the runs.
+NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
+        "*/*/final", "*/*/best", "*/*/checkpoints/*")  # fmt: skip
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that a path means.
+
+    Args:
+        path: A checkpoint folder, or a run folder: its ``final``, else its ``best``, else the
+            newest of its ``checkpoints``.
+
+    Raises:
+        UserError: There is none; the message lists checkpoints that are near. Or the path cannot
+            be reached.
+    """
+    if not str(path):
+        raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
+    path = Path(path)
+    kind = kind_of(path, "checkpoint")
+    if kind is None:
+        raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
+    if kind != "folder":
+        raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
+    steps = in_order((*path.glob(f"{CHECKPOINTS}/*"), *path.glob("*")))
+    for folder in (path, path / FINAL, path / BEST, *reversed(steps)):
+        if kind_of(folder / CONFIG, "checkpoint") == "file":
+            return folder
+    raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
+
+
+def _suggest(path: Path) -> str:
+    """What to do instead: the checkpoints around a path, those of similar name first."""
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    near = _checkpoints_near(parent)
+    if not near and parent == path:
+        near = _checkpoints_near(parent.parent)
+    if not near:
+        return "train a model with train.py, or name its run folder"
+    names = [str(_relative(folder)) for folder in sorted(near)]
+    wanted = str(_relative(path))
+    names.sort(key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
+    more = f" and {len(names) - MAX_SUGGESTIONS} more" if len(names) > MAX_SUGGESTIONS else ""
+    return f"checkpoints near it: {', '.join(names[:MAX_SUGGESTIONS])}{more}"
+
+
+def _checkpoints_near(folder: Path) -> set[Path]:
+    return {found.parent for pattern in NEAR for found in folder.glob(f"{pattern}/{CONFIG}")}
+
+
+def _relative(path: Path) -> Path:
+    absolute = path.absolute()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,102 @@
+"""The format of a run's checkpoints: their files, and the folders they lie in.
+
+A checkpoint is the state after a completed optimizer step, in a folder that alone suffices to
+generate, and to load with transformers:
+
+    config.json, generation_config.json, model.safetensors    as transformers writes them
+    tokenizer.json, tokenizer_config.json
+    data.json              how the training and validation data was made
+    training_state.json    ``Progress``: the step, the best validation loss
+    optimizer.safetensors  AdamW's moments, by parameter name (not in best/ and final/)
+    carried.safetensors    the states that the next windows begin with (train.carry_state only)
+    manifest.json          sizes and checksums of the above
+
+Others' checkpoints may have their weights in several files, named by model.safetensors.index.json,
+and lack what only training needs. Nothing is pickled. In a run folder there are
+
+    checkpoints/step_N/    the newest ones, to go on from
+    best/                  the lowest validation loss so far
+    final/                 the end of the run
+
+A folder with one of these names is complete: it was filled under another name, see
+``retnet.files``.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from retnet.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+DATA_RECORD = "data.json"
+TRAINING_STATE = "training_state.json"
+OPTIMIZER = "optimizer.safetensors"
+CARRIED = "carried.safetensors"
+MANIFEST = "manifest.json"
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+FINAL = "final"
+COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything besides weights and moments.
+
+    Attributes:
+        step: Completed optimizer steps.
+        best_loss: Lowest validation loss so far, nats per token; None before the first evaluation.
+        best_step: Where that was.
+        seconds: Time spent in training so far.
+        global_batch: Rows of an optimizer step, which must stay the same when the run goes on.
+    """
+
+    step: int = 0
+    global_batch: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+
+    def forget_best(self) -> None:
+        """The weights of the best evaluation are no longer there to be found."""
+        self.best_loss = self.best_step = None
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after ``step`` steps."""
+    return run / CHECKPOINTS / f"step_{step}"
+
+
+def step_number(folder: Path) -> int:
+    """The step that a folder of ``step_folder`` is named after."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def in_order(folders: Iterable[Path]) -> list[Path]:
+    """Those of some folders that are named as by ``step_folder``, oldest first."""
+    named = (folder for folder in folders if re.fullmatch(r"step_[0-9]+", folder.name))
+    return sorted(named, key=step_number)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first.
+
+    Raises:
+        UserError: Whether there are any can't be seen.
+    """
+    parent = run / CHECKPOINTS
+    try:
+        return in_order(parent.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{parent} can't be read ({error.strerror or error}), and what is there decides where "
+            "the run begins: make it readable, or set another train.out_dir"
+        ) from error

@@ -1,0 +1,160 @@
+"""Writing the checkpoints of a run, and putting their state back into it.
+
+States are gathered by ``torch.distributed.checkpoint``, which gives the same names and whole
+tensors for a plain, a DDP and a sharded model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retnet.checkpoints.format import (
+    CARRIED,
+    CHECKPOINTS,
+    COPY_AGAIN,
+    DATA_RECORD,
+    OPTIMIZER,
+    TRAINING_STATE,
+    WEIGHTS,
+    Progress,
+    list_checkpoints,
+)
+from retnet.checkpoints.match import TAKE_OVER, check_same_model
+from retnet.checkpoints.verify import write_manifest
+from retnet.checkpoints.weights import read_weights
+from retnet.errors import UserError
+from retnet.files import read_json, remove_folder, replacing, tidy, write_json
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is written with the weights, the same in every checkpoint of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data_record: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    bare_model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress,
+    snapshot: Snapshot,
+    *,
+    carried: dict[str, Tensor] | None = None,
+    main_process: bool = True,
+) -> None:
+    """Write a checkpoint; every process must call this, the main one writes.
+
+    Args:
+        folder: Its final name; an existing folder there is replaced.
+        model: The model that is trained, perhaps wrapped.
+        bare_model: The transformers model inside.
+        optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
+        progress: Saved with it.
+        snapshot: Tokenizer and data record.
+        carried: States carried from window to window, where there are any.
+        main_process: Whether this process writes.
+
+    Raises:
+        OSError: It can't be written; nothing has changed then.
+    """
+    weights = get_model_state_dict(model, options=WHOLE)
+    moments = None
+    if optimizer is not None:
+        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if not main_process:
+        return
+    if folder.parent.name == CHECKPOINTS:  # a run folder that was removed stays removed
+        folder.parent.mkdir(exist_ok=True)
+    with replacing(folder) as new, _failed_writes():
+        bare_model.save_pretrained(new, state_dict=weights)
+        snapshot.tokenizer.save_pretrained(new)
+        write_json(new / DATA_RECORD, snapshot.data_record)
+        write_json(new / TRAINING_STATE, asdict(progress))
+        if moments is not None:
+            save_file(_flatten_moments(moments), new / OPTIMIZER)
+            if carried is not None:
+                save_file(carried, new / CARRIED)
+        write_manifest(new)
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+@contextmanager
+def _failed_writes() -> Iterator[None]:
+    """``OSError`` also for what safetensors and tokenizers report in their own way."""
+    try:
+        yield
+    except Exception as error:
+        if "(os error " in str(error):
+            raise OSError(str(error)) from error
+        raise
+
+
+def load_checkpoint_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put a checkpoint's weights and moments into model and optimizer.
+
+    Raises:
+        UserError: The folder is no checkpoint to go on from.
+    """
+    for name in (WEIGHTS, OPTIMIZER, TRAINING_STATE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"checkpoint ({folder}) has no {name}: go on from one in {CHECKPOINTS}/, or use "
+                "its weights alone with model.init_from"
+            )
+    weights: dict[str, Any] = dict(read_weights(folder, tied=True))
+    what, fix = f"checkpoint ({folder})", TAKE_OVER
+    own: Any = get_model_state_dict(model)
+    check_same_model(own, weights, what, fix)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, weights, options=options)
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    stored = load_file(folder / OPTIMIZER)
+    check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
+    for name, values in moments["state"].items():
+        for key in values:
+            values[key] = stored[f"{name}/{key}"]
+    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    return Progress(**read_json(folder / TRAINING_STATE, COPY_AGAIN))
+
+
+def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's state as it is stored: "name of the parameter/name of the moment"."""
+    return {
+        f"{name}/{key}": value.contiguous()
+        for name, values in state["state"].items()
+        for key, value in values.items()
+    }
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints."""
+    for folder in list_checkpoints(run)[:-keep]:
+        remove_folder(folder)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Tidy up after an interrupted write."""
+    tidy(run)
+    tidy(run / CHECKPOINTS)

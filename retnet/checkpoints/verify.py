@@ -1,0 +1,100 @@
+"""The manifest of a checkpoint: the size and checksum of each file, and whether they still hold."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from retnet.checkpoints.format import (
+    CONFIG,
+    COPY_AGAIN,
+    DATA_RECORD,
+    MANIFEST,
+    OPTIMIZER,
+    TOKENIZER,
+    TRAINING_STATE,
+    WEIGHTS,
+)
+from retnet.checkpoints.weights import weight_files
+from retnet.errors import UserError
+from retnet.files import read_json, sha256, write_json
+
+ALWAYS_THERE = (CONFIG, WEIGHTS, TOKENIZER, DATA_RECORD, TRAINING_STATE)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record every file of a folder as it is now."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with a folder that ``write_manifest`` described.
+
+    Args:
+        folder: The checkpoint.
+        only: Names of the files to look at; None looks at all in the manifest.
+
+    Returns:
+        The first file that is missing or changed and how, or None when all is well.
+    """
+    try:
+        if not (folder / MANIFEST).exists():
+            return f"{MANIFEST} is missing"
+        for name, written in _described(folder).items():
+            if only is not None and name not in only:
+                continue
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size:,} bytes, {written['bytes']:,} were written"
+            if _describe(path) != written:
+                return f"{name} is not what was written, its checksum differs"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
+    """What is wrong with a checkpoint, or None when it is as it was written.
+
+    Args:
+        folder: The checkpoint.
+        resumable: Whether it must hold the optimizer's state.
+    """
+    damage = find_damage(folder)
+    if damage is not None:
+        return damage
+    described = _described(folder)
+    needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
+    lacking = [name for name in needed if name not in described]
+    return f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
+
+
+def check_weights_unchanged(folder: Path) -> None:
+    """Compare the weights with the manifest of their folder.
+
+    The other files are text that one may want to edit; a folder without a manifest is accepted.
+
+    Raises:
+        UserError: They are not what the manifest describes, or ``weight_files`` refuses them.
+    """
+    files = weight_files(folder)
+    if not (folder / MANIFEST).is_file():
+        return
+    damage = find_damage(folder, only=(WEIGHTS, *files))
+    if damage is not None:
+        raise UserError(
+            f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
+            "you changed the weights yourself"
+        )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = read_json(folder / MANIFEST, COPY_AGAIN)["files"]
+    return files
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path).hex()}

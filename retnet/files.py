@@ -1,0 +1,163 @@
+"""Files and folders that are there as a whole or not at all, and JSON objects.
+
+What is written goes under a temporary name beside its place, to the disk, and only then takes the
+place. So a reader finds the old or the new, also after a power cut, and ``tidy`` knows what to do
+with everything that an interruption leaves.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from retnet.errors import UserError
+
+UNFINISHED = ".unfinished-"
+REPLACED = ".unfinished-old-"
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(UNFINISHED + path.name)
+
+
+def try_to_write(path: Path) -> None:
+    """Raise the ``OSError`` that ``write_text`` would; leaves nothing."""
+    _beside(path).write_text("", encoding="utf-8")
+    _beside(path).unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole; half a surrogate pair becomes an escape, as JSON has it.
+
+    Raises:
+        OSError: It can't be written; nothing has changed then.
+    """
+    new = _beside(path)
+    try:
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+        sync(new)
+        new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
+
+
+def write_json(
+    path: Path, content: Any, *, not_finite: Callable[[float], Any] = lambda number: None
+) -> None:
+    """Write a JSON file as a whole.
+
+    Args:
+        path: The file.
+        content: What to write.
+        not_finite: What stands for infinities and nan, which JSON does not have: null, or ``str``
+            for "inf" and "nan".
+
+    Raises:
+        OSError: It can't be written; nothing has changed then.
+    """
+
+    def allowed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: allowed(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [allowed(item) for item in value]
+        return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(allowed(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: The file.
+        fix: What the user can do when there is none.
+
+    Raises:
+        UserError: It cannot be read or is no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): {fix}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold an object: {fix}")
+    return content
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``folder`` when it is complete and on disk.
+
+    Raises:
+        OSError: It can't be written; nothing has changed then.
+    """
+    new = _beside(folder)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            sync(file)
+        sync(new)
+    except Exception:
+        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
+        raise
+    if folder.exists():
+        old = folder.with_name(REPLACED + folder.name)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old)
+    else:
+        new.rename(folder)
+    sync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; one half removed is never seen under its name."""
+    rest = _beside(folder.with_name(f"removed-{folder.name}"))
+    shutil.rmtree(rest, ignore_errors=True)
+    folder.rename(rest)
+    shutil.rmtree(rest)
+
+
+def tidy(parent: Path) -> None:
+    """Remove what interrupted writes left in a folder, and put back what they were replacing."""
+    for old in parent.glob(f"{REPLACED}*"):
+        folder = parent / old.name.removeprefix(REPLACED)
+        if not folder.exists():
+            old.rename(folder)
+    for rest in parent.glob(f"{UNFINISHED}*"):
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink()
+
+
+def sha256(path: Path) -> bytes:
+    """The hash of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the innermost first."""
+    return [missing for missing in (folder, *folder.parents) if not missing.exists()]

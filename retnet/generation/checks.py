@@ -1,0 +1,69 @@
+"""What is found out before a text is begun: that the model can make one and the machine hold it."""
+
+import logging
+
+import torch
+
+from retnet.checkpoints import Checkpoint
+from retnet.errors import UserError
+from retnet.generation.decode import prefill
+from retnet.machine import memory_of
+from retnet.model.decoder import DecoderForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Find out before a text is begun whether a model can make one.
+
+    Raises:
+        UserError: The logits after ``<bos>`` are not finite.
+    """
+    model = checkpoint.model
+    begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
+    if not prefill(model, begin, model.new_cache()).isfinite().all():
+        raise UserError(
+            f"checkpoint ({checkpoint.path}) gives logits that are not finite: its weights are "
+            "damaged or of a run that diverged, so take another one"
+        )
+
+
+def check_length(
+    model: DecoderForCausalLM, prompt_tokens: int, max_new_tokens: int, num_samples: int
+) -> None:
+    """Warn of a prompt that is longer than a model with a growing state can make sense of.
+
+    A state of constant size reads any length in the same memory.
+
+    Raises:
+        UserError: The tokens, and what the model keeps of each, exceed the machine's memory.
+    """
+    if model.grows:
+        window = model.config.max_position_embeddings
+        if prompt_tokens > window:
+            logger.warning(
+                "the prompt has %s tokens, and this model was trained on texts of %s: "
+                "expect poor text, and time that grows with the square of the length",
+                f"{prompt_tokens:,}",
+                f"{window:,}",
+            )
+    what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"
+    check_text_fits(model, prompt_tokens + max_new_tokens, num_samples, what)
+
+
+def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:
+    """Raise a ``UserError`` when tokens, and what the model keeps of each, cannot fit.
+
+    Args:
+        model: The model that is to read them.
+        tokens: Tokens of a row.
+        rows: Texts side by side.
+        what: Beginning of the message: whose tokens these are, and a verb.
+    """
+    per_token = rows * (8 + model.bytes_per_token)  # 8 of an int64 id
+    memory = memory_of(model.device)
+    if memory is not None and tokens * per_token > memory:
+        raise UserError(
+            f"{what} {tokens * per_token:,} bytes, {per_token:,} a token, and {model.device} has "
+            f"{memory:,}: at most {memory // per_token:,} tokens can fit"
+        )
