@@ -1,4 +1,4 @@
-"""What the three entry points share: argument errors, logging, exit codes."""
+"""What the entry points share: argument errors, logging, exit codes, how torch is set up."""
 
 import argparse
 import logging
@@ -11,6 +11,7 @@ from typing import NoReturn
 from transformers.utils import logging as transformers_logging
 
 from retnet.errors import UserError, is_out_of_memory
+from retnet.machine import use_fast_products
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -50,7 +51,7 @@ def configure_logging() -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call an entry point's body and turn what the user did wrong into exit code 2.
+    """Set torch up, call an entry point's body, turn what the user did wrong into exit code 2.
 
     Args:
         main: Takes the arguments (without the program name) and returns an exit code or None.
@@ -62,6 +63,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     if sys.stderr is None:  # closed; print and logging would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     configure_logging()
+    use_fast_products()
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

@@ -5,7 +5,6 @@ from retnet.generation.console import print_samples, text_output
 from retnet.generation.decode import (
     Step,
     Usage,
-    check_compiler,
     decode_one,
     generate,
     make_step,

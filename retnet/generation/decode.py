@@ -5,8 +5,6 @@ so faster, a ``Sampler`` chooses the next one, ``generate`` is the loop for one 
 batch, whatever the mixer.
 """
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, StoppingCriteria, StoppingCriteriaList
 
-from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
+from retnet.machine import set_up_compiler
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.graph import StepGraph
@@ -163,18 +161,8 @@ def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
         UserError: There is no C++ compiler to compile it with.
     """
     if compile:
-        check_compiler(model.device, "--compile")
+        set_up_compiler(model.device, "--compile")
     return Step(model, compile=compile)
-
-
-def check_compiler(device: torch.device, key: str) -> None:
-    """Raise a ``UserError`` that names ``key`` where torch.compile finds no C++ compiler."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise UserError(
-            f"{key} needs a C++ compiler and finds none ({', '.join(names)}): install one, or "
-            "leave it out"
-        )
 
 
 def _last_logits(model: DecoderForCausalLM, input_ids: Tensor, cache: DecoderCache) -> Tensor:

@@ -12,9 +12,10 @@ from transformers import (
 
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
-from retnet.generation.decode import ENDED, Usage, check_compiler, generate
+from retnet.generation.decode import ENDED, Usage, generate
 from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
+from retnet.machine import set_up_compiler
 from retnet.model.decoder import DecoderForCausalLM
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode an incomplete character to
@@ -179,7 +180,7 @@ def stream_text(
     """
     criteria = stopping_criteria(tokenizer, stop)
     if compile:
-        check_compiler(model.device, "--compile")
+        set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
     check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()

@@ -18,8 +18,7 @@ from retnet.data import (
     prepare_data,
 )
 from retnet.errors import UserError
-from retnet.generation import check_compiler
-from retnet.machine import keep_freed_memory
+from retnet.machine import keep_freed_memory, set_up_compiler
 from retnet.training.build import (
     Model,
     build_model,
@@ -187,7 +186,7 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
-        check_compiler(accelerator.device, "train.compile (true)")
+        set_up_compiler(accelerator.device, "train.compile (true)")
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, build_optimizer(bare_model, spec))
     progress = Progress(global_batch=batches.global_batch)
