@@ -11,7 +11,6 @@ from torch import Tensor
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
-from retnet.model.layers import MODES
 
 VOCAB, PAD = 64, 0
 MIXERS = ("retention", "attention")
@@ -74,7 +73,7 @@ class Case:
         return isinstance(self.model, RetNetForCausalLM)
 
     def mode(self) -> str | None:
-        return self.draw.choice(MODES) if self.retention else None
+        return self.draw.choice(MultiScaleRetention.modes) if self.retention else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bfloat16 autocast":

@@ -5,13 +5,13 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from retnet.model.decay import head_log_decay
-from retnet.model.retention import retention_chunkwise, retention_parallel
 from torch import Tensor
 
 from benchmarks.contenders import Prepare
 from benchmarks.measure import FORMS, TRAIN, Piece, Plan, Results, measure
 from retnet.model.configuration import RetNetConfig
+from retnet.model.ops.decay import head_log_decay
+from retnet.model.ops.retention import retention_chunkwise, retention_parallel
 
 FLA = "flash-linear-attention"
 SHAPES = ((8, 4096, 8, 128), (8, 4096, 8, 256))  # B, T, H, K; V = 2 K

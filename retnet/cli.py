@@ -40,12 +40,12 @@ def file_path(text: str) -> Path:
 
 
 def configure_logging() -> None:
-    """Send the package's log lines to stderr as plain text."""
+    """Send the package's log lines to stderr as plain text, of several processes the first's."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("retnet")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     logger.propagate = False
     transformers_logging.disable_progress_bar()  # of weights being written and loaded
 

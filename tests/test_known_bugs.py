@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from retnet.model.decay import head_log_decay
-from retnet.model.rotary import rotary_angles, rotation
 from torch import Tensor
 
 from retnet import RetNetForCausalLM
 from retnet.data import ValidationBatches
 from retnet.evaluation import decode_speed, evaluate_batches, score_documents, speed
 from retnet.model import layers, modeling, retention
+from retnet.model.ops.decay import head_log_decay
+from retnet.model.ops.rotary import rotary_angles, rotation
 from retnet.training import load_config, train
 from tests.data.corpora import tokens_of
 from tests.generation.builders import BOS, EOS, byte_tokenizer, tiny_model

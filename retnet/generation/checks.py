@@ -42,9 +42,10 @@ def check_length(
         window = model.config.max_position_embeddings
         if prompt_tokens > window:
             logger.warning(
-                "the prompt has %s tokens, and this model was trained on texts of %s: "
+                "the prompt has %s tokens, and this %s model was trained on texts of %s: "
                 "expect poor text, and time that grows with the square of the length",
                 f"{prompt_tokens:,}",
+                model.config.mixer_class.name,
                 f"{window:,}",
             )
     what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"

@@ -1,6 +1,7 @@
 """From a configuration to a model."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
@@ -13,9 +14,36 @@ from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
-from retnet.model.models import model_class
+from retnet.model.models import configuration, model_class
+from retnet.training.config import Config
+from retnet.training.model_spec import NOT_OF_THE_MODEL
 
 Model = DecoderForCausalLM
+
+
+def model_config(
+    config: Config, vocab_size: int, special_ids: dict[str, Any] | None = None
+) -> DecoderConfig:
+    """The model configuration of a run.
+
+    Args:
+        config: The run.
+        vocab_size: Entries of its tokenizer.
+        special_ids: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+        UserError: Values that make no model.
+    """
+    section = vars(config.model)
+    keys = {key: value for key, value in section.items() if value is not None}
+    keys |= {"vocab_size": vocab_size, "max_position_embeddings": config.data.seq_len}
+    keys = {key: value for key, value in keys.items() if key not in NOT_OF_THE_MODEL}
+    try:
+        return configuration(model_class(config.model.mixer))(**keys, **(special_ids or {}))
+    except ValueError as error:
+        parts = str(error).split("; ")
+        named = [f"model.{part}" if part.split()[0] in section else part for part in parts]
+        raise UserError("; ".join(named)) from error
 
 
 def build_model(config: DecoderConfig) -> Model:

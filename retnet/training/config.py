@@ -1,6 +1,7 @@
 """The configuration of a run: three sections, defaults < YAML file < key=value arguments."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,14 @@ class Config:
 
 def config_schema() -> type[Config]:
     """``Config`` with the keys of the mixers that there are now."""
-    section = model_section()
+    return _schema_of(model_section())
+
+
+@functools.cache
+def _schema_of(section: type[Any]) -> type[Config]:
     model = ("model", section, field(default_factory=section))
-    return cast(
-        type[Config], dataclasses.make_dataclass("Config", [model], bases=(Config,), frozen=True)
-    )
+    made = dataclasses.make_dataclass("Config", [model], bases=(Config,), frozen=True)
+    return cast(type[Config], made)
 
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
@@ -131,7 +135,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
     given = {text.partition("=")[0] for text in overrides}
-    config = dataclasses.replace(config, model=settled(config.model, given))
+    config = dataclasses.replace(config, model=settled(config.model))
     tokenizer_keys = {"data.tokenizer", "data.vocab_size"}
     if given & tokenizer_keys == {"data.tokenizer"} and config.data.tokenizer != BPE:
         # the size in the file is for the tokenizer in the file

@@ -5,15 +5,12 @@ registered later has its keys too.
 """
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Collection
 from dataclasses import Field, field
 from typing import Any, Literal
 
-from retnet.errors import UserError
-from retnet.model.configuration import DecoderConfig
 from retnet.model.mixers import MIXERS
-from retnet.model.models import configuration, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +25,14 @@ def mixer_keys(mixer: str) -> dict[str, Field]:
 
 def model_section() -> type[Any]:
     """The section as a dataclass; a key whose default is the mixer's own is null in it."""
+    return _section_of(tuple(MIXERS.items()))
+
+
+@functools.cache
+def _section_of(mixers: tuple[tuple[str, Any], ...]) -> type[Any]:
     names = {"help": "what mixes the tokens of a row; each has its own keys below"}
     options: list[Any] = [
-        ("mixer", Literal[tuple(MIXERS)], field(default=next(iter(MIXERS)), metadata=names))
+        ("mixer", Literal[tuple(MIXERS)], field(default=mixers[0][0], metadata=names))
     ]
     keys = {mixer: mixer_keys(mixer) for mixer in MIXERS}
     for key in dict.fromkeys(key for own in keys.values() for key in own):
@@ -57,53 +59,18 @@ def _merged(owners: dict[str, Field]) -> tuple[Any, Any]:
     return kind | None, field(default=None, metadata={"help": text})
 
 
-def settled(section: Any, given: Collection[str]) -> Any:
+def settled(section: Any) -> Any:
     """The section with the mixer's own defaults, and nothing for keys of other mixers.
 
-    Args:
-        section: An instance of ``model_section``.
-        given: The keys of the command line, as "model.decay".
-
-    Raises:
-        UserError: One of them is a key of another mixer.
+    One that was set to something is named in a warning.
     """
     own, values = mixer_keys(section.mixer), dict(vars(section))
     for key, value in vars(section).items():
         if key in own:
             values[key] = own[key].default if value is None else value
         elif key not in NOT_OF_THE_MODEL and value is not None:
-            owners = [mixer for mixer in MIXERS if key in mixer_keys(mixer)]
-            if f"model.{key}" in given:
-                raise UserError(
-                    f"model.{key} ({value}) has no effect with model.mixer={section.mixer}, it is "
-                    f"a key of {', '.join(owners)}: leave it out"
-                )
-            if all(value != mixer_keys(mixer)[key].default for mixer in owners):
+            owners = (mixer_keys(mixer) for mixer in MIXERS)
+            if all(value != keys[key].default for keys in owners if key in keys):
                 logger.warning("model.%s: no effect with model.mixer=%s", key, section.mixer)
             values[key] = None
     return type(section)(**values)
-
-
-def model_config(
-    section: Any, *, vocab_size: int, seq_len: int, special_ids: dict[str, Any] | None = None
-) -> DecoderConfig:
-    """The model configuration of a run.
-
-    Args:
-        section: The run's ``model`` section.
-        vocab_size: Entries of its tokenizer.
-        seq_len: Its training window.
-        special_ids: bos_token_id, eos_token_id and pad_token_id.
-
-    Raises:
-        UserError: Values that make no model.
-    """
-    values = {key: value for key, value in vars(section).items() if value is not None}
-    keys = {key: value for key, value in values.items() if key not in NOT_OF_THE_MODEL}
-    keys |= {"vocab_size": vocab_size, "max_position_embeddings": seq_len}
-    try:
-        return configuration(model_class(section.mixer))(**keys, **(special_ids or {}))
-    except ValueError as error:
-        parts = str(error).split("; ")
-        named = [f"model.{part}" if part.split()[0] in vars(section) else part for part in parts]
-        raise UserError("; ".join(named)) from error

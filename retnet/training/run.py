@@ -23,13 +23,13 @@ from retnet.training.build import (
     Model,
     build_model,
     load_initial_weights,
+    model_config,
 )
 from retnet.training.carry import CarriedState
 from retnet.training.config import Config, command_to_go_on
 from retnet.training.health import DivergedError
 from retnet.training.limits import check_run_fits
 from retnet.training.loop import EXIT_DIVERGED, Trainer
-from retnet.training.model_spec import model_config
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
 from retnet.training.resume import go_on
@@ -63,13 +63,10 @@ def train(config: Config) -> int:
     keep_freed_memory()
     check_trackers(config)
     check_run_fits(config)
-    # mistakes are found before the data is prepared
-    model_config(config.model, vocab_size=config.data.vocab_size, seq_len=config.data.seq_len)
+    model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
-    if not accelerator.is_main_process:
-        logging.getLogger("retnet").setLevel(logging.CRITICAL)  # everything is said once
     lock = run_lock(config)
 
     def plan() -> Start:
@@ -178,9 +175,7 @@ def build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) 
     tokenizer = data.tokenizer
     batches = _build_batches(config, accelerator, data.train)
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    network = model_config(
-        config.model, vocab_size=len(tokenizer), seq_len=config.data.seq_len, special_ids=ids
-    )
+    network = model_config(config, len(tokenizer), ids)
     set_seed(spec.seed)
     bare_model: Model = build_model(network)
     if spec.gradient_checkpointing:

@@ -34,7 +34,7 @@ def test_a_loaded_checkpoint_is_the_saved_model(mixer: str, tmp_path: Path) -> N
     loaded = load_checkpoint(save_checkpoint(tmp_path / "run" / "final", mixer).parent)
     assert loaded.path == tmp_path / "run" / "final"
     assert not loaded.model.training
-    assert loaded.is_retention == (mixer == "retention")
+    assert loaded.mixer == mixer
     assert loaded.data_record is None
     ids = torch.arange(9)[None]
     expected = tiny_model(mixer, dtype=torch.float32)

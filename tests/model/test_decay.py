@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from retnet.model.decay import head_log_decay, head_windows
+
+from retnet.model.ops.decay import head_log_decay, head_windows
 
 
 def test_paper_formula_is_exact_for_many_heads() -> None:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retnet.model.sequence import describe_tokens
 from torch import Tensor
 
 from retnet import RetNetConfig
-from retnet.model import chunkwise, gated, layers
+from retnet.model import MultiScaleRetention, chunkwise, gated, layers
 from retnet.model.cache import RetentionLayer
-from retnet.model.layers import MultiScaleRetention
+from retnet.model.documents import describe_tokens
 from tests.model.conftest import make_model, random_ids
 
 SHAPES = {"hidden_size": 24, "num_heads": 3, "value_size": 36, "num_hidden_layers": 1}

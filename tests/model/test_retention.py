@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retnet.model.decay import head_log_decay
-from retnet.model.retention import (
+from torch import Tensor
+
+from retnet.model import chunkwise, retention
+from retnet.model.ops.decay import head_log_decay
+from retnet.model.ops.retention import (
     retention_chunkwise,
     retention_parallel,
     retention_recurrent,
 )
-from torch import Tensor
-
-from retnet.model import chunkwise, retention
 
 TOLERANCE = 1e-10
 

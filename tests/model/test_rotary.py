@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from retnet.model.rotary import Rotation, rotary_angles, rotation
+
+from retnet.model.ops.rotary import Rotation, rotary_angles, rotation
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,6 @@ from retnet.training.build import (
     build_model,
     load_initial_weights,
     model_config,
-    warn_without_effect,
 )
 from retnet.training.config import flatten, load_config
 from retnet.training.summary import count_parameters
@@ -76,11 +75,13 @@ def test_the_mixers_own_rotation() -> None:
         assert model_config(config, 300).rotary_layout == layout
 
 
-def test_what_has_no_effect_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    config = load_config(None, ["model.mixer=attention", "model.decay=0.9"])
+def test_what_has_no_effect_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_without_effect(config.model)
-    assert "model.decay: no effect with model.mixer=attention" in caplog.text
+        config = load_config(None, ["model.mixer=attention", "model.decay=0.9", "model.gate=true"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "model.decay: no effect with model.mixer=attention"
+    ]
+    assert config.model.decay is None and config.model.gate is None
 
 
 def test_values_that_make_no_model_name_the_key() -> None:

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from retnet import RetNetConfig
 from retnet.data import DataSpec
 from retnet.errors import UserError
 from retnet.training.config import (
     RESUMABLE_KEYS,
     Config,
-    ModelSpec,
     TrainSpec,
     flatten,
     load_config,
     to_yaml,
 )
 from retnet.training.keys import describe_keys
+from retnet.training.model_spec import model_section
 
 
 def test_defaults_file_arguments(tmp_path) -> None:
@@ -29,7 +30,7 @@ def test_defaults_file_arguments(tmp_path) -> None:
     assert config.train.seed == 7
     assert config.model.decay == 0.9
     assert config.train.trackers == ["wandb"]
-    assert config.model.num_heads == ModelSpec.num_heads
+    assert config.model.num_heads == RetNetConfig.num_heads
     assert config.train.out_dir == "runs/mine-retention"
     assert load_config(file, ["model.mixer=attention"]).train.out_dir == "runs/mine-attention"
     assert load_config(file, ["train.out_dir=x"]).train.out_dir == "x"
@@ -46,7 +47,7 @@ def test_the_resolved_configuration_is_itself_one(tmp_path) -> None:
 def test_an_empty_file_is_all_defaults(tmp_path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("")
-    assert load_config(file).model == ModelSpec()
+    assert load_config(file).model == load_config(None).model
 
 
 def test_every_key_is_described() -> None:
@@ -55,7 +56,7 @@ def test_every_key_is_described() -> None:
         assert f"  {key}: " in lines
     assert "model.mixer: retention | attention = retention\n" in lines
     assert "data.validation: str | null = null\n" in lines
-    for section in (ModelSpec, DataSpec, TrainSpec):
+    for section in (model_section(), DataSpec, TrainSpec):
         for option in dataclasses.fields(section):
             assert len(option.metadata["help"]) > 5
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from retnet.model.retention import retention_chunkwise, retention_parallel, retention_recurrent
 
+from retnet.model import retention_chunkwise, retention_parallel, retention_recurrent
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run, weights
 

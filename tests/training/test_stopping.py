@@ -92,8 +92,8 @@ def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, caps
     assert run(options) == 0
     assert "ln(vocabulary)" not in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retnet.model.initialization.LOGIT_STD", 20.0)
-        patch.setattr("retnet.model.initialization.min", max, raising=False)
+        patch.setattr("retnet.model.mixers.base.LOGIT_STD", 20.0)
+        patch.setattr("retnet.model.mixers.base.min", max, raising=False)
         assert run(options, train__out_dir=tmp_path / "wild") == 0
     assert "ln(vocabulary)" in capsys.readouterr().err
 

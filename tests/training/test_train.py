@@ -5,13 +5,10 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from retnet.model.products import fast_products
 from safetensors.torch import load_file
 
 import train
@@ -143,28 +140,6 @@ def test_options_of_speed_and_memory_change_nothing_else(options, tmp_path: Path
     a, b = metrics(tmp_path / "run"), metrics(tmp_path / "other")
     for one, other in zip(a, b, strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
-
-
-def test_backward_passes_make_fast_products(options, tmp_path: Path, monkeypatch) -> None:
-    """Also those of operators that are not ours, such as attention."""
-    inside, seen = [False], []
-    real = torch.autograd.backward
-
-    @contextmanager
-    def watched(device: torch.device) -> Iterator[None]:
-        inside[0] = True
-        with fast_products(device):
-            yield
-        inside[0] = False
-
-    def backward(*args: object, **kwargs: object) -> None:
-        seen.append(inside[0])
-        real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "fast_products", watched)
-    monkeypatch.setattr(torch.autograd, "backward", backward)
-    assert run(options, train__max_steps=2) == 0
-    assert seen == [True, True]
 
 
 def test_bf16(options, tmp_path: Path, capsys) -> None:
