@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet import (
+    MultiScaleRetention,
+    RetNetConfig,
+    RetNetForCausalLM,
+    TransformerConfig,
+    TransformerForCausalLM,
+)
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
 

@@ -91,6 +91,7 @@ def _gradients(
         )
         results = mix_chunks(q, k, v, state, decays)[:2]
         return torch.autograd.grad(results, inputs, (out_grad, last_grad), create_graph=True)
+    out_grad = out_grad.contiguous()  # once, instead of for each product
     score_grad = _scores(out_grad, v, decays)  # dA
     met_grad = (q * decays.since_start).mT @ out_grad  # dR
     at_end = torch.cat((met_grad[:, :, 1:], last_grad[:, :, None]), dim=2).flatten(3)

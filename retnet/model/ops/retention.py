@@ -134,20 +134,21 @@ def retention_chunkwise(
     chunk_size = min(chunk_size, length)
     size = _span(chunk_size, rows)
     decays, outputs = None, []
-    # split, because each slice of its own would get a gradient of the whole text's size
-    spans = zip(*(x.split(size, dim=2) for x in (q, k, v)), strict=True)
+    # split, because each slice of its own would get a gradient of the whole text's size; tokens
+    # before heads, as projections have them, so that putting together copies into that layout
+    spans = zip(*(x.transpose(1, 2).split(size, dim=1) for x in (q, k, v)), strict=True)
     for index, parts in enumerate(spans):
-        cut = slice(index * size, index * size + parts[0].shape[2])
+        cut = slice(index * size, index * size + parts[0].shape[1])
         if valid is not None or resets is not None or decays is None or cut.stop == length:
             flags = (None if x is None else x[:, cut] for x in (valid, resets))
             decays = chunk_decays(log_decay, cut.stop - cut.start, chunk_size, *flags)
-        own_q, own_k, own_v = (_chunks(x, chunk_size) for x in parts)
+        own_q, own_k, own_v = (_chunks(x.transpose(1, 2), chunk_size) for x in parts)
         if log_decay.requires_grad or torch.compiler.is_compiling():  # autograd, or the compiler
             out, state, _ = mix_chunks(own_q, own_k, own_v, state, decays)
         else:
             out, state, _ = ChunkRetention.apply(own_q, own_k, own_v, state, *decays)
-        outputs.append(out.flatten(2, 3)[:, :, : cut.stop - cut.start])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+        outputs.append(out.flatten(2, 3)[:, :, : cut.stop - cut.start].transpose(1, 2))
+    return torch.cat(outputs, dim=1).transpose(1, 2), state
 
 
 def _span(chunk_size: int, rows: int) -> int:
