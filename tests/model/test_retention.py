@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retnet.model import chunkwise, retention
+from retnet.model.ops import chunkwise, retention
 from retnet.model.ops.decay import head_log_decay
 from retnet.model.ops.retention import (
     retention_chunkwise,

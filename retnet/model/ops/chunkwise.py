@@ -6,12 +6,12 @@ state per chunk, and computes the scores again in the backward pass. With A = (Q
 chunks, R the states that they meet, U what each adds to the state at its end, xi the decay since a
 chunk's start, zeta that to its end, and S' the state after the last of them:
 
-    O = A V + (xi * Q) R        U = (zeta * K)^T V        R_i = sum_{j < i} decay * U_j + decay * S
+    O = A V + (xi * Q) R    U = (zeta * K)^T V    R_i = sum_{j < i} g_ij U_j + g_i0 S    S' = R_{N+1}
 
-so with G the gradient of O, and dU that of all later states, decayed as the states are:
+with g_ij the decay from the end of chunk j to the start of chunk i. So with G the gradient of O:
 
     dA = (G V^T) * D      dQ = dA K + xi * (G R^T)      dK = dA^T Q + zeta * (V dU^T)
-    dV = A^T G + (zeta * K) dU                          dR = (xi * Q)^T G
+    dV = A^T G + (zeta * K) dU      dR = (xi * Q)^T G           dU_j = sum_{i > j} g_ij dR_i
 """
 
 from typing import Any
@@ -38,15 +38,14 @@ def mix_chunks(
         out [B, H, N, C, V], the state after the last chunk, and those that the chunks meet
         [B, H, N, K, V].
     """
-    added = ((k * decays.to_end).mT @ v).flatten(3)  # [B, H, N, K V]
-    states = decays.between @ added
-    states.addcmul_(decays.from_start, state.flatten(2)[:, :, None])
-    states = states.unflatten(3, state.shape[2:])
-    before = torch.cat((state[:, :, None], states[:, :, :-1]), dim=2)
+    added = ((k * decays.to_end).mT @ v).flatten(3)  # U, [B, H, N, K V]
+    first, size = state.flatten(2)[:, :, None], state.shape[2:]
+    before = (decays.between[:, :, :-1] @ added).addcmul_(decays.from_start[:, :, :-1], first)
+    last = (decays.between[:, :, -1:] @ added).addcmul_(decays.from_start[:, :, -1:], first)
+    before = before.unflatten(3, size)
     out = _scores(q, k, decays) @ v
     _add_product(out, q * decays.since_start, before)
-    # a copy: as a view, the last state would keep those of all chunks alive
-    return out, states[:, :, -1].clone(), before
+    return out, last[:, :, 0].unflatten(2, size), before
 
 
 class ChunkRetention(torch.autograd.Function):
@@ -94,14 +93,16 @@ def _gradients(
     out_grad = out_grad.contiguous()  # once, instead of for each product
     score_grad = _scores(out_grad, v, decays)  # dA
     met_grad = (q * decays.since_start).mT @ out_grad  # dR
-    at_end = torch.cat((met_grad[:, :, 1:], last_grad[:, :, None]), dim=2).flatten(3)
-    state_grad = met_grad[:, :, 0] + (decays.from_start * at_end).sum(2).view(state.shape)
-    added_grad = (decays.between.mT @ at_end).view(before.shape)  # dU
+    met, last = met_grad.flatten(3), last_grad.flatten(2)[:, :, None]
+    state_grad = decays.from_start[:, :, :-1].mT @ met + decays.from_start[:, :, -1:] * last
+    added_grad = decays.between[:, :, :-1].mT @ met  # dU
+    added_grad.addcmul_(decays.between[:, :, -1:].mT, last)
+    added_grad = added_grad.view(before.shape)
     q_grad = (score_grad @ k).addcmul_(out_grad @ before.mT, decays.since_start)
     k_grad = (score_grad.mT @ q).addcmul_(v @ added_grad.mT, decays.to_end)
     v_grad = _scores(q, k, decays).mT @ out_grad
     _add_product(v_grad, k * decays.to_end, added_grad)
-    return q_grad, k_grad, v_grad, state_grad
+    return q_grad, k_grad, v_grad, state_grad.view(state.shape)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -103,8 +103,9 @@ class ChunkDecays(NamedTuple):
         same: bool [B, 1, N, C, C] where the two are of one document, if that is not in ``inside``.
         to_end: [B or 1, H, N, C, 1], from each token to its chunk's end.
         since_start: [B or 1, H, N, C, 1], from the chunk's start to each token.
-        between: [B or 1, H, N, N], from each chunk's end to each later one's.
-        from_start: [B or 1, H, N, 1], from before the first chunk to each one's end.
+        between: [B or 1, H, N + 1, N], from each chunk's end to the N + 1 edges: the start of each
+            chunk and the end of the last; 0 to earlier edges.
+        from_start: [B or 1, H, N + 1, 1], from the first edge to each.
     """
 
     inside: Tensor
@@ -132,34 +133,35 @@ def chunk_decays(
     """
     num_chunks = -(-length // chunk_size)
     time, document = clock(length, log_decay.device, valid, resets)
-    end_time = torch.cat((time[:, chunk_size - 1 : -1 : chunk_size], time[:, -1:]), dim=1)  # [., N]
-    start = torch.zeros_like(end_time[:, :1])
-    start_time = torch.cat((start, end_time[:, :-1]), dim=1)
-    end_document = first = start_document = None
-    if document is not None:
-        end_document = torch.cat(
-            (document[:, chunk_size - 1 : -1 : chunk_size], document[:, -1:]), dim=1
-        )
-        first = torch.zeros_like(end_document[:, :1])
-        start_document = torch.cat((first, end_document[:, :-1]), dim=1)[..., None]
+    edges = _edges(time, chunk_size)
+    edge_documents = None if document is None else _edges(document, chunk_size)
     padding = num_chunks * chunk_size - length
     if padding:  # tokens that add nothing
         time = F.pad(time, (0, padding), value=length)
         document = None if document is None else F.pad(document, (0, padding), value=-1)
     time = time.unflatten(1, (num_chunks, chunk_size))  # [B or 1, N, C]
     document = None if document is None else document.unflatten(1, (num_chunks, chunk_size))
-    ends = None if end_document is None else end_document[..., None]
-    to_end = decay_between(log_decay, end_time[..., None], time, ends, document)
-    since_start = decay_between(log_decay, time, start_time[..., None], document, start_document)
-    same = None
+    starts, ends = edges[:, :-1, None], edges[:, 1:, None]
+    start_documents = end_documents = first = same = None
+    if document is not None and edge_documents is not None:
+        start_documents, end_documents = edge_documents[:, :-1, None], edge_documents[:, 1:, None]
+        first = edge_documents[:, :1]
+    to_end = decay_between(log_decay, ends, time, end_documents, document)
+    since_start = decay_between(log_decay, time, starts, document, start_documents)
     if valid is None:  # all chunks have the same decays: one [C, C] matrix serves them
         inside = decay_matrix(log_decay, time[:, :1], None)
         if document is not None:
             same = (document[..., :, None] == document[..., None, :])[:, None]
     else:
         inside = decay_matrix(log_decay, time, document)
-    between = decay_matrix(log_decay, end_time, end_document)
-    from_start = decay_between(log_decay, end_time, start, end_document, first)
+    between = decay_matrix(log_decay, edges, edge_documents)[..., 1:].tril(-1)
+    from_start = decay_between(log_decay, edges, edges[:, :1], edge_documents, first)
     return ChunkDecays(
         inside, same, to_end[..., None], since_start[..., None], between, from_start[..., None]
     )
+
+
+def _edges(x: Tensor, chunk_size: int) -> Tensor:
+    """[B or 1, T] at the N + 1 edges of chunks: 0 before the first, then at each one's end."""
+    ends = x[:, chunk_size - 1 : -1 : chunk_size]
+    return torch.cat((torch.zeros_like(x[:, :1]), ends, x[:, -1:]), dim=1)

@@ -157,7 +157,7 @@ def _span(chunk_size: int, rows: int) -> int:
     Longer texts go on span by span, so that cost and memory of that product stay linear in T. Few
     rows are worth a longer span, many make one of that many tokens large enough.
     """
-    chunks = TOKENS_PER_SPAN // (chunk_size * rows)
+    chunks = TOKENS_PER_SPAN // max(1, chunk_size * rows)
     return chunk_size * min(max(chunks, CHUNKS_PER_SPAN), MOST_CHUNKS_PER_SPAN)
 
 
