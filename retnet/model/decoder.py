@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .cache import DecoderCache, LayerState, State
 from .configuration import DecoderConfig
 from .documents import TokenInfo, describe_tokens
-from .hf_generate import OwnCacheGenerationMixin
 from .layers import FeedForward, make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
 from .mixers.base import Mixer, Part
@@ -239,11 +238,9 @@ def _repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) ->
     return torch.where(latest[..., None] < 0, before[:, None], hidden)
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, OwnCacheGenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel):
     """A language model: the skeleton, an output layer, a loss."""
 
-    # a state can't go back: transformers then refuses assisted decoding
-    _is_stateful = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     model_class: type[DecoderModel]
 

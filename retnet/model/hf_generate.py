@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from .decoder import DecoderForCausalLM
+
 # keywords of forward, and the values with which they change nothing for a token fed to a cache
 _NO_MATTER = {
     "use_cache": True,
@@ -18,19 +20,16 @@ _NO_MATTER = {
 }
 
 
-class OwnCacheGenerationMixin(GenerationMixin):
-    """``generate`` with the cache that the model makes itself."""
+class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
+    """A language model with transformers' ``generate``, its memory the model's own."""
 
-    def new_cache(self, max_length: int | None = None) -> Any:
-        """An empty memory; the model's."""
-        raise NotImplementedError
+    # a state can't go back: transformers then refuses assisted decoding
+    _is_stateful = True
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """generate's hook: our own memory instead of a DynamicCache, and the step for one token."""
-        from .fast_decode.step import make_decode_step  # which the model can do without
-
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation ({generation_config.cache_implementation!r}) must be left "
@@ -40,7 +39,7 @@ class OwnCacheGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
-        model_kwargs["decode_step"], _ = make_decode_step(self)  # type: ignore[arg-type]
+        model_kwargs["decode_step"] = _decode_step(self)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -84,3 +83,12 @@ class OwnCacheGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """generate's hook: the cache and the mask know the positions; a user's own ids pass."""
         return None
+
+
+def _decode_step(model: DecoderForCausalLM) -> Any:
+    """The lean step of one token, where the model has one; speed only, and its folder may lack."""
+    try:
+        from .fast_decode.step import make_decode_step
+    except ModuleNotFoundError:
+        return None
+    return make_decode_step(model)[0]

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration import DecoderConfig
 from .decoder import DecoderForCausalLM, DecoderModel
+from .hf_generate import GeneratingDecoder
 from .mixers import MIXERS
 from .mixers.attention import AttentionOptions, CausalAttention
 from .mixers.retention import MultiScaleRetention, RetentionOptions
@@ -25,7 +26,7 @@ class RetNetModel(DecoderModel):
     config_class = RetNetConfig
 
 
-class RetNetForCausalLM(DecoderForCausalLM):
+class RetNetForCausalLM(GeneratingDecoder):
     config_class, model_class = RetNetConfig, RetNetModel
 
 
@@ -39,7 +40,7 @@ class TransformerModel(DecoderModel):
     config_class = TransformerConfig
 
 
-class TransformerForCausalLM(DecoderForCausalLM):
+class TransformerForCausalLM(GeneratingDecoder):
     config_class, model_class = TransformerConfig, TransformerModel
 
 
@@ -69,7 +70,7 @@ def _unnamed(kind: Any) -> type[DecoderForCausalLM]:
     config: Any = type(f"{kind.__name__}Config", (kind.options,), keys)
     model = type(f"{kind.__name__}Model", (DecoderModel,), {"config_class": config})
     both = {"config_class": config, "model_class": model}
-    causal = type(f"{kind.__name__}ForCausalLM", (DecoderForCausalLM,), both)
+    causal = type(f"{kind.__name__}ForCausalLM", (GeneratingDecoder,), both)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, causal)
     return causal

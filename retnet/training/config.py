@@ -84,7 +84,7 @@ class Config:
 
 def config_schema() -> type[Config]:
     """``Config`` with the keys of the mixers that there are now."""
-    return _schema_of(model_section())
+    return _schema_of(cast(Any, model_section()))
 
 
 @functools.cache

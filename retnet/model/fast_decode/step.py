@@ -57,7 +57,8 @@ def _obstacle(model: DecoderForCausalLM) -> str | None:
     for name, module in model.named_modules():
         name, kind = name or "the model", type(module).__name__
         if isinstance(module, Part) and module.step is None:
-            return f"a {kind} has no step of its own"
+            article = "an" if kind[0] in "AEIOU" else "a"
+            return f"{article} {kind} has no step of its own"
         if not _is_own(module):
             return f"{name} is a {kind}"
         if module._forward_hooks or module._forward_pre_hooks:

@@ -6,7 +6,7 @@ state per chunk, and computes the scores again in the backward pass. With A = (Q
 chunks, R the states that they meet, U what each adds to the state at its end, xi the decay since a
 chunk's start, zeta that to its end, and S' the state after the last of them:
 
-    O = A V + (xi * Q) R    U = (zeta * K)^T V    R_i = sum_{j < i} g_ij U_j + g_i0 S    S' = R_{N+1}
+    O = A V + (xi * Q) R   U = (zeta * K)^T V   R_i = sum_{j < i} g_ij U_j + g_i0 S   S' = R_{N+1}
 
 with g_ij the decay from the end of chunk j to the start of chunk i. So with G the gradient of O:
 

@@ -1,0 +1,129 @@
+"""A checkpoint with the model's code beside it, for people who do not have this package.
+
+    python -m retnet.checkpoints.export CHECKPOINT FOLDER
+
+``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`` then loads it. transformers
+copies flat relative imports only (``from .a import b``), so the model's folders become one: the
+file of ``mixers.retention`` is mixers_retention.py, and the imports are rewritten.
+"""
+
+import argparse
+import ast
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import retnet.model
+from retnet.checkpoints.find import find_checkpoint
+from retnet.checkpoints.format import CONFIG, COPY_AGAIN, MANIFEST, OPTIMIZER, TRAINING_STATE
+from retnet.checkpoints.verify import check_weights_unchanged, write_manifest
+from retnet.cli import ArgumentParser, run
+from retnet.errors import UserError, os_errors
+from retnet.files import read_json, replacing, write_json, write_text
+from retnet.model.models import PUBLIC, configuration
+from retnet.paths import kind_of
+
+MODEL = Path(retnet.model.__file__).parent
+MODELS = "models"  # the module with the public classes, below that
+FOR_TRAINING = (OPTIMIZER, TRAINING_STATE, MANIFEST)  # not taken along, or written anew
+
+
+def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
+    """Write a folder with a checkpoint and the code of its model.
+
+    Args:
+        checkpoint: What ``find_checkpoint`` takes.
+        folder: Must not be there yet.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: There is no such checkpoint, its model has no public class, or the folder is
+            there or can't be written.
+    """
+    source = find_checkpoint(checkpoint)
+    if kind_of(folder, "folder") is not None:
+        raise UserError(f"folder ({folder}) exists: name one that does not, or remove it")
+    check_weights_unchanged(source)
+    config = read_json(source / CONFIG, COPY_AGAIN)
+    config["auto_map"] = _auto_map(source, config.get("model_type"))
+    with (
+        os_errors(f"folder ({folder}) cannot be written", "name another one, or free space there"),
+        replacing(folder) as new,
+    ):
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.name not in FOR_TRAINING:
+                shutil.copyfile(file, new / file.name)
+        write_json(new / CONFIG, config)
+        for name, text in flat_code(MODELS):
+            write_text(new / f"{name}.py", text)
+        write_manifest(new)
+    return source
+
+
+def _auto_map(source: Path, model_type: object) -> dict[str, str]:
+    """Which class transformers finds where."""
+    for model in PUBLIC:
+        if configuration(model).model_type == model_type:
+            parts = {
+                "AutoConfig": configuration(model),
+                "AutoModel": model.model_class,
+                "AutoModelForCausalLM": model,
+            }
+            return {auto: f"{MODELS}.{kind.__name__}" for auto, kind in parts.items()}
+    raise UserError(
+        f"{source / CONFIG}: model_type ({model_type}) has no class in {MODEL / MODELS}.py: export "
+        "a checkpoint of one that has"
+    )
+
+
+def flat_code(module: str) -> Iterator[tuple[str, str]]:
+    """A module of the model and all that it imports there, as modules of one folder.
+
+    Args:
+        module: Dotted, below the model's folder.
+
+    Yields:
+        Names without dots, and the text with the imports rewritten.
+    """
+    waiting, done = [module], set()
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
+        file = MODEL.joinpath(*name.split(".")).with_suffix(".py")
+        package = name if not file.exists() else name.rpartition(".")[0]
+        text = (file if file.exists() else file.with_suffix("") / "__init__.py").read_text()
+        lines = text.splitlines(keepends=True)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module, f"{name} line {node.lineno}: import from a module by its name"
+                base = package.split(".") if package else []
+                target = ".".join([*base[: len(base) - node.level + 1], node.module])
+                waiting.append(target)
+                own = re.escape("." * node.level + node.module)
+                new = f"from .{target.replace('.', '_')} import"
+                line = node.lineno - 1
+                lines[line] = re.sub(rf"from {own} import", new, lines[line], count=1)
+        yield name.replace(".", "_"), "".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse and export."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(
+        prog="python -m retnet.checkpoints.export", description=__doc__, formatter_class=raw
+    )
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder")
+    parser.add_argument("folder", type=Path, help="to write; must not be there yet")
+    arguments = parser.parse_args(argv)
+    source = export_checkpoint(arguments.checkpoint, arguments.folder)
+    print(f"{source} with the model's code: {arguments.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

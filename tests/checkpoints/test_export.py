@@ -1,0 +1,94 @@
+"""A checkpoint with its code runs where this package is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retnet.checkpoints import load_checkpoint
+from retnet.checkpoints.export import export_checkpoint, flat_code, main
+from retnet.errors import UserError
+from tests.generation.builders import save_checkpoint
+
+THERE = """
+import sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+out, ids = {}, torch.arange(60).view(2, 30)
+for name in ("retention", "attention"):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+    with torch.no_grad():
+        out[name] = model(ids).logits
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    out[name + " text"] = model.generate(ids, **greedy)
+    assert model.generate(ids, **greedy, use_cache=False).equal(out[name + " text"])
+    assert AutoModel.from_pretrained(name, trust_remote_code=True)(ids).last_hidden_state.dim() == 3
+assert "retnet" not in sys.modules
+save_file(out, "out.safetensors")
+"""
+
+
+def test_two_exports_in_a_process_without_the_package(tmp_path: Path) -> None:
+    """Bit for bit our logits."""
+    expected = {}
+    for mixer in ("retention", "attention"):
+        checkpoint = save_checkpoint(tmp_path / "runs" / mixer / "final", mixer)
+        main([str(checkpoint.parent), str(tmp_path / mixer)])
+        model = load_checkpoint(tmp_path / mixer).model
+        with torch.no_grad():
+            expected[mixer] = (
+                type(model).from_pretrained(checkpoint)(torch.arange(60).view(2, 30)).logits
+            )
+    script = tmp_path / "there.py"
+    script.write_text(THERE)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    for mixer, logits in expected.items():
+        assert torch.equal(found[mixer], logits)
+
+
+def test_what_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = save_checkpoint(tmp_path / "final", record={"key": 1})
+    for name in ("optimizer.safetensors", "training_state.json"):
+        (checkpoint / name).write_text("{}")
+    main([str(checkpoint), str(tmp_path / "out")])
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"models.py", "mixers_retention.py", "ops_decay.py", "data.json"} <= names
+    assert not {"optimizer.safetensors", "training_state.json", "__init__.py"} & names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["auto_map"]["AutoConfig"] == "models.RetNetConfig"
+    assert config["auto_map"]["AutoModel"] == "models.RetNetModel"
+    described = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert names - {"manifest.json"} == set(described)
+
+
+def test_all_imports_are_flat() -> None:
+    for name, text in flat_code("models"):
+        assert "." not in name and "from .." not in text and "from .mixers." not in text
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "final")
+    with pytest.raises(UserError, match=r"folder \(.*\) exists: name one that does not"):
+        export_checkpoint(checkpoint, tmp_path)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_checkpoint(checkpoint, tmp_path / "absent" / "out")
+    with pytest.raises(UserError, match="does not exist"):
+        export_checkpoint(tmp_path / "nothing", tmp_path / "out")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "average_lm"}))
+    with pytest.raises(UserError, match=r"model_type \(average_lm\) has no class in"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
