@@ -14,7 +14,8 @@ compare the two) and differs in this:
 ``make_decode_step`` is the one place that decides whether a model takes it.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ from ..cache import DecoderCache, State, is_locked
 from ..decoder import DecoderForCausalLM, DecoderLayer, DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part
-from .weights import MOST_LEFT, Product, joint_layers, joint_weights
+from .weights import (
+    MOST_LEFT,
+    Product,
+    joint_layers,
+    joint_weights,
+    onednn_is_on,
+    switch_onednn,
+)
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
 MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for
@@ -111,6 +119,8 @@ class DecodeStep:
 
     def __init__(self, model: DecoderForCausalLM) -> None:
         self.compute = self._compute
+        self.number = next(_numbers)
+        self.packed = self.compiled = False
         self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
         self.grows = model.grows
         self.embedding = model.model.embed_tokens.weight.detach()
@@ -139,6 +149,7 @@ class DecodeStep:
         parameters where they are joined, the compiler would be busy for minutes.
         """
         options: dict[str, Any] = {"recompile_limit": MOST_COMPILED}  # left out of the stubs
+        options["options"] = {"guard_filter_fn": _guards_of_arguments}
         compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True, **options)
         torch._dynamo.mark_static(self.embedding)
         for product in self._products():
@@ -149,19 +160,28 @@ class DecodeStep:
             torch._dynamo.mark_static(positions)
             return compiled(tokens, positions, length, states)
 
-        self.compute = compute
+        self.compute, self.compiled = compute, True
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """tokens int64 [B] -> logits [B, vocab]; ``fits(cache)`` must hold."""
         assert cache.record is not None
         if self.may_pack and len(tokens) > MOST_LEFT:
-            self.may_pack = False
+            self.may_pack, self.packed = False, True
             for product in self._products():
                 product.pack(len(tokens))
-        states = [state for layer in cache.layers for state in (layer.mixer, layer.ffn)]
+        states = [state for layer in cache.layers for state in (layer.mixer, layer.ffn or None)]
         length = cache.length if self.grows else 0  # another number would be compiled anew
-        logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
+        # where packed weights are multiplied the rest is faster without, unless it is compiled
+        few = len(tokens) <= MOST_LEFT or (self.packed and not self.compiled)
+        slow = few and onednn_is_on()
+        if slow:
+            switch_onednn(False)
+        try:
+            logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
+        finally:
+            if slow:
+                switch_onednn(True)
         cache.record[:, :SEGMENT] += 1
         cache.length += 1
         cache.rows.pop("last_hidden", None)
@@ -175,11 +195,25 @@ class DecodeStep:
     def _compute(
         self, tokens: Tensor, positions: Tensor, length: int, states: list[State]
     ) -> Tensor:
+        assert self.number >= 0  # looked at, so that each step is compiled for itself
         hidden = F.embedding(tokens, self.embedding)
         shared = [part.core.shared(positions, length) for part in self.first]
         for (norm, part, kind), state in zip(self.parts, states, strict=True):
             hidden = hidden + part(norm(hidden), shared[kind], state)
         return self.output(self.norm(hidden))
+
+
+_numbers = itertools.count()
+
+
+def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions of a compiled step are checked at each token: none of those on the step.
+
+    It does not change once it is made, but for the packing before its first step of many rows, and
+    its number stands for all of it. Looking through all weights takes a tenth of a small step.
+    """
+    names = (guard.name for guard in guards)
+    return ["self" not in name or name == "self.number" for name in names]
 
 
 def step_norm(norm: Any) -> Callable[[Tensor], Tensor]:

@@ -5,7 +5,7 @@
   (GB/s for one row of width 1,024, 2 threads, AMD Zen 5: 22 as one product of MKL's, 30 of
   oneDNN's, 42 as x W^T in blocks, 63 as W x^T in blocks.)
 * More: where oneDNN has the products (see ``takes_onednn``), packed beforehand in its own layout,
-  at the price of a copy.
+  at the price of a copy. Its products of few rows that are not packed are slow.
 
 On other devices, and for other types, it is ``F.linear``.
 """
@@ -57,12 +57,22 @@ def joint_weights(linears: Sequence[nn.Linear]) -> list[Tensor]:
 
 
 def takes_onednn(weight: Tensor) -> bool:
-    """Whether torch gives products with this weight to oneDNN: ``retnet.machine`` says when."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
-    )
+    """Whether torch gives products with this weight to oneDNN."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn_is_on()
+
+
+def onednn_is_on() -> bool:
+    """Whether float32 products on the CPU go to oneDNN; ``retnet.machine`` says when they do."""
+    return bool(_onednn().fp32_precision == "bf16")
+
+
+def switch_onednn(on: bool) -> None:
+    """Give them to oneDNN, or not."""
+    _onednn().fp32_precision = "bf16" if on else "none"
+
+
+def _onednn() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 class Product:
@@ -120,15 +130,20 @@ class PackedWeight:
 # Compilers know no packed tensors: to them it is an operator of ours, that of this number.
 _keys = itertools.count()
 _packed_weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+_library: list[torch.library.Library] = []  # whose operators go when it goes
 
 
 @functools.cache
 def _operator() -> Callable[..., Any]:
     """``_packed_linear`` as an operator; each copy of this module has one of its own."""
-    space = __name__.replace(".", "_")
-    made = torch.library.custom_op(f"{space}::packed_linear", _packed_linear, mutates_args=())
-    made.register_fake(lambda x, key, outputs: x.new_empty(x.shape[0], outputs))
-    operator: Callable[..., Any] = getattr(torch.ops, space).packed_linear.default
+    name = f"{__name__.replace('.', '_')}::packed_linear"
+    _library.append(library := torch.library.Library(name.split("::")[0], "FRAGMENT"))
+    library.define("packed_linear(Tensor x, int key, int outputs) -> Tensor")
+    library.impl("packed_linear", _packed_linear, "CPU")
+    torch.library.register_fake(
+        name, lambda x, key, outputs: x.new_empty(x.shape[0], outputs), lib=library
+    )
+    operator: Callable[..., Any] = getattr(torch.ops, library.ns).packed_linear.default
     return operator
 
 

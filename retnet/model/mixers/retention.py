@@ -107,8 +107,9 @@ class RetentionStep(RotaryStep):
     """``MultiScaleRetention`` for one token per row, its state updated in place."""
 
     def __init__(self, mixer: "MultiScaleRetention") -> None:
-        config = self.config = mixer.config
+        config = mixer.config
         super().__init__(mixer, key_scale=config.head_dim**-0.5)
+        self.norm = (config.head_norm, config.head_norm_eps)
         log_decay = head_log_decay(config.decay, config.num_heads, self.theta.device)
         self.decay = log_decay.to(self.scale.dtype).exp()[:, None, None]
         self.parts = [2 * config.hidden_size, config.value_size]
@@ -116,7 +117,7 @@ class RetentionStep(RotaryStep):
         self.odd = sum(self.parts) % 2 == 1
 
     def __call__(self, joined: Tensor, shared: Rotation, state: State) -> Tensor:
-        rows, heads, memory = joined.shape[0], self.config.num_heads, state["state"]
+        rows, heads, memory = joined.shape[0], self.num_heads, state["state"]
         qk, v, *gate = joined.split_with_sizes(self.parts, dim=1)
         if self.odd:  # pairs must begin at even places
             qk = qk.contiguous()
@@ -129,7 +130,7 @@ class RetentionStep(RotaryStep):
             else:
                 memory.mul_(self.decay).addcmul_(k.mT, v)
                 out = _read(q, memory)
-            out = head_norm(out.view(rows, heads, -1), self.config).view(rows, -1)
+            out = head_norm(out.view(rows, heads, -1), *self.norm).view(rows, -1)
         out = out.to(joined.dtype)
         return F.silu(gate[0]) * out if gate else out
 
@@ -229,7 +230,8 @@ class MultiScaleRetention(Mixer):
                 valid=shared.tokens.valid,
                 resets=shared.tokens.resets,
             )
-            out = head_norm(out.transpose(1, 2), config).flatten(2)  # [B, T, H V]
+            out = head_norm(out.transpose(1, 2), config.head_norm, config.head_norm_eps)
+            out = out.flatten(2)  # [B, T, H V]
         out = out.to(hidden.dtype)
         if self.g_proj is not None:
             out = F.silu(self.g_proj(hidden)) * out
@@ -257,10 +259,10 @@ class MultiScaleRetention(Mixer):
         return "parallel" if length <= few else "chunkwise"
 
 
-def head_norm(x: Tensor, config: Any) -> Tensor:
+def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
     """Normalise the last dimension: each head of each token by itself, no learned parameters."""
-    if config.head_norm == "groupnorm":
-        return F.layer_norm(x, x.shape[-1:], eps=config.head_norm_eps)
-    if config.head_norm == "rmsnorm":
-        return F.rms_norm(x, x.shape[-1:], eps=config.head_norm_eps)
+    if kind == "groupnorm":
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    if kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
     return x
