@@ -117,13 +117,13 @@ def encode_documents(
     Yields:
         For each document in order its ids, int64 [tokens].
     """
-    for pieces in encode_in_pieces(tokenizer, documents):
+    for _, pieces in encode_in_pieces(tokenizer, documents):
         yield np.concatenate([ids for ids, _ in pieces], dtype=np.int64)
 
 
 def encode_in_pieces(
     tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
-) -> Iterator[Iterable[Piece]]:
+) -> Iterator[tuple[str, Iterable[Piece]]]:
     """What ``encode_documents`` gives, a document beyond 131,072 characters piece by piece.
 
     The pieces bound the memory: with our own tokenizers the tokens are those of the whole text,
@@ -132,7 +132,7 @@ def encode_in_pieces(
     those of a bpe tokenizer may differ too.
 
     Yields:
-        For each document in order its pieces, which are encoded as they are asked for.
+        Each document in order, with its pieces, which are encoded as they are asked for.
     """
     ends = tuple(
         np.array([end], dtype=np.uint32) for end in (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -142,9 +142,10 @@ def encode_in_pieces(
         bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
         for text in group:
             if len(text) <= PIECE_CHARACTERS:
-                yield [(np.concatenate([ends[0], next(bodies), ends[1]]), len(text.encode()))]
+                ids = np.concatenate([ends[0], next(bodies), ends[1]])
+                yield text, [(ids, len(text.encode()))]
             else:
-                yield _encode_long(encode, text, *ends)
+                yield text, _encode_long(encode, text, *ends)
 
 
 def _encode_long(

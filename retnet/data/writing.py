@@ -1,6 +1,5 @@
 """Documents on their way into token files: checked, counted, tokenised."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.progress import Phase, phase
+from retnet.data.progress import phase
 from retnet.data.sources import Source
 from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
@@ -31,13 +30,6 @@ def read_documents_of(source: Source) -> Iterator[str]:
         yield text
 
 
-def count(texts: Iterator[str], counter: Phase) -> Iterator[str]:
-    """The texts, each counted as it goes by."""
-    for text in texts:
-        counter.advance(len(text.encode()))
-        yield text
-
-
 def write_tokens(
     folder: Path,
     texts: Iterator[str],
@@ -46,18 +38,11 @@ def write_tokens(
     title: str,
 ) -> dict[str, Any]:
     """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
-    waiting: deque[str] = deque()  # the documents that the encoder holds
     total = DocumentsHash()
-
-    def read() -> Iterator[str]:
-        for text in texts:
-            waiting.append(text)
-            yield text
-
     writer = TokenFileWriter(folder, max_token_id(tokenizer))
     with phase(title) as counter, closing(writer):
-        for pieces in encode_in_pieces(tokenizer, read()):
-            total.add(waiting.popleft().encode())
+        for text, pieces in encode_in_pieces(tokenizer, texts):
+            total.add(text.encode())
             counter.advance(add_document(writer, pieces, max_tokens))
             if writer.num_tokens == max_tokens:
                 break
@@ -66,11 +51,7 @@ def write_tokens(
 
 
 def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: int | None) -> int:
-    """Append a document piece by piece, as far as ``max_tokens`` of the file allow.
-
-    Returns:
-        The UTF-8 bytes of what was written.
-    """
+    """Append a document as far as ``max_tokens`` of the file allow; returns the UTF-8 bytes."""
     written, append = 0, writer.add
     for ids, num_bytes in pieces:
         if writer.num_tokens == max_tokens:
