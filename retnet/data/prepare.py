@@ -112,19 +112,14 @@ def prepare_data(spec: DataSpec) -> PreparedData:
                 )
             prepared = publish(folder / "complete", entry, tokenizer)
     check_window(prepared.train.num_tokens, spec.seq_len)
-    if spec.tokenizer == BPE and len(prepared.tokenizer) < spec.vocab_size:
+    size = len(prepared.tokenizer)
+    if spec.tokenizer == BPE and size < spec.vocab_size:
         logger.warning(
-            "data.vocab_size (%s): the training text is too small for so many entries, the "
-            "tokenizer has %s",
-            spec.vocab_size,
-            len(prepared.tokenizer),
+            f"data.vocab_size ({spec.vocab_size}): the training text is too small for so many "
+            f"entries, the tokenizer has {size}"
         )
-    logger.info(
-        "data in %s: %s training and %s validation tokens",
-        entry,
-        f"{prepared.train.num_tokens:,}",
-        f"{prepared.validation.num_tokens:,}",
-    )
+    sizes = f"{prepared.train.num_tokens:,}", f"{prepared.validation.num_tokens:,}"
+    logger.info("data in %s: %s training and %s validation tokens", entry, *sizes)
     return prepared
 
 

@@ -10,11 +10,7 @@ from retnet.paths import expand, kind_of
 
 
 def load_pretrained(name: str, lacking: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A pretrained tokenizer that has a beginning, an end and a padding token.
-
-    Args:
-        name: Folder or Hub name.
-        lacking: Texts of the tokens to add where the tokenizer has none: bos, eos, pad.
+    """A pretrained tokenizer, with the tokens of ``lacking`` (bos, eos, pad) where it has none.
 
     Raises:
         UserError: There is no such tokenizer or it is not a fast one.
@@ -37,22 +33,19 @@ def _load(name: str) -> PreTrainedTokenizerBase:
     what = f"data.tokenizer ({name})"
     folder = expand(name, "data.tokenizer")
     kind = kind_of(folder, "data.tokenizer")
-    if kind == "folder":
-        try:
-            return _from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # missing, damaged and unknown files each raise another kind
+    if kind != "folder" and (
+        kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    ):
+        raise UserError(f"{what} is not a folder: name the folder that holds tokenizer.json")
+    try:
+        return _from_pretrained(str(folder) if kind else name, local_files_only=True)
+    except Exception as error:  # missing, damaged and unknown files each raise another kind
+        if kind == "folder":
             raise UserError(
-                f"data.tokenizer ({name}) is a folder without a tokenizer that can be read "
+                f"{what} is a folder without a tokenizer that can be read "
                 f"({' '.join(str(error).split())}): name one with tokenizer.json"
             ) from error
-    if kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"data.tokenizer ({name}) is not a folder: name the folder that holds tokenizer.json"
-        )
-    try:
-        return _from_pretrained(name, local_files_only=True)
-    except Exception:  # not in the local cache; the Hub decides
-        revision = hub_revision(name, "model", what)
+    revision = hub_revision(name, "model", what)  # it is not in the local cache
     try:
         return while_reachable(
             lambda: _from_pretrained(name, revision=revision), name, "model", what
@@ -61,7 +54,7 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:
         raise UserError(
-            f"data.tokenizer ({name}) cannot be loaded from the Hub "
+            f"{what} cannot be loaded from the Hub "
             f"({' '.join(str(error).split())}): name a repository with tokenizer.json"
         ) from error
 

@@ -27,15 +27,7 @@ class Phase:
 
 @contextmanager
 def phase(name: str, *, total: int | None = None) -> Iterator[Phase]:
-    """Show a bar named ``name`` while the block runs and log what it counted at the end.
-
-    Args:
-        name: What is being done ("reading", "tokenising").
-        total: Bytes of text to come, where known.
-
-    Yields:
-        The counter to advance.
-    """
+    """Show a bar (of ``total`` bytes, where known) in the block and log what was counted in it."""
     started = time.perf_counter()
     # disable=None: a bar on a terminal only.
     with tqdm(
@@ -43,10 +35,5 @@ def phase(name: str, *, total: int | None = None) -> Iterator[Phase]:
     ) as bar:
         counter = Phase(bar)
         yield counter
-    logger.info(
-        "%s: %s documents, %s bytes, %.1f s",
-        name,
-        f"{counter.documents:,}",
-        f"{counter.num_bytes:,}",
-        time.perf_counter() - started,
-    )
+    facts = f"{counter.documents:,} documents, {counter.num_bytes:,} bytes"
+    logger.info("%s: %s, %.1f s", name, facts, time.perf_counter() - started)

@@ -10,13 +10,13 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
-from retnet.data.hub import HubSource, is_hub_layout, open_hub
+from retnet.data.hub import RECORDED, HubSource, is_hub_layout
 from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.prepared import known_revision
 from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, hash_files, read_documents, suffix_of
@@ -27,16 +27,9 @@ from retnet.paths import expand, kind_of
 logger = logging.getLogger(__name__)
 
 # Tests and tables are no prose of code; site-packages and dist-packages are not the library.
-STDLIB_SKIPPED = {
-    "test",
-    "tests",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-}
+NOT_STDLIB = re.compile(
+    "(^|/)(tests?|site-packages|dist-packages|idlelib|lib2to3|encodings|pydoc_data)/"
+)
 GLOB_SIGNS = re.compile(r"[*?\[]")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -81,18 +74,16 @@ class StdlibSource:
         return {"kind": PYTHON_STDLIB, "python": platform.python_version()}
 
     def _files(self) -> list[Path]:
-        found = [
-            path
-            for path in self.folder.rglob("*.py")
-            if not STDLIB_SKIPPED.intersection(path.relative_to(self.folder).parts[:-1])
-            and path.is_file()
-        ]
+        found = _sorted_files(
+            self.folder,
+            lambda path: path.suffix == ".py" and not NOT_STDLIB.search(path.as_posix()),
+        )
         if not found:
             raise UserError(
                 f"data.source ({PYTHON_STDLIB}) has no .py files in {self.folder}: "
                 "this Python keeps none there, so name a file or folder of text"
             )
-        return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
+        return found
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,7 @@ def open_validation(spec: DataSpec, source: Source) -> Source | None:
     if is_local(spec.validation, "data.validation"):
         return open_location(spec.validation, "data.validation", spec.text_field, None, "train")
     if isinstance(source, HubSource):
-        return source.with_split(spec.validation, "data.validation")
+        return replace(source, split=spec.validation, key="data.validation")
     raise UserError(
         f"data.validation ({spec.validation}) is no file, folder or glob: correct the path "
         "(split names are for Hub data sets only)"
@@ -184,12 +175,7 @@ def open_location(
 ) -> Source:
     """The source at a location: a name, an existing path, a glob, else a Hub name.
 
-    Args:
-        location: As the user wrote it.
-        key: The configuration key it comes from, for messages.
-        text_field: Field of rows with the text.
-        hub_config: Configuration of a Hub data set.
-        split: Split of a Hub data set.
+    ``key`` is the configuration key that it comes from, for messages.
 
     Raises:
         UserError: Nothing is there.
@@ -197,12 +183,12 @@ def open_location(
     if location == PYTHON_STDLIB:
         return StdlibSource(Path(sysconfig.get_path("stdlib")))
     path = expand(location, key)
-    kind = kind_of(path, key)
+    kind, place = kind_of(path, key), path.resolve()
     if kind == "folder":
         if is_hub_layout(path):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
-            return open_hub(str(path.resolve()), key, text_field, hub_config, split)
-        return _file_source(str(path.resolve()), _files_of_folder(path, key), text_field)
+            return HubSource(str(place), key, text_field, hub_config, split, revision=None)
+        return _file_source(str(place), _files_of_folder(place, key), text_field)
     if kind == "other":
         raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
     if kind == "file":
@@ -211,13 +197,14 @@ def open_location(
                 f"{key} ({location}) has a suffix that is not known "
                 f"({suffix_of(path) or 'none'}): use one of {SUFFIXES}"
             )
-        return _file_source(str(path.resolve()), [path.resolve()], text_field)
+        return _file_source(str(place), [place], text_field)
     if GLOB_SIGNS.search(location):
         absolute = str(Path.cwd() / path)
         return _file_source(absolute, _files_of_glob(absolute, location, key), text_field)
     if is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
-    return open_hub(location, key, text_field, hub_config, split)
+    revision = hub_revision(location, "dataset", f"{key} ({location})")
+    return HubSource(location, key, text_field, hub_config, split, revision)
 
 
 def reopen_source(record: dict[str, Any]) -> Source:
@@ -228,31 +215,18 @@ def reopen_source(record: dict[str, Any]) -> Source:
     """
     if record["kind"] == PYTHON_STDLIB:
         return open_location(PYTHON_STDLIB, "data.source", "text", None, "train")
-    if record["kind"] == "hub":
-        if (
-            record["revision"] is None
-            and kind_of(Path(record["location"]), "data.source") != "folder"
-        ):
-            raise UserError(f"data.source ({record['location']}) does not exist: restore it")
-        return _reopen_hub(record)
-    return open_location(record["location"], "data.source", record["text_field"], None, "train")
-
-
-def _reopen_hub(record: dict[str, Any]) -> HubSource:
-    location, key = record["location"], "data.source"
-    source = open_hub(
-        location,
-        key,
-        record["text_field"],
-        record["hub_config"],
-        record["split"],
-        revision=record["revision"],
-    )
-    if not source.is_folder:
-        try:
-            hub_revision(location, "dataset", f"{key} ({location})")
-        except HubUnreachableError:  # then it may still be in the client's own cache
-            return replace(source, offline=True)
+    key, location = "data.source", record["location"]
+    if record["kind"] != "hub":
+        return open_location(location, key, record["text_field"], None, "train")
+    source = HubSource(key=key, **{name: record[name] for name in RECORDED})
+    if source.is_folder:
+        if kind_of(Path(location), key) != "folder":
+            raise UserError(f"{key} ({location}) does not exist: restore it")
+        return source
+    try:
+        hub_revision(location, "dataset", f"{key} ({location})")
+    except HubUnreachableError:  # then it may still be in the client's own cache
+        return replace(source, offline=True)
     return source
 
 
@@ -265,19 +239,22 @@ def _file_source(location: str, files: list[Path], text_field: str) -> FileSourc
 
 
 def _files_of_folder(folder: Path, key: str) -> list[Path]:
-    folder = folder.resolve()
-    found = [
-        path
-        for path in folder.rglob("*")
-        if suffix_of(path) in READERS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    found = _sorted_files(
+        folder,
+        lambda path: suffix_of(path) in READERS and not any(x.startswith(".") for x in path.parts),
+    )
     if not found:
         raise UserError(
             f"{key} ({folder}) is a folder without a file to read: put files of {SUFFIXES} there"
         )
-    return sorted(found, key=lambda path: PurePosixPath(path.relative_to(folder)).as_posix())
+    return found
+
+
+def _sorted_files(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """The files below a folder whose relative paths are wanted, sorted by these."""
+    names = (path.relative_to(folder) for path in folder.rglob("*"))
+    found = sorted(filter(wanted, names), key=Path.as_posix)
+    return [folder / name for name in found if (folder / name).is_file()]
 
 
 def _files_of_glob(absolute: str, pattern: str, key: str) -> list[Path]:

@@ -49,10 +49,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on ``documents``; the same documents give the same tokenizer.
 
-    Args:
-        documents: The training text, read once.
-        vocab_size: Entries, the three special tokens (ids 0, 1, 2) included. A small text may
-            have fewer pairs to merge and so give a smaller vocabulary.
+    The three special tokens (ids 0, 1, 2) count in ``vocab_size``; a small text may have fewer
+    pairs to merge and so give a smaller vocabulary.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,9 +76,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
     lacks as new entries.
-
-    Args:
-        name: As in ``data.tokenizer``.
 
     Raises:
         UserError: There is no such tokenizer, or it is not a fast one.
@@ -108,15 +103,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 def encode_documents(
     tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Encode documents as ``<bos>`` text ``<eos>``, some at a time.
-
-    Args:
-        tokenizer: Any of this module's.
-        documents: Texts; read as they are needed.
-
-    Yields:
-        For each document in order its ids, int64 [tokens].
-    """
+    """The ids, int64 [tokens], of each document as ``<bos>`` text ``<eos>``, read as needed."""
     for _, pieces in encode_in_pieces(tokenizer, documents):
         yield np.concatenate([ids for ids, _ in pieces], dtype=np.int64)
 
@@ -160,7 +147,7 @@ def _encode_long(
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[np.ndarray]]:
     """Texts to the ids of each, without ends; 32 bits at most, because they wait in memory."""
-    if _is_byte_tokenizer(tokenizer):
+    if len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash():
         return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
     backend = _backend(tokenizer)
 
@@ -222,10 +209,6 @@ def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash()
 
 
 @cache
