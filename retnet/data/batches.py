@@ -111,15 +111,9 @@ class TrainingBatches(StepBatches):
     """
 
     def __init__(self, tokens: TokenFile, *, reset_at_documents: bool = True, **cut: int) -> None:
-        """Cut windows.
+        """Cut windows (``cut``: as of ``StepBatches``); a ``UserError`` where not one is filled.
 
-        Args:
-            tokens: The training tokens.
-            reset_at_documents: Give ``segment_ids`` where a row holds more than one document.
-            **cut: As of ``StepBatches``.
-
-        Raises:
-            UserError: The tokens do not fill one window.
+        ``reset_at_documents`` gives ``segment_ids`` where a row holds more than one document.
         """
         super().__init__(tokens, **cut)
         check_window(tokens.num_tokens, self._seq_len)

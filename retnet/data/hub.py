@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,13 +152,11 @@ def _load(source: HubSource) -> Any:
 def _open(source: HubSource) -> Any:
     import datasets
 
-    name, config, revision = source.location, source.hub_config, source.revision
-    builder = datasets.load_dataset_builder(name, config, revision=revision)
+    load = partial(datasets.load_dataset_builder, source.location, source.hub_config)
+    builder = load(revision=source.revision)
     if builder.name == "text":
         # The library's default is a row a line; here a text file is one document.
-        builder = datasets.load_dataset_builder(
-            name, config, revision=revision, sample_by="document"
-        )
+        builder = load(revision=source.revision, sample_by="document")
     if source.is_folder or source.streaming:
         return builder.as_streaming_dataset(split=source.split)
     builder.download_and_prepare()

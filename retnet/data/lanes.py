@@ -7,6 +7,7 @@ a document stays in one row (except where a lane begins in the middle of it).
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,7 @@ class CarriedBatches(StepBatches):
     """
 
     def __init__(self, tokens: TokenFile, **cut: int) -> None:
-        """Cut the text into lanes; arguments as of ``StepBatches``.
-
-        Raises:
-            UserError: The lanes do not hold one window each.
-        """
+        """Cut lanes (``cut``: as of ``StepBatches``); a ``UserError`` where they fill no window."""
         super().__init__(tokens, **cut)
         self._windows_per_lane = (tokens.num_tokens - 1) // self.global_batch // self._seq_len
         if self._windows_per_lane < 1:
@@ -84,30 +81,17 @@ class CarriedValidationBatches(ValidationBatches):
     has labels of -100.
     """
 
-    def __init__(
-        self,
-        tokens: TokenFile,
-        *,
-        seq_len: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_tokens: int | None = None,
-    ) -> None:
-        """Cut up to 32 lanes of at least 16 windows, where there are so many."""
-        super().__init__(
-            tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            max_tokens=max_tokens,
-        )
+    def __init__(self, tokens: TokenFile, **cut: Any) -> None:
+        """Cut up to 32 lanes of at least 16 windows, where there are so many.
+
+        ``cut``: as of ``ValidationBatches``, except that every batch has ``segment_ids``.
+        """
+        super().__init__(tokens, reset_at_documents=True, **cut)
         windows = len(self._starts)
         lanes = max(1, min(VALIDATION_LANES, windows // LEAST_WINDOWS))
         self._lane_length = -(-windows // lanes)
         filled = -(-windows // self._lane_length)
-        self._own_lanes = -(-filled // world_size)
+        self._own_lanes = -(-filled // self._world_size)
 
     def __len__(self) -> int:
         return -(-self._own_lanes // self._batch_size) * self._lane_length

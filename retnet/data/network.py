@@ -32,9 +32,7 @@ class HubUnreachableError(UserError):
 
 
 def hub_revision(name: str, kind: Kind, what: str) -> str:
-    """The commit that the main branch of a Hub repository is at.
-
-    ``what`` is the key and its value, for the message.
+    """The commit of a Hub repository's main branch; ``what`` is the key and value for messages.
 
     Raises:
         UserError: The Hub does not know the name or refuses access.
@@ -65,11 +63,8 @@ def hub_revision(name: str, kind: Kind, what: str) -> str:
 def while_reachable(call: Callable[[], T], name: str, kind: Kind, what: str) -> T:
     """The result of a call to the Hub's client, which may take any time while the Hub answers.
 
-    The other arguments are those of ``hub_revision``.
-
-    Raises:
-        HubUnreachableError: The Hub stopped answering, or refuses now what it gave before; the
-            client alone would try for minutes.
+    Raises ``HubUnreachableError`` when it stops answering, or refuses now what it gave before; the
+    client alone would try for minutes. The other arguments are those of ``hub_revision``.
     """
     result = _in_thread(call)
     asked, failures = time.monotonic(), 0

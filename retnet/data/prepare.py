@@ -27,20 +27,12 @@ from retnet.data.prepared import (
     resumable,
     unfinished,
 )
-from retnet.data.progress import phase
 from retnet.data.sources import Source, open_source, open_validation, reopen_source
 from retnet.data.spec import BPE, DataSpec
-from retnet.data.split import (
-    HASH_RANGE,
-    DocumentsHash,
-    SplitRule,
-    Survey,
-    choose_split,
-    survey_documents,
-)
-from retnet.data.streaming import as_stream, stream_fingerprint, write_stream
+from retnet.data.split import DocumentsHash, SplitRule, Survey, choose_split, survey_documents
+from retnet.data.streaming import stream_fingerprint, write_stream
 from retnet.data.tokenizer import load_tokenizer, max_token_id, tokenizer_hash, train_bpe
-from retnet.data.writing import read_documents_of, write_tokens
+from retnet.data.writing import phase, read_documents_of, write_tokens
 from retnet.errors import UserError
 from retnet.files import replacing, write_json
 from retnet.paths import expand
@@ -66,15 +58,13 @@ class _Inputs:
 
     def entry_name(self, fingerprints: list[str | None]) -> str:
         """A readable name and a hash of everything that decides the token files."""
-        spec, given = self.spec, self.validation
+        spec, given, made = self.spec, self.validation, self.tokenizer
         decides = {
             "format": FORMAT,
             "source": self.source.to_record(),
             "validation": given.to_record() if given else spec.validation_fraction,
             "fingerprints": fingerprints,
-            "tokenizer": (
-                tokenizer_hash(self.tokenizer) if self.tokenizer else [BPE, spec.vocab_size]
-            ),
+            "tokenizer": tokenizer_hash(made) if made else [BPE, spec.vocab_size],
             "tokenizers": tokenizers.__version__,
             "max_tokens": spec.max_tokens,
         } | ({"streaming": True} if spec.streaming else {})
@@ -86,15 +76,11 @@ class _Inputs:
 def prepare_data(spec: DataSpec) -> PreparedData:
     """Token files for ``spec``: from the cache when nothing changed, else made now.
 
-    Raises:
-        UserError: Whatever is wrong with the text, the tokenizer or an option; nothing is left
-            behind then.
+    Raises a ``UserError`` for a text, tokenizer or option that is wrong, and leaves nothing then.
     """
     spec.validate()
     source = open_source(spec)
     validation = open_validation(spec, source)
-    if spec.streaming:
-        source, validation = as_stream(source), as_stream(validation) if validation else None
     tokenizer = None
     if spec.tokenizer != BPE:
         tokenizer = load_tokenizer(spec.tokenizer)
@@ -126,16 +112,13 @@ def prepare_data(spec: DataSpec) -> PreparedData:
 def rebuild_validation(record: dict[str, Any]) -> list[str]:
     """The validation documents that a ``PreparedData.record`` describes, read again.
 
-    Raises:
-        UserError: The record is incomplete, the corpus is gone, or it no longer gives the same
-            documents.
+    Raises a ``UserError`` where the record is incomplete or the corpus is gone or another.
     """
     try:
-        given = record["validation_source"]
-        source = reopen_source(given or record["source"])
+        given, read = record["validation_source"], record.get("documents_read")
+        source = reopen_source(given or record["source"], streaming=read is not None)
         rule = SplitRule.from_record(record["split"])
         wanted, made_by = record["validation_sha256"], record["source"].get("python")
-        read = record.get("documents_read")
         if read is not None and (type(read) is not int or read < 0):
             raise ValueError(f"documents_read ({read!r})")
     except UserError:
@@ -144,8 +127,6 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
         raise UserError(
             f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
         ) from error
-    if read is not None:
-        source = as_stream(source)
     texts = islice(read_documents_of(source), None if given else read)
     documents = list(texts) if given else list(filter(None, (rule.divide(x)[1] for x in texts)))
     total = DocumentsHash()
@@ -179,7 +160,13 @@ def _build(folder: Path, inputs: _Inputs) -> None:
     """
     spec, source, validation = inputs.spec, inputs.source, inputs.validation
     folder.mkdir(exist_ok=True)
-    rule, survey = _divide(inputs)
+    survey = None if spec.streaming else _survey(source, "data.source")
+    if validation is None:
+        rule = choose_split(survey, spec.validation_fraction, spec.source)
+    else:
+        rule = SplitRule("given")
+        if survey is not None:
+            _survey(validation, "data.validation")
     tokenizer = inputs.tokenizer or _train_tokenizer(
         folder, inputs, rule, survey.num_bytes if survey else STREAMED_TOKENIZER_BYTES
     )
@@ -201,20 +188,6 @@ def _build(folder: Path, inputs: _Inputs) -> None:
         record |= _write_side(folder, inputs, rule, side, tokenizer)
     check_window(record[TRAIN]["tokens"], spec.seq_len)
     write_json(folder / RECORD, record)
-
-
-def _divide(inputs: _Inputs) -> tuple[SplitRule, Survey | None]:
-    """The split, and the survey of the source, which a stream does without."""
-    spec, validation = inputs.spec, inputs.validation
-    survey = None if spec.streaming else _survey(inputs.source, "data.source")
-    if validation is not None:
-        if survey is not None:
-            _survey(validation, "data.validation")
-        return SplitRule("given"), survey
-    if survey is not None:
-        return choose_split(survey, spec.validation_fraction, spec.source), survey
-    fraction = spec.validation_fraction
-    return SplitRule("documents", fraction, int(fraction * HASH_RANGE)), None
 
 
 def _survey(source: Source, key: str) -> Survey:

@@ -72,9 +72,8 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
 
 def known_revision(cache_dir: Path, location: str) -> str | None:
     """The revision of a Hub data set that was prepared last, for a start without network."""
-    for path in sorted(
-        cache_dir.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
-    ):
+    records = cache_dir.glob(f"*/{RECORD}")
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             source = read_json(path, PREPARE_AGAIN)["source"]
             if source["kind"] == "hub" and source["location"] == location:
@@ -86,11 +85,7 @@ def known_revision(cache_dir: Path, location: str) -> str | None:
 
 @contextmanager
 def unfinished(entry: Path) -> Iterator[Path]:
-    """A temporary folder beside ``entry``; it is gone after the block, with parents made for it.
-
-    Raises:
-        UserError: The cache folder cannot be written.
-    """
+    """A temporary folder beside ``entry``; it is gone after the block, with parents made for it."""
     with _parents_of(entry), ExitStack() as stack:
         with _writing(entry, "name a folder that can"):
             entry.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +102,8 @@ def unfinished(entry: Path) -> Iterator[Path]:
 def resumable(entry: Path) -> Iterator[Path]:
     """A folder beside ``entry`` that stays when the block is interrupted, for the next attempt.
 
-    It goes, with parents made for it, when the text is at fault.
-
-    Raises:
-        UserError: The cache folder cannot be written, or another process is at work there.
+    It goes, with parents made for it, when the text is at fault. A ``UserError`` where another
+    process is at work there.
     """
     folder = entry.with_name(f"{STREAMING}{entry.name}")
     lock = FileLock(f"{folder}.lock")

@@ -64,29 +64,25 @@ def suffix_of(path: Path) -> str:
 
 def text_of(value: Any, text_field: str, where: str) -> str:
     """The text of a row's field, "" for a null; a ``UserError`` where it is no string."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise UserError(
             f"data.text_field ({text_field}) of {where} holds {type(value).__name__}, not text: "
             "name a field of strings"
         )
-    return value
+    return value or ""
 
 
 def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
     """The error for a field that is not there; it lists the fields there are."""
-    known = ", ".join(fields) or "none"
     return UserError(
         f"data.text_field ({text_field}) is not a field of {where}: "
-        f"set it to one of the fields there are ({known})"
+        f"set it to one of the fields there are ({', '.join(fields) or 'none'})"
     )
 
 
 def _open_binary(path: Path) -> BinaryIO:
-    if suffix_of(path).endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))  # the caller closes it
-    return path.open("rb")
+    packed = suffix_of(path).endswith(".gz")
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")  # the caller closes it
 
 
 def _first_bad_byte(path: Path) -> int:

@@ -97,15 +97,15 @@ def survey_documents(documents: Iterable[bytes]) -> Survey:
     return Survey(sizes, hashes, total.hexdigest())
 
 
-def choose_split(survey: Survey, fraction: float, source: str) -> SplitRule:
+def choose_split(survey: Survey | None, fraction: float, source: str) -> SplitRule:
     """The rule for a source without validation data of its own; neither side will be empty.
 
     Whole documents by hash when there are at least 20 and none holds more than 5 % of the bytes,
-    else (or when all documents are equal) the tail of each.
-
-    Raises:
-        UserError: The text is too short to be divided.
+    else (or when all documents are equal) the tail of each; a ``UserError`` where it is too short.
+    Without a survey (of a stream) by hash, and a side may turn out to be empty.
     """
+    if survey is None:
+        return SplitRule("documents", fraction, int(fraction * HASH_RANGE))
     sizes = np.frombuffer(survey.sizes, dtype=np.uint64)
     hashes = np.frombuffer(survey.hashes, dtype=np.uint64)
     total = int(sizes.sum())

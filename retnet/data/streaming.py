@@ -13,7 +13,6 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data.hub import HubSource
 from retnet.data.prepared import SIDES, TRAIN, VALIDATION
-from retnet.data.progress import Phase, phase
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter
 from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id
-from retnet.data.writing import add_document, finish_tokens, read_documents_of
+from retnet.data.writing import Phase, add_document, finish_tokens, phase, read_documents_of
 from retnet.errors import UserError
 from retnet.files import read_json, write_json
 
@@ -37,11 +35,6 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 BATCH_CHARACTERS = 1 << 22
 COMMIT_BYTES = 1 << 26
-
-
-def as_stream(source: Source) -> Source:
-    """The source, not downloaded as a whole."""
-    return replace(source, streaming=True) if isinstance(source, HubSource) else source
 
 
 def stream_fingerprint(source: Source) -> str:
@@ -81,11 +74,7 @@ def write_stream(
 ) -> dict[str, Any]:
     """Tokenise both sides (only training where validation is given) into ``folder``.
 
-    Returns:
-        The record's entries about the documents: counts and hashes.
-
-    Raises:
-        UserError: A side is empty.
+    Returns what the record says of the documents; a ``UserError`` where a side is empty.
     """
     documents, hashes = read_documents_of(source), _Hashes(rule)
     committed = _take_up(folder, documents, hashes)
@@ -111,10 +100,8 @@ def write_stream(
                 if counter.num_bytes - last_commit >= COMMIT_BYTES:
                     last_commit = counter.num_bytes
                     _commit(folder, writers, hashes)
-        facts: dict[str, Any] = {
-            "documents_read": hashes.documents,
-            "corpus_sha256": hashes.all.hexdigest(),
-        }
+        facts: dict[str, Any] = {"documents_read": hashes.documents}
+        facts["corpus_sha256"] = hashes.all.hexdigest()
         if not hashes.documents:
             raise UserError(f"data.source ({source.name}) is empty: name a file with text")
         for side, writer in writers.items():

@@ -4,16 +4,15 @@ The manifest is written last and holds sizes and checksums, so a folder that lac
 with it is known to be damaged.
 """
 
-import os
 import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from retnet.files import read_json, write_json
+from retnet.files import read_json, sync, write_json
 
 TOKENS, MANIFEST = "tokens.bin", "manifest.json"
 STARTS, SIZES = "document_starts.npy", "document_bytes.npy"
@@ -59,11 +58,7 @@ class TokenFile:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenFile":
-        """Map the token file in ``folder``.
-
-        Raises:
-            DamagedTokenFileError: It is not complete and unchanged.
-        """
+        """Map the token file in ``folder``; a ``DamagedTokenFileError`` where it is not whole."""
         try:
             manifest = read_json(folder / MANIFEST, "prepare the text again")
             for name in ARRAYS:
@@ -92,20 +87,18 @@ class TokenFileWriter:
         self._folder = folder
         self._dtype = np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
         self._starts, self._sizes = array("q"), array("q")
-        self._committed = 0
-        self.num_tokens = 0
+        self.num_tokens = self._committed = 0
         if committed is None:
             folder.mkdir(parents=True)
-            self._stream: BinaryIO = (folder / TOKENS).open("wb")
-            return
-        self.num_tokens, self._committed = committed["tokens"], committed["documents"]
-        for path, values in self._parts():
-            with path.open("r+b") as stream:
-                stream.truncate(self._committed * values.itemsize)
-                values.fromfile(stream, self._committed)
-        self._stream = (folder / TOKENS).open("r+b")
-        self._stream.truncate(self.num_tokens * self._dtype.itemsize)
-        self._stream.seek(0, os.SEEK_END)
+        else:
+            self.num_tokens, self._committed = committed["tokens"], committed["documents"]
+            for path, values in self._parts():
+                with path.open("r+b") as stream:
+                    stream.truncate(self._committed * values.itemsize)
+                    values.fromfile(stream, self._committed)
+        self._stream = (folder / TOKENS).open("r+b" if committed else "wb")
+        self._stream.seek(self.num_tokens * self._dtype.itemsize)
+        self._stream.truncate()
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -131,12 +124,11 @@ class TokenFileWriter:
     def commit(self) -> dict[str, int]:
         """Have everything so far on disk; returns what a later writer needs to go on."""
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        sync(self._folder / TOKENS)
         for path, values in self._parts():
             with path.open("ab") as stream:
                 values[self._committed :].tofile(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            sync(path)
         self._committed = self.num_documents
         return self.counts()
 

@@ -1,18 +1,55 @@
-"""Documents on their way into token files: checked, counted, tokenised."""
+"""Documents on their way into token files: checked, counted, tokenised.
 
+Progress goes to stderr: a bar on a terminal, and one log line per finished phase everywhere.
+"""
+
+import logging
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.progress import phase
 from retnet.data.sources import Source
 from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
 from retnet.data.tokenizer import Piece, encode_in_pieces, max_token_id, tokenizer_hash
 from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Phase:
+    """One phase of the preparation, counted in documents and bytes of text."""
+
+    bar: tqdm
+    documents: int = 0
+    num_bytes: int = 0
+
+    def advance(self, num_bytes: int) -> None:
+        """Count one more document of ``num_bytes`` bytes."""
+        self.documents += 1
+        self.num_bytes += num_bytes
+        self.bar.update(num_bytes)
+
+
+@contextmanager
+def phase(name: str, *, total: int | None = None) -> Iterator[Phase]:
+    """Show a bar (of ``total`` bytes, where known) in the block and log what was counted in it."""
+    started = time.perf_counter()
+    # disable=None: a bar on a terminal only.
+    with tqdm(
+        total=total, desc=name, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
+    ) as bar:
+        counter = Phase(bar)
+        yield counter
+    facts = f"{counter.documents:,} documents, {counter.num_bytes:,} bytes"
+    logger.info("%s: %s, %.1f s", name, facts, time.perf_counter() - started)
 
 
 def read_documents_of(source: Source) -> Iterator[str]:
