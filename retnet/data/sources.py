@@ -157,13 +157,15 @@ def open_location(
     if location == PYTHON_STDLIB:
         return StdlibSource(Path(sysconfig.get_path("stdlib")))
     path = expand(location, key)
-    kind, place = kind_of(path, key), path.resolve()
+    kind = kind_of(path, key)
     if kind == "folder":
+        place = path.resolve()
         if is_hub_layout(path):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
             return HubSource(str(place), key, text_field, hub_config, split, revision=None)
         files = _files_of_folder(place, key)
     elif kind == "file":
+        place = path.resolve()
         files = [place]
         if suffix_of(path) not in READERS:
             raise UserError(
