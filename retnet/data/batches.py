@@ -5,6 +5,7 @@ document's last token would be the next document's first: it is -100, which no l
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -25,49 +26,54 @@ def check_window(num_tokens: int, seq_len: int) -> None:
         )
 
 
-class _Windows:
-    """Rows of a token file by the index of their first token."""
+def batch_of(rows: np.ndarray, documents: np.ndarray) -> dict[str, Tensor]:
+    """Inputs, labels and segments [B, T] out of tokens [B, T + 1] and the documents they are of."""
+    rows = rows.astype(np.int64)
+    counted = documents[:, 1:] == documents[:, :-1]
+    return {
+        "input_ids": torch.from_numpy(rows[:, :-1].copy()),
+        "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
+        "segment_ids": torch.from_numpy(documents[:, :-1].astype(np.int64)),
+    }
 
-    def __init__(self, tokens: TokenFile, seq_len: int, reset_at_documents: bool) -> None:
-        self._tokens = tokens
-        self._seq_len = seq_len
-        self._reset = reset_at_documents
+
+class _Windows:
+    """Rows of a token file by the index of their first token; nothing from ``end`` on is read."""
+
+    def __init__(self, tokens: TokenFile, seq_len: int, end: int, reset_at_documents: bool) -> None:
+        self._tokens, self._end, self._reset = tokens, end, reset_at_documents
+        self._offsets = np.arange(seq_len + 1)
         self._padding = int(tokens.manifest.get("pad_token_id", 0))
 
-    def batch(
-        self, starts: np.ndarray, end: int, *, name_documents: bool = False
-    ) -> dict[str, Tensor]:
-        """The rows [B, T] that begin at ``starts``; nothing from token ``end`` on is read.
+    def batch(self, starts: np.ndarray, *, name_documents: bool = False) -> dict[str, Tensor]:
+        """The rows [B, T] that begin at ``starts``.
 
         With ``name_documents`` the segment ids are always there and are the documents' numbers in
         the file, so that a document has the same in all its windows.
         """
-        positions = starts[:, None] + np.arange(self._seq_len + 1)  # [B, T + 1]
-        inside = positions < end
-        positions = np.minimum(positions, end - 1)
-        rows = np.where(inside, self._tokens.tokens[positions], self._padding).astype(np.int64)
+        positions = starts[:, None] + self._offsets  # [B, T + 1]
+        outside = positions >= self._end
+        positions = np.minimum(positions, self._end - 1)
+        rows = np.where(outside, self._padding, self._tokens.tokens[positions])
         documents = np.searchsorted(self._tokens.document_starts, positions, side="right")
         if not name_documents:
             documents -= documents[:, :1]  # relative to the row's first
-        counted = inside[:, 1:] & (documents[:, 1:] == documents[:, :-1])
-        batch = {
-            "input_ids": torch.from_numpy(rows[:, :-1].copy()),
-            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
-        }
-        segments = documents[:, :-1].astype(np.int64)
-        if name_documents or (self._reset and segments.any()):
-            batch["segment_ids"] = torch.from_numpy(segments)
+        batch = batch_of(rows, documents)
+        batch["shift_labels"][torch.from_numpy(outside[:, 1:])] = IGNORE_INDEX
+        if not (name_documents or (self._reset and batch["segment_ids"].any())):
+            del batch["segment_ids"]
         return batch
 
 
-class TrainingBatches:
-    """The training windows as a pure function of (seed, step, micro_step, rank).
+class StepBatches:
+    """What both kinds of training windows share: the rows of a step, and who gets which.
 
-    Rows are numbered through the whole training: row ``g = step * global_batch + position`` is
-    window ``g % windows_per_epoch`` of epoch ``g // windows_per_epoch``. The rows of a step are
-    therefore the same however they are divided among processes and micro-steps. In each epoch
-    the windows begin at another offset and come in another order, each exactly once.
+    Attributes:
+        global_batch: Rows of a step: ``batch_size * world_size * accumulation``.
+        windows_per_epoch: Rows after which the text has been seen once.
     """
+
+    windows_per_epoch: int
 
     def __init__(
         self,
@@ -79,35 +85,45 @@ class TrainingBatches:
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
-        reset_at_documents: bool = True,
     ) -> None:
-        """Cut windows of ``seq_len`` tokens.
+        """Cut windows of ``seq_len`` tokens; ``batch_size`` is of one micro-step on one process."""
+        self.global_batch = batch_size * world_size * accumulation
+        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
 
-        Args:
-            tokens: The training tokens.
-            seq_len: T.
-            batch_size: B, the rows of one micro-step on one process; the global batch is
-                ``batch_size * world_size * accumulation``.
-            seed: Decides offsets and order.
-            rank: This process.
-            world_size: Number of processes.
-            accumulation: Micro-steps of an optimizer step.
-            reset_at_documents: Give ``segment_ids`` where a row holds more than one document.
+    def epoch(self, step: int) -> float:
+        """How often the training text has been seen before ``step``."""
+        return step * self.global_batch / self.windows_per_epoch
 
-        Raises:
-            UserError: The tokens do not fill one window.
+    def _own(self, starts: list[int], micro_step: int) -> np.ndarray:
+        """Of a step's rows those of this process in a micro-step."""
+        first = (micro_step * self._world_size + self._rank) * self._batch_size
+        return np.array(starts[first : first + self._batch_size])
+
+
+class TrainingBatches(StepBatches):
+    """The training windows as a pure function of (seed, step, micro_step, rank).
+
+    Rows are numbered through the whole training: row ``g = step * global_batch + position`` is
+    window ``g % windows_per_epoch`` of epoch ``g // windows_per_epoch``. The rows of a step are
+    therefore the same however they are divided among processes and micro-steps. In each epoch
+    the windows begin at another offset and come in another order, each exactly once.
+    """
+
+    def __init__(self, tokens: TokenFile, *, reset_at_documents: bool = True, **cut: int) -> None:
+        """Cut windows (``cut``: as of ``StepBatches``); a ``UserError`` where not one is filled.
+
+        ``reset_at_documents`` gives ``segment_ids`` where a row holds more than one document.
         """
-        check_window(tokens.num_tokens, seq_len)
+        super().__init__(tokens, **cut)
+        check_window(tokens.num_tokens, self._seq_len)
         targets = tokens.num_tokens - 1
         # One window less than fit, where possible, leaves room for an offset of up to T - 1.
-        self.windows_per_epoch = max(1, (targets - seq_len + 1) // seq_len)
-        self.global_batch = batch_size * world_size * accumulation
-        self._slack = min(seq_len - 1, targets - self.windows_per_epoch * seq_len)
-        self._windows = _Windows(tokens, seq_len, reset_at_documents)
-        self._num_tokens = tokens.num_tokens
-        self._seq_len, self._batch_size, self._seed = seq_len, batch_size, seed
-        self._rank, self._world_size = rank, world_size
-        self._orders: dict[int, np.ndarray] = {}
+        self.windows_per_epoch = max(1, (targets - self._seq_len + 1) // self._seq_len)
+        self._slack = min(self._seq_len - 1, targets - self.windows_per_epoch * self._seq_len)
+        self._windows = _Windows(tokens, self._seq_len, tokens.num_tokens, reset_at_documents)
+        # A batch may reach over the end of an epoch, or of several small ones.
+        self._starts_in = lru_cache(maxsize=2)(self._starts_of_epoch)
 
     def batch(self, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """The rows of this process in one micro-step.
@@ -117,32 +133,15 @@ class TrainingBatches:
             after it, -100 where that belongs to another document; and ``segment_ids``, int64
             [B, T], where boundaries matter and some row holds one.
         """
-        first = (micro_step * self._world_size + self._rank) * self._batch_size
-        starts = self._starts(self._rows(step)[first : first + self._batch_size])
-        return self._windows.batch(np.array(starts), self._num_tokens)
+        return self._windows.batch(self._own(self.window_starts(step), micro_step))
 
     def window_starts(self, step: int) -> list[int]:
         """The first token of every row of a step, over all processes and micro-steps."""
-        return self._starts(self._rows(step))
+        rows = range(step * self.global_batch, (step + 1) * self.global_batch)
+        places = (divmod(row, self.windows_per_epoch) for row in rows)
+        return [int(self._starts_in(epoch)[index]) for epoch, index in places]
 
-    def _rows(self, step: int) -> range:
-        return range(step * self.global_batch, (step + 1) * self.global_batch)
-
-    def _starts(self, rows: range) -> list[int]:
-        return [self._start(*divmod(row, self.windows_per_epoch)) for row in rows]
-
-    def epoch(self, step: int) -> float:
-        """How often the training text has been seen before ``step``."""
-        return step * self.global_batch / self.windows_per_epoch
-
-    def _start(self, epoch: int, index: int) -> int:
-        if epoch not in self._orders:
-            # A batch may reach over the end of an epoch, or of several small ones.
-            self._orders = {key: self._orders[key] for key in list(self._orders)[-1:]}
-            self._orders[epoch] = self._window_starts(epoch)
-        return int(self._orders[epoch][index])
-
-    def _window_starts(self, epoch: int) -> np.ndarray:
+    def _starts_of_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng([self._seed, epoch])
         offset = generator.integers(0, self._slack, endpoint=True)
         return offset + generator.permutation(self.windows_per_epoch) * self._seq_len
@@ -175,7 +174,7 @@ class ValidationBatches:
     ) -> None:
         """Cut windows of ``seq_len`` tokens out of the first ``max_tokens`` (None: all) tokens."""
         self._end = min(tokens.num_tokens, max_tokens or tokens.num_tokens)
-        self._windows = _Windows(tokens, seq_len, reset_at_documents)
+        self._windows = _Windows(tokens, seq_len, self._end, reset_at_documents)
         self._starts = np.arange(0, max(1, self._end - 1), seq_len)
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         starts = tokens.document_starts
@@ -191,9 +190,7 @@ class ValidationBatches:
         for index in range(len(self)):
             first = (index * self._world_size + self._rank) * self._batch_size
             starts = self._starts[first : first + self._batch_size]
-            if len(starts):
-                yield self._windows.batch(starts, self._end)
-            else:
-                batch = self._windows.batch(self._starts[:1], self._end)
+            batch = self._windows.batch(starts if len(starts) else self._starts[:1])
+            if not len(starts):
                 batch["shift_labels"].fill_(IGNORE_INDEX)
-                yield batch
+            yield batch

@@ -7,25 +7,25 @@ would return what the files held before.
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from retnet.data.network import (
     HubUnreachableError,
-    hub_revision,
     is_network_failure,
     is_refusal,
     offline,
     reason_of,
     while_reachable,
 )
-from retnet.data.readers import READERS, hash_files, missing_field, suffix_of, text_of_row
+from retnet.data.readers import READERS, hash_files, missing_field, suffix_of, text_of
 from retnet.errors import UserError
-from retnet.paths import kind_of
 
 T = TypeVar("T")
 ROWS = 1000
+RECORDED = ("location", "text_field", "hub_config", "split", "revision")
 # As the Hub recognises splits: train.csv, test-00000-of-00001.parquet, validation/a.jsonl.
 SPLIT_NAME = re.compile(r"(train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?)([-_.]|$)")
 CARD_KEYS = re.compile(r"^(configs|dataset_info)\s*:", re.MULTILINE)
@@ -65,16 +65,10 @@ class HubSource:
         return hash_files(self.files, Path(self.location), f"{self.hub_config}/{self.split}")
 
     def documents(self) -> Iterator[str]:
-        number = 0
-        for batch in self._batches():
-            if self.text_field not in batch:
-                raise missing_field(self.text_field, list(batch), self.name)
-            for text in batch[self.text_field]:
-                number += 1
-                where = f"{self.name} row {number}"
-                yield text_of_row({self.text_field: text}, self.text_field, where)
+        for number, value in enumerate(self._values(), start=1):
+            yield text_of(value, self.text_field, f"{self.name} row {number}")
 
-    def _batches(self) -> Iterator[dict[str, list[Any]]]:
+    def _values(self) -> Iterator[Any]:
         rows = _load(self).iter(batch_size=ROWS)
         while True:
             try:
@@ -94,7 +88,9 @@ class HubSource:
                 ) from error
             if batch is None:
                 return
-            yield batch
+            if self.text_field not in batch:
+                raise missing_field(self.text_field, list(batch), self.name)
+            yield from batch[self.text_field]
 
     def wait_for(self, call: Callable[[], T]) -> T:
         """The result of a call that may use the network."""
@@ -105,19 +101,8 @@ class HubSource:
                 return call()
         return while_reachable(call, self.location, "dataset", f"{self.key} ({self.location})")
 
-    def with_split(self, split: str, key: str) -> "HubSource":
-        """Another split of the same data set at the same revision."""
-        return replace(self, split=split, key=key)
-
     def to_record(self) -> dict[str, Any]:
-        return {
-            "kind": "hub",
-            "location": self.location,
-            "text_field": self.text_field,
-            "hub_config": self.hub_config,
-            "split": self.split,
-            "revision": self.revision,
-        }
+        return {"kind": "hub"} | {name: getattr(self, name) for name in RECORDED}
 
 
 def is_hub_layout(folder: Path) -> bool:
@@ -140,26 +125,8 @@ def is_hub_layout(folder: Path) -> bool:
     return all(splits) and any(split.startswith("train") for split in splits)
 
 
-def open_hub(
-    location: str,
-    key: str,
-    text_field: str,
-    hub_config: str | None,
-    split: str,
-    revision: str | None = None,
-) -> HubSource:
-    """A data set by Hub name or local folder, at ``revision`` or the newest one.
-
-    Raises:
-        UserError: There is no such data set, or it is no local path and the Hub cannot be reached.
-    """
-    if revision is None and kind_of(Path(location), key) != "folder":
-        revision = hub_revision(location, "dataset", f"{key} ({location})")
-    return HubSource(location, key, text_field, hub_config, split, revision)
-
-
 def _load(source: HubSource) -> Any:
-    """The rows of a split; a local folder as a stream that reads the files as they are now."""
+    """The rows of a split."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -169,8 +136,8 @@ def _load(source: HubSource) -> Any:
     except HubUnreachableError:
         raise
     except Exception as error:  # the builders' own errors: no such configuration, split, network
-        what = f"{source.key} ({source.location}, configuration {source.hub_config}, split "
-        what += f"{source.split})"
+        place = f"{source.location}, configuration {source.hub_config}, split {source.split}"
+        what = f"{source.key} ({place})"
         if source.offline or (not source.is_folder and is_network_failure(error)):
             raise HubUnreachableError(
                 f"{what} is not kept on this machine at revision {source.revision}, and the Hub "
@@ -183,19 +150,14 @@ def _load(source: HubSource) -> Any:
 
 
 def _open(source: HubSource) -> Any:
-    builder = _builder(source)
+    import datasets
+
+    load = partial(datasets.load_dataset_builder, source.location, source.hub_config)
+    builder = load(revision=source.revision)
     if builder.name == "text":
         # The library's default is a row a line; here a text file is one document.
-        builder = _builder(source, sample_by="document")
+        builder = load(revision=source.revision, sample_by="document")
     if source.is_folder or source.streaming:
         return builder.as_streaming_dataset(split=source.split)
     builder.download_and_prepare()
     return builder.as_dataset(split=source.split)
-
-
-def _builder(source: HubSource, **options: Any) -> Any:
-    import datasets
-
-    return datasets.load_dataset_builder(
-        source.location, source.hub_config, revision=source.revision, **options
-    )

@@ -6,12 +6,14 @@ a document stays in one row (except where a lane begins in the middle of it).
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retnet.data.batches import ValidationBatches
+from retnet.data.batches import StepBatches, ValidationBatches, batch_of
 from retnet.data.token_file import TokenFile
 from retnet.errors import UserError
 from retnet.model.loss import IGNORE_INDEX
@@ -20,41 +22,26 @@ VALIDATION_LANES = 32  # enough to fill batches, and as many processes
 LEAST_WINDOWS = 16  # of a validation lane, whose first window begins without a state
 
 
-class CarriedBatches:
+class CarriedBatches(StepBatches):
     """The training windows as a pure function of (seed, step, micro_step, rank).
 
     What ``TrainingBatches`` is for windows on their own; row g of the global batch is lane g,
     however the rows are divided among processes and micro-steps.
     """
 
-    def __init__(
-        self,
-        tokens: TokenFile,
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation: int = 1,
-    ) -> None:
-        """Cut the text into lanes; arguments as of ``TrainingBatches``.
-
-        Raises:
-            UserError: The lanes do not hold one window each.
-        """
-        self.global_batch = batch_size * world_size * accumulation
-        self._windows_per_lane = (tokens.num_tokens - 1) // self.global_batch // seq_len
+    def __init__(self, tokens: TokenFile, **cut: int) -> None:
+        """Cut lanes (``cut``: as of ``StepBatches``); a ``UserError`` where they fill no window."""
+        super().__init__(tokens, **cut)
+        self._windows_per_lane = (tokens.num_tokens - 1) // self.global_batch // self._seq_len
         if self._windows_per_lane < 1:
             raise UserError(
                 f"train.carry_state cuts the {tokens.num_tokens:,} training tokens into "
                 f"{self.global_batch} lanes, which do not fill one window of data.seq_len "
-                f"({seq_len}) each: use a smaller train.batch_size or data.seq_len, or more text"
+                f"({self._seq_len}) each: use a smaller train.batch_size or data.seq_len, or more "
+                "text"
             )
         self.windows_per_epoch = self._windows_per_lane * self.global_batch
-        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._order: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
+        self._documents = lru_cache(maxsize=1)(self._documents_of_epoch)
 
     def batch(self, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """The rows of this process in one micro-step.
@@ -63,22 +50,14 @@ class CarriedBatches:
             ``input_ids``, ``shift_labels`` and ``segment_ids``, int64 [B, T]: the segment id of a
             document is the same in all its windows and another one in the next epoch.
         """
-        first = (micro_step * self._world_size + self._rank) * self._batch_size
-        starts = np.array(self.window_starts(step)[first : first + self._batch_size])
         epoch = step // self._windows_per_lane
         order, begins = self._documents(epoch)
+        starts = self._own(self.window_starts(step), micro_step)
         positions = starts[:, None] + np.arange(self._seq_len + 1)  # [B, T + 1]
         documents = np.searchsorted(begins, positions, side="right") - 1
         offsets = positions - begins[documents]
         rows = self._tokens.tokens[self._tokens.document_starts[order[documents]] + offsets]
-        rows = rows.astype(np.int64)
-        counted = documents[:, 1:] == documents[:, :-1]
-        segments = documents[:, :-1] + epoch * len(order)
-        return {
-            "input_ids": torch.from_numpy(rows[:, :-1].copy()),
-            "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
-            "segment_ids": torch.from_numpy(segments.astype(np.int64)),
-        }
+        return batch_of(rows, documents + epoch * len(order))
 
     def window_starts(self, step: int) -> list[int]:
         """The first token of every row of a step, counted in the epoch's order of documents."""
@@ -86,19 +65,12 @@ class CarriedBatches:
         lane = self._windows_per_lane * self._seq_len
         return [row * lane + window * self._seq_len for row in range(self.global_batch)]
 
-    def epoch(self, step: int) -> float:
-        """How often the training text has been seen before ``step``."""
-        return step / self._windows_per_lane
-
-    def _documents(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _documents_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in their order, and where each begins in that order."""
-        if self._order[0] != epoch:
-            starts = self._tokens.document_starts
-            lengths = np.diff(np.append(starts, self._tokens.num_tokens))
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(starts))
-            begins = np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
-            self._order = (epoch, order, begins)
-        return self._order[1], self._order[2]
+        starts = self._tokens.document_starts
+        lengths = np.diff(np.append(starts, self._tokens.num_tokens))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(starts))
+        return order, np.concatenate(([0], np.cumsum(lengths[order])[:-1]))
 
 
 class CarriedValidationBatches(ValidationBatches):
@@ -109,30 +81,17 @@ class CarriedValidationBatches(ValidationBatches):
     has labels of -100.
     """
 
-    def __init__(
-        self,
-        tokens: TokenFile,
-        *,
-        seq_len: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        max_tokens: int | None = None,
-    ) -> None:
-        """Cut up to 32 lanes of at least 16 windows, where there are so many."""
-        super().__init__(
-            tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            max_tokens=max_tokens,
-        )
+    def __init__(self, tokens: TokenFile, **cut: Any) -> None:
+        """Cut up to 32 lanes of at least 16 windows, where there are so many.
+
+        ``cut``: as of ``ValidationBatches``, except that every batch has ``segment_ids``.
+        """
+        super().__init__(tokens, reset_at_documents=True, **cut)
         windows = len(self._starts)
         lanes = max(1, min(VALIDATION_LANES, windows // LEAST_WINDOWS))
         self._lane_length = -(-windows // lanes)
         filled = -(-windows // self._lane_length)
-        self._own_lanes = -(-filled // world_size)
+        self._own_lanes = -(-filled // self._world_size)
 
     def __len__(self) -> int:
         return -(-self._own_lanes // self._batch_size) * self._lane_length
@@ -153,6 +112,6 @@ class CarriedValidationBatches(ValidationBatches):
             windows = lanes * self._lane_length + index
             there = torch.from_numpy(windows < len(self._starts))
             starts = self._starts[np.minimum(windows, len(self._starts) - 1)]
-            batch = self._windows.batch(starts, self._end, name_documents=True)
+            batch = self._windows.batch(starts, name_documents=True)
             labels = batch["shift_labels"].masked_fill(~there[:, None], IGNORE_INDEX)
             yield {**batch, "shift_labels": labels}

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 from retnet.errors import UserError
 
 T = TypeVar("T")
+Kind = Literal["dataset", "model"]
 # A host name that never resolves, or eight addresses that never answer, outlast the client's own
 # timeout, so the whole request has one too. A data set and a tokenizer may each wait for it:
 # together they stay below 30 s. So does a load whose Hub is gone: the Hub is asked every PATIENCE_S
@@ -30,13 +31,8 @@ class HubUnreachableError(UserError):
     """The Hub does not answer."""
 
 
-def hub_revision(name: str, kind: Literal["dataset", "model"], what: str) -> str:
-    """The commit that the main branch of a Hub repository is at.
-
-    Args:
-        name: Repository name.
-        kind: Of the repository.
-        what: Key and value, for the message.
+def hub_revision(name: str, kind: Kind, what: str) -> str:
+    """The commit of a Hub repository's main branch; ``what`` is the key and value for messages.
 
     Raises:
         UserError: The Hub does not know the name or refuses access.
@@ -48,7 +44,7 @@ def hub_revision(name: str, kind: Literal["dataset", "model"], what: str) -> str
     api = huggingface_hub.HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        revision = _within(DEADLINE_S, lambda: ask(name, timeout=TIMEOUT_S).sha)
+        revision = _in_thread(lambda: ask(name, timeout=TIMEOUT_S).sha).result(DEADLINE_S)
     except Exception as error:  # every transport has its own; all mean the same here
         if isinstance(error, HfHubHTTPError) and not is_network_failure(error):
             raise UserError(
@@ -64,25 +60,18 @@ def hub_revision(name: str, kind: Literal["dataset", "model"], what: str) -> str
     return revision
 
 
-def while_reachable(
-    call: Callable[[], T], name: str, kind: Literal["dataset", "model"], what: str
-) -> T:
+def while_reachable(call: Callable[[], T], name: str, kind: Kind, what: str) -> T:
     """The result of a call to the Hub's client, which may take any time while the Hub answers.
 
-    Args:
-        call: Loads something of the repository.
-        name, kind, what: As of ``hub_revision``.
-
-    Raises:
-        HubUnreachableError: The Hub stopped answering, or refuses now what it gave before; the
-            client alone would try for minutes.
+    Raises ``HubUnreachableError`` when it stops answering, or refuses now what it gave before; the
+    client alone would try for minutes. The other arguments are those of ``hub_revision``.
     """
     result = _in_thread(call)
     asked, failures = time.monotonic(), 0
     while not wait([result], timeout=max(0.0, asked + PATIENCE_S - time.monotonic())).done:
         asked = time.monotonic()
         try:
-            _within(TIMEOUT_S, lambda: hub_revision(name, kind, what))
+            _in_thread(lambda: hub_revision(name, kind, what)).result(TIMEOUT_S)
             failures = 0
         except (UserError, TimeoutError) as error:
             failures += 1
@@ -93,11 +82,6 @@ def while_reachable(
                     "in again if it refuses"
                 ) from error
     return result.result()
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The call's result, or TimeoutError."""
-    return _in_thread(call).result(timeout=seconds)
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:
@@ -134,9 +118,8 @@ def is_network_failure(error: BaseException) -> bool:
         status = _status(link)
         if status is not None:
             return status >= 500 or status == 429
-        if isinstance(link, ConnectionError | TimeoutError):
-            return True
-        if type(link).__module__.startswith(TRANSPORTS):
+        known = isinstance(link, ConnectionError | TimeoutError)
+        if known or type(link).__module__.startswith(TRANSPORTS):
             return True
     return False
 
@@ -160,5 +143,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def reason_of(error: BaseException) -> str:
     """The error in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {' '.join(text.split())}" if text else type(error).__name__
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError, os_errors
-from retnet.files import UNFINISHED, missing_folders, read_json, write_json
+from retnet.files import UNFINISHED, missing_folders, read_json
 from retnet.paths import kind_of
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 RECORD: Final = "record.json"
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
+SIDES: tuple[str, ...] = (TRAIN, VALIDATION)
 TOKENIZER: Final = "tokenizer"
 STREAMING = ".streaming-"
 ABANDONED_S = 24 * 3600
@@ -52,9 +53,7 @@ class PreparedData:
 def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData | None:
     """The preparation in a folder of the cache; None when it is not there or damaged.
 
-    Args:
-        entry: The folder.
-        tokenizer: The tokenizer of its tokens; None for the one that was trained with them.
+    Without a ``tokenizer`` its tokens are of the one that was trained with them.
     """
     if kind_of(entry, "data.cache_dir") is None:
         return None
@@ -71,16 +70,10 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
     return PreparedData(train, validation, tokenizer, record)
 
 
-def save_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record, the last file of an entry."""
-    write_json(folder / RECORD, record)
-
-
 def known_revision(cache_dir: Path, location: str) -> str | None:
     """The revision of a Hub data set that was prepared last, for a start without network."""
-    for path in sorted(
-        cache_dir.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime, reverse=True
-    ):
+    records = cache_dir.glob(f"*/{RECORD}")
+    for path in sorted(records, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             source = read_json(path, PREPARE_AGAIN)["source"]
             if source["kind"] == "hub" and source["location"] == location:
@@ -92,45 +85,29 @@ def known_revision(cache_dir: Path, location: str) -> str | None:
 
 @contextmanager
 def unfinished(entry: Path) -> Iterator[Path]:
-    """A temporary folder beside ``entry``; it is gone after the block, with parents made for it.
-
-    Raises:
-        UserError: The cache folder cannot be written.
-    """
-    made = missing_folders(entry.parent)
-    with _writing(entry.parent, "name a folder that can"):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        for old in entry.parent.glob(f"{UNFINISHED}*"):  # of processes that were killed
-            if old.stat().st_mtime < time.time() - ABANDONED_S:
-                shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=entry.parent))
-    try:
-        with _writing(entry.parent):
+    """A temporary folder beside ``entry``; it is gone after the block, with parents made for it."""
+    with _parents_of(entry), ExitStack() as stack:
+        with _writing(entry, "name a folder that can"):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            for old in entry.parent.glob(f"{UNFINISHED}*"):  # of processes that were killed
+                if old.stat().st_mtime < time.time() - ABANDONED_S:
+                    shutil.rmtree(old, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=entry.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with _writing(entry):
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _remove_empty(made: list[Path]) -> None:
-    for folder in made:
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 @contextmanager
 def resumable(entry: Path) -> Iterator[Path]:
     """A folder beside ``entry`` that stays when the block is interrupted, for the next attempt.
 
-    It goes, with parents made for it, when the text is at fault.
-
-    Raises:
-        UserError: The cache folder cannot be written, or another process is at work there.
+    It goes, with parents made for it, when the text is at fault. A ``UserError`` where another
+    process is at work there.
     """
     folder = entry.with_name(f"{STREAMING}{entry.name}")
-    made = missing_folders(entry.parent)
     lock = FileLock(f"{folder}.lock")
-    with _writing(entry.parent):
+    with _parents_of(entry), ExitStack() as stack, _writing(entry):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -138,26 +115,34 @@ def resumable(entry: Path) -> Iterator[Path]:
             raise UserError(
                 f"data.cache_dir ({entry.parent}): another process is preparing the same text: wait"
             ) from error
+        stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+        stack.callback(lock.release)
+        try:
+            yield folder
+            shutil.rmtree(folder)
+        except HubUnreachableError:
+            raise  # nothing is wrong with the text: what is committed serves the next attempt
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)  # the text must change: nothing fits then
+            raise
+
+
+@contextmanager
+def _parents_of(entry: Path) -> Iterator[None]:
+    """Folders above that were not there and are empty after the block go again."""
+    made = missing_folders(entry.parent)
     try:
-        with _writing(entry.parent):
-            try:
-                yield folder
-                shutil.rmtree(folder)
-            except HubUnreachableError:
-                raise  # nothing is wrong with the text: what is committed serves the next attempt
-            except UserError:
-                shutil.rmtree(folder, ignore_errors=True)  # the text must change: nothing fits then
-                raise
+        yield
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-        _remove_empty(made)
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _writing(
-    folder: Path, fix: str = "free space there, or name another folder"
+    entry: Path, fix: str = "free space there, or name another folder"
 ) -> AbstractContextManager[None]:
-    return os_errors(f"data.cache_dir ({folder}) cannot be written", fix)
+    return os_errors(f"data.cache_dir ({entry.parent}) cannot be written", fix)
 
 
 def publish(complete: Path, entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> PreparedData:

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, cast
 from retnet.errors import UserError, os_errors
 from retnet.files import sha256
 
-BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
 MAX_CSV_FIELD = 2**31 - 1  # what a C long holds on every system
 BOM = codecs.BOM_UTF8.decode()
@@ -44,13 +43,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
 
 
 def hash_files(files: Iterable[Path], folder: Path | None = None, about: str = "") -> str:
-    """The sha256 of names and contents of files.
-
-    Args:
-        files: In their order.
-        folder: That the names are relative to; None takes whole paths.
-        about: What else decides on the documents.
-    """
+    """The sha256 of names (relative to ``folder``) and contents, and of what else decides."""
     total = hashlib.sha256(about.encode())
     for path in files:
         name = path.relative_to(folder).as_posix() if folder else str(path)
@@ -66,64 +59,42 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 def suffix_of(path: Path) -> str:
     """The suffix that decides the reader, in lower case: ".txt", ".jsonl.gz"."""
     name = path.name.lower()
-    if name.endswith(".jsonl.gz"):
-        return ".jsonl.gz"
-    return Path(name).suffix
+    return ".jsonl.gz" if name.endswith(".jsonl.gz") else Path(name).suffix
 
 
-def text_of_row(row: dict[str, Any], text_field: str, where: str) -> str:
-    """The text of a row; a null is an empty text.
-
-    Args:
-        row: Field names and values.
-        text_field: The field with the text.
-        where: File and row, for the message.
-
-    Raises:
-        UserError: The field is missing or holds no string.
-    """
-    if text_field not in row:
-        raise missing_field(text_field, [str(key) for key in row], where)
-    text = row[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
+def text_of(value: Any, text_field: str, where: str) -> str:
+    """The text of a row's field, "" for a null; a ``UserError`` where it is no string."""
+    if not isinstance(value, str | None):
         raise UserError(
-            f"data.text_field ({text_field}) of {where} holds {type(text).__name__}, not text: "
+            f"data.text_field ({text_field}) of {where} holds {type(value).__name__}, not text: "
             "name a field of strings"
         )
-    return text
+    return value or ""
 
 
 def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
     """The error for a field that is not there; it lists the fields there are."""
-    known = ", ".join(fields) or "none"
     return UserError(
         f"data.text_field ({text_field}) is not a field of {where}: "
-        f"set it to one of the fields there are ({known})"
+        f"set it to one of the fields there are ({', '.join(fields) or 'none'})"
     )
 
 
 def _open_binary(path: Path) -> BinaryIO:
-    if suffix_of(path).endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))  # the caller closes it
-    return path.open("rb")
+    packed = suffix_of(path).endswith(".gz")
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")  # the caller closes it
 
 
 def _first_bad_byte(path: Path) -> int:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed = 0
+    offset = 0
     with _open_binary(path) as stream:
-        while True:
-            block = stream.read(BLOCK_BYTES)
-            pending = len(decoder.getstate()[0])
+        for line in stream:  # no byte of a longer character is that of a line break
             try:
-                decoder.decode(block, final=not block)
+                line.decode()
             except UnicodeDecodeError as error:
-                return consumed - pending + error.start
-            if not block:
-                raise AssertionError(f"{path} is UTF-8 after all: it changed while being read")
-            consumed += len(block)
+                return offset + error.start
+            offset += len(line)
+    raise AssertionError(f"{path} is UTF-8 after all: it changed while being read")
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
@@ -148,7 +119,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
                     f"{where} holds {type(row).__name__}, not an object with fields: "
                     f'write {{"{text_field}": ...}}'
                 )
-            yield text_of_row(row, text_field, where)
+            if text_field not in row:
+                raise missing_field(text_field, list(row), where)
+            yield text_of(row[text_field], text_field, where)
 
 
 def _read_csv(path: Path, text_field: str) -> Iterator[str]:
@@ -158,10 +131,11 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str]:
         with _open_binary(path) as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             rows = csv.DictReader(text, strict=True)
-            if text_field not in (rows.fieldnames or []):
-                raise missing_field(text_field, list(rows.fieldnames or []), str(path))
+            fields = list(rows.fieldnames or [])
+            if text_field not in fields:
+                raise missing_field(text_field, fields, str(path))
             for row in rows:
-                yield text_of_row(row, text_field, f"{path} line {rows.line_num}")
+                yield text_of(row[text_field], text_field, f"{path} line {rows.line_num}")
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV ({error}): repair that line") from error
     finally:
@@ -177,11 +151,10 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             names = table.schema_arrow.names
             if text_field not in names:
                 raise missing_field(text_field, names, str(path))
-            row_number = 0
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row_number += 1
-                    yield text_of_row({text_field: text}, text_field, f"{path} row {row_number}")
+            batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
+            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            for number, value in enumerate(values, start=1):
+                yield text_of(value, text_field, f"{path} row {number}")
     except pa.ArrowException as error:
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"

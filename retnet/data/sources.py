@@ -1,7 +1,8 @@
 """Where documents come from: the standard library, local files, or a Hub data set.
 
-A source can be opened again from its ``to_record()`` form, read any number of times, and has a
-fingerprint that changes exactly when its content does.
+A source has a ``name`` for messages, a ``fingerprint()`` that changes exactly when its content does
+and is quick enough for every start, its ``documents()`` in order, any number of times (the caller
+leaves empty ones out), and a JSON-able ``to_record()`` that ``reopen_source`` opens it from.
 """
 
 import glob
@@ -10,13 +11,13 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from retnet.data.hub import HubSource, is_hub_layout, open_hub
+from retnet.data.hub import RECORDED, HubSource, is_hub_layout
 from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.prepared import known_revision
 from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, hash_files, read_documents, suffix_of
@@ -27,35 +28,11 @@ from retnet.paths import expand, kind_of
 logger = logging.getLogger(__name__)
 
 # Tests and tables are no prose of code; site-packages and dist-packages are not the library.
-STDLIB_SKIPPED = {
-    "test",
-    "tests",
-    "site-packages",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-}
+NOT_STDLIB = re.compile(
+    "(^|/)(tests?|site-packages|dist-packages|idlelib|lib2to3|encodings|pydoc_data)/"
+)
 GLOB_SIGNS = re.compile(r"[*?\[]")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class Source(Protocol):
-    """A sequence of documents."""
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-
-    def fingerprint(self) -> str:
-        """A hash of the content, quick enough for every start."""
-
-    def documents(self) -> Iterator[str]:
-        """The documents in order; empty ones are left out by the caller."""
-
-    def to_record(self) -> dict[str, Any]:
-        """A JSON-able form for ``reopen_source``."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +58,16 @@ class StdlibSource:
         return {"kind": PYTHON_STDLIB, "python": platform.python_version()}
 
     def _files(self) -> list[Path]:
-        found = [
-            path
-            for path in self.folder.rglob("*.py")
-            if not STDLIB_SKIPPED.intersection(path.relative_to(self.folder).parts[:-1])
-            and path.is_file()
-        ]
+        found = _sorted_files(
+            self.folder,
+            lambda path: path.suffix == ".py" and not NOT_STDLIB.search(path.as_posix()),
+        )
         if not found:
             raise UserError(
                 f"data.source ({PYTHON_STDLIB}) has no .py files in {self.folder}: "
                 "this Python keeps none there, so name a file or folder of text"
             )
-        return sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,12 +93,11 @@ class FileSource:
         return {"kind": "files", "location": self.location, "text_field": self.text_field}
 
 
-def open_source(spec: DataSpec) -> Source:
-    """The source that ``data.source`` names.
+Source = StdlibSource | FileSource | HubSource
 
-    Raises:
-        UserError: Nothing is there, or an option does not apply to what is there.
-    """
+
+def open_source(spec: DataSpec) -> Source:
+    """The source that ``data.source`` names; a ``UserError`` where an option does not apply."""
     key = "data.source"
     try:
         source = open_location(spec.source, key, spec.text_field, spec.hub_config, spec.split)
@@ -134,33 +108,27 @@ def open_source(spec: DataSpec) -> Source:
         logger.warning("%s (%s): no network, revision %s as before", key, spec.source, revision)
         at = (spec.hub_config, spec.split, revision)
         source = HubSource(spec.source, key, spec.text_field, *at, offline=True)
-    if not isinstance(source, HubSource):
-        if spec.hub_config is not None:
-            raise UserError(
-                f"data.hub_config ({spec.hub_config}) has no meaning for data.source "
-                f"({spec.source}), which is not a Hub data set: leave it out"
-            )
-        if spec.split != "train":
-            raise UserError(
-                f"data.split ({spec.split}) has no meaning for data.source ({spec.source}), "
-                "which is not a Hub data set: leave it out, and name validation text in "
-                "data.validation"
-            )
+    if isinstance(source, HubSource):
+        return replace(source, streaming=spec.streaming)
+    why = f"has no meaning for data.source ({spec.source}), which is not a Hub data set"
+    if spec.hub_config is not None:
+        raise UserError(f"data.hub_config ({spec.hub_config}) {why}: leave it out")
+    if spec.split != "train":
+        raise UserError(
+            f"data.split ({spec.split}) {why}: leave it out, and name validation text in "
+            "data.validation"
+        )
     return source
 
 
 def open_validation(spec: DataSpec, source: Source) -> Source | None:
-    """The source that ``data.validation`` names: a path or glob, else a split of ``source``.
-
-    Raises:
-        UserError: It is neither.
-    """
+    """The source that ``data.validation`` names: a path or glob, else a split of ``source``."""
     if spec.validation is None:
         return None
     if is_local(spec.validation, "data.validation"):
         return open_location(spec.validation, "data.validation", spec.text_field, None, "train")
     if isinstance(source, HubSource):
-        return source.with_split(spec.validation, "data.validation")
+        return replace(source, split=spec.validation, key="data.validation")
     raise UserError(
         f"data.validation ({spec.validation}) is no file, folder or glob: correct the path "
         "(split names are for Hub data sets only)"
@@ -184,100 +152,77 @@ def open_location(
 ) -> Source:
     """The source at a location: a name, an existing path, a glob, else a Hub name.
 
-    Args:
-        location: As the user wrote it.
-        key: The configuration key it comes from, for messages.
-        text_field: Field of rows with the text.
-        hub_config: Configuration of a Hub data set.
-        split: Split of a Hub data set.
-
-    Raises:
-        UserError: Nothing is there.
+    Raises a ``UserError`` that names ``key`` where nothing is there.
     """
     if location == PYTHON_STDLIB:
         return StdlibSource(Path(sysconfig.get_path("stdlib")))
     path = expand(location, key)
     kind = kind_of(path, key)
     if kind == "folder":
+        place = path.resolve()
         if is_hub_layout(path):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
-            return open_hub(str(path.resolve()), key, text_field, hub_config, split)
-        return _file_source(str(path.resolve()), _files_of_folder(path, key), text_field)
-    if kind == "other":
-        raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
-    if kind == "file":
+            return HubSource(str(place), key, text_field, hub_config, split, revision=None)
+        files = _files_of_folder(place, key)
+    elif kind == "file":
+        place = path.resolve()
+        files = [place]
         if suffix_of(path) not in READERS:
             raise UserError(
                 f"{key} ({location}) has a suffix that is not known "
                 f"({suffix_of(path) or 'none'}): use one of {SUFFIXES}"
             )
-        return _file_source(str(path.resolve()), [path.resolve()], text_field)
-    if GLOB_SIGNS.search(location):
-        absolute = str(Path.cwd() / path)
-        return _file_source(absolute, _files_of_glob(absolute, location, key), text_field)
-    if is_local(location, key):
+    elif kind == "other":
+        raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
+    elif GLOB_SIGNS.search(location):
+        place = Path.cwd() / path
+        files = _files_of_glob(str(place), location, key)
+    elif is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
-    return open_hub(location, key, text_field, hub_config, split)
+    else:
+        revision = hub_revision(location, "dataset", f"{key} ({location})")
+        return HubSource(location, key, text_field, hub_config, split, revision)
+    if text_field != "text" and all(suffix_of(file) in PLAIN_TEXT for file in files):
+        logger.warning("data.text_field (%s) has no effect: %s holds plain text", text_field, place)
+    return FileSource(str(place), tuple(files), text_field)
 
 
-def reopen_source(record: dict[str, Any]) -> Source:
-    """The source of a ``to_record()``; Hub data at the revision it had then.
-
-    Raises:
-        UserError: It is gone.
-    """
+def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
+    """The source of a ``to_record()``; Hub data at the revision it had then."""
     if record["kind"] == PYTHON_STDLIB:
         return open_location(PYTHON_STDLIB, "data.source", "text", None, "train")
-    if record["kind"] == "hub":
-        if (
-            record["revision"] is None
-            and kind_of(Path(record["location"]), "data.source") != "folder"
-        ):
-            raise UserError(f"data.source ({record['location']}) does not exist: restore it")
-        return _reopen_hub(record)
-    return open_location(record["location"], "data.source", record["text_field"], None, "train")
-
-
-def _reopen_hub(record: dict[str, Any]) -> HubSource:
-    location, key = record["location"], "data.source"
-    source = open_hub(
-        location,
-        key,
-        record["text_field"],
-        record["hub_config"],
-        record["split"],
-        revision=record["revision"],
-    )
-    if not source.is_folder:
-        try:
-            hub_revision(location, "dataset", f"{key} ({location})")
-        except HubUnreachableError:  # then it may still be in the client's own cache
-            return replace(source, offline=True)
+    key, location = "data.source", record["location"]
+    if record["kind"] != "hub":
+        return open_location(location, key, record["text_field"], None, "train")
+    source = HubSource(key=key, streaming=streaming, **{x: record[x] for x in RECORDED})
+    if source.is_folder:
+        if kind_of(Path(location), key) != "folder":
+            raise UserError(f"{key} ({location}) does not exist: restore it")
+        return source
+    try:
+        hub_revision(location, "dataset", f"{key} ({location})")
+    except HubUnreachableError:  # then it may still be in the client's own cache
+        return replace(source, offline=True)
     return source
 
 
-def _file_source(location: str, files: list[Path], text_field: str) -> FileSource:
-    if text_field != "text" and all(suffix_of(path) in PLAIN_TEXT for path in files):
-        logger.warning(
-            "data.text_field (%s) has no effect: %s holds plain text", text_field, location
-        )
-    return FileSource(location, tuple(files), text_field)
-
-
 def _files_of_folder(folder: Path, key: str) -> list[Path]:
-    folder = folder.resolve()
-    found = [
-        path
-        for path in folder.rglob("*")
-        if suffix_of(path) in READERS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    found = _sorted_files(
+        folder,
+        lambda path: suffix_of(path) in READERS and not any(x.startswith(".") for x in path.parts),
+    )
     if not found:
         raise UserError(
             f"{key} ({folder}) is a folder without a file to read: put files of {SUFFIXES} there"
         )
-    return sorted(found, key=lambda path: PurePosixPath(path.relative_to(folder)).as_posix())
+    return found
+
+
+def _sorted_files(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """The files below a folder whose relative paths are wanted, sorted by these."""
+    names = (path.relative_to(folder) for path in folder.rglob("*"))
+    found = sorted(filter(wanted, names), key=Path.as_posix)
+    return [folder / name for name in found if (folder / name).is_file()]
 
 
 def _files_of_glob(absolute: str, pattern: str, key: str) -> list[Path]:

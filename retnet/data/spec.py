@@ -63,11 +63,7 @@ class DataSpec:
     cache_dir: str = _option("data/cache", "folder for the token files")
 
     def validate(self) -> None:
-        """Check the values on their own, without opening a file.
-
-        Raises:
-            UserError: A value is out of range; all problems are named at once.
-        """
+        """Raise one ``UserError`` for all values that are out of range; no file is opened."""
         problems = [
             f"data.{key} ({getattr(self, key)!r}) must not be empty: set it or leave it out"
             for key in ("source", "text_field", "split", "tokenizer", "cache_dir", "validation")
@@ -85,10 +81,8 @@ class DataSpec:
                 f"use at least {MIN_BPE_VOCAB_SIZE}, or data.tokenizer=bytes"
             )
         if self.tokenizer == BPE and self.vocab_size > MAX_BPE_VOCAB_SIZE:
-            problems.append(
-                f"data.vocab_size ({self.vocab_size}) is too large to be trained: use at most "
-                f"{MAX_BPE_VOCAB_SIZE}"
-            )
+            too_large = f"data.vocab_size ({self.vocab_size}) is too large to be trained"
+            problems.append(f"{too_large}: use at most {MAX_BPE_VOCAB_SIZE}")
         for key in ("seq_len", "max_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:

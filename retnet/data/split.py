@@ -7,7 +7,7 @@ validation side can be rebuilt later in one pass, and equal documents always lan
 import hashlib
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -79,11 +79,7 @@ class SplitRule:
 
     def to_record(self) -> dict[str, Any]:
         """A JSON-able form (the threshold in hex: not every reader of JSON has 64-bit integers)."""
-        return {
-            "kind": self.kind,
-            "fraction": self.fraction,
-            "threshold": f"{self.threshold:x}",
-        }
+        return asdict(self) | {"threshold": f"{self.threshold:x}"}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "SplitRule":
@@ -101,20 +97,15 @@ def survey_documents(documents: Iterable[bytes]) -> Survey:
     return Survey(sizes, hashes, total.hexdigest())
 
 
-def choose_split(survey: Survey, fraction: float, source: str) -> SplitRule:
+def choose_split(survey: Survey | None, fraction: float, source: str) -> SplitRule:
     """The rule for a source without validation data of its own; neither side will be empty.
 
     Whole documents by hash when there are at least 20 and none holds more than 5 % of the bytes,
-    else (or when all documents are equal) the tail of each.
-
-    Args:
-        survey: What the source holds.
-        fraction: Share of validation, between 0 and 1.
-        source: The source's name, for the message.
-
-    Raises:
-        UserError: The text is too short to be divided.
+    else (or when all documents are equal) the tail of each; a ``UserError`` where it is too short.
+    Without a survey (of a stream) by hash, and a side may turn out to be empty.
     """
+    if survey is None:
+        return SplitRule("documents", fraction, int(fraction * HASH_RANGE))
     sizes = np.frombuffer(survey.sizes, dtype=np.uint64)
     hashes = np.frombuffer(survey.hashes, dtype=np.uint64)
     total = int(sizes.sum())
@@ -124,7 +115,6 @@ def choose_split(survey: Survey, fraction: float, source: str) -> SplitRule:
             # A side that chance left empty gets the one document nearest to the threshold.
             threshold = min(max(int(fraction * HASH_RANGE), smallest + 1), largest)
             return SplitRule("documents", fraction, threshold)
-    rule = SplitRule("tail", fraction)
     # Bytes bound characters from above: exact counting is only needed near the limit, where the
     # writer of the token files checks again.
     if int(sizes.max()) < 2:
@@ -132,4 +122,4 @@ def choose_split(survey: Survey, fraction: float, source: str) -> SplitRule:
             f"data.source ({source}) is too short to hold anything back for validation: "
             "use a larger text, or name one in data.validation"
         )
-    return rule
+    return SplitRule("tail", fraction)

@@ -12,8 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.hub import HubSource
-from retnet.data.prepared import TOKENIZER, TRAIN, VALIDATION
-from retnet.data.progress import Phase, phase
+from retnet.data.prepared import SIDES, TRAIN, VALIDATION
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
-from retnet.data.split import HASH_RANGE, DocumentsHash, SplitRule
+from retnet.data.split import DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id, train_bpe
-from retnet.data.writing import add_document, finish_tokens, read_documents_of
+from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id
+from retnet.data.writing import Phase, add_document, finish_tokens, phase, read_documents_of
 from retnet.errors import UserError
-from retnet.files import read_json, replacing, write_json
+from retnet.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-SIDES = (TRAIN, VALIDATION)
 BATCH_CHARACTERS = 1 << 22
 COMMIT_BYTES = 1 << 26
-TOKENIZER_BYTES = 1 << 25  # of training text that a bpe tokenizer is trained on
-
-
-def as_stream(source: Source) -> Source:
-    """The source, not downloaded as a whole."""
-    return replace(source, streaming=True) if isinstance(source, HubSource) else source
 
 
 def stream_fingerprint(source: Source) -> str:
@@ -52,37 +43,6 @@ def stream_fingerprint(source: Source) -> str:
         return source.fingerprint()
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     return hashlib.sha256(json.dumps([source.name, facts]).encode()).hexdigest()
-
-
-def stream_split(spec: DataSpec, validation: Source | None) -> SplitRule:
-    """Whole documents by hash: a rule that needs no look at the rest of the text."""
-    if validation is not None:
-        return SplitRule("given")
-    fraction = spec.validation_fraction
-    return SplitRule("documents", fraction, int(fraction * HASH_RANGE))
-
-
-def stream_tokenizer(
-    folder: Path, spec: DataSpec, source: Source, rule: SplitRule
-) -> PreTrainedTokenizerFast:
-    """The bpe tokenizer of an earlier attempt, or one trained on the first 32 MiB."""
-    if (folder / TOKENIZER).is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder / TOKENIZER))
-
-    def first(counter: Phase) -> Iterator[str]:
-        for text in read_documents_of(source):
-            part = rule.divide(text)[0][: TOKENIZER_BYTES - counter.num_bytes]
-            if part:
-                yield part
-                counter.advance(len(part.encode()))
-            if counter.num_bytes >= TOKENIZER_BYTES:
-                return
-
-    with phase("training the tokenizer", total=TOKENIZER_BYTES) as counter:
-        tokenizer = train_bpe(first(counter), spec.vocab_size)
-    with replacing(folder / TOKENIZER) as new:
-        tokenizer.save_pretrained(new)
-    return tokenizer
 
 
 class _Hashes:
@@ -114,27 +74,22 @@ def write_stream(
 ) -> dict[str, Any]:
     """Tokenise both sides (only training where validation is given) into ``folder``.
 
-    Returns:
-        The record's entries about the documents: counts and hashes.
-
-    Raises:
-        UserError: A side is empty.
+    Returns what the record says of the documents; a ``UserError`` where a side is empty.
     """
-    documents = read_documents_of(source)
-    hashes, committed = _take_up(folder, documents, rule)
-    if committed is None:  # nothing yet, or the text is another
+    documents, hashes = read_documents_of(source), _Hashes(rule)
+    committed = _take_up(folder, documents, hashes)
+    if not committed:  # nothing yet, or the text is another
         for side in SIDES:
             shutil.rmtree(folder / side, ignore_errors=True)
         documents, hashes = read_documents_of(source), _Hashes(rule)
-    sides = SIDES[:1] if rule.kind == "given" else SIDES
     largest = max_token_id(tokenizer)
-    writers = {
-        side: TokenFileWriter(folder / side, largest, committed[side] if committed else None)
-        for side in sides
-    }
     with ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
+        writers = {
+            side: stack.enter_context(
+                closing(TokenFileWriter(folder / side, largest, committed.get(side)))
+            )
+            for side in (SIDES[:1] if rule.kind == "given" else SIDES)
+        }
         with phase(f"tokenising {source.name}") as counter:
             last_commit = 0
             for batch in in_groups(documents, BATCH_CHARACTERS):
@@ -166,21 +121,18 @@ def write_stream(
     return facts
 
 
-def _take_up(
-    folder: Path, documents: Iterator[str], rule: SplitRule
-) -> tuple[_Hashes, dict[str, Any] | None]:
-    """Read past the committed documents; None where there are none or they are others now."""
-    hashes = _Hashes(rule)
+def _take_up(folder: Path, documents: Iterator[str], hashes: _Hashes) -> dict[str, Any]:
+    """Read past the committed documents; nothing is where there are none or they are others now."""
     if not (folder / PROGRESS).is_file():
-        return hashes, None
+        return {}
     committed = read_json(folder / PROGRESS, "start again")
     with phase("reading what is tokenised already") as counter:
         for text in islice(documents, committed["documents_read"]):
             counter.advance(hashes.add(text, hashes.side(text)))
-    if hashes.all.hexdigest() != committed["sha256"]:
-        logger.warning("the text is not what it was at the last attempt: tokenising it anew")
-        return hashes, None
-    return hashes, committed
+    if hashes.all.hexdigest() == committed["sha256"]:
+        return committed
+    logger.warning("the text is not what it was at the last attempt: tokenising it anew")
+    return {}
 
 
 def _append(
@@ -198,7 +150,8 @@ def _append(
         for name in writers
     }
     for text, side in sided:
-        add_document(writers[side], next(encoded[side]), max_tokens if side == TRAIN else None)
+        _, pieces = next(encoded[side])
+        add_document(writers[side], pieces, max_tokens if side == TRAIN else None)
         counter.advance(hashes.add(text, side))
         if side == TRAIN and writers[side].num_tokens == max_tokens:
             return True

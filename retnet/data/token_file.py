@@ -4,23 +4,19 @@ The manifest is written last and holds sizes and checksums, so a folder that lac
 with it is known to be damaged.
 """
 
-import os
 import zlib
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from retnet.files import read_json, write_json
+from retnet.files import read_json, sync, write_json
 
-TOKENS, STARTS, SIZES, MANIFEST = (
-    "tokens.bin",
-    "document_starts.npy",
-    "document_bytes.npy",
-    "manifest.json",
-)
+TOKENS, MANIFEST = "tokens.bin", "manifest.json"
+STARTS, SIZES = "document_starts.npy", "document_bytes.npy"
+ARRAYS = (TOKENS, STARTS, SIZES)
 FORMAT = 1
 BLOCK_BYTES = 1 << 22
 
@@ -62,14 +58,10 @@ class TokenFile:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenFile":
-        """Map the token file in ``folder``.
-
-        Raises:
-            DamagedTokenFileError: It is not complete and unchanged.
-        """
+        """Map the token file in ``folder``; a ``DamagedTokenFileError`` where it is not whole."""
         try:
             manifest = read_json(folder / MANIFEST, "prepare the text again")
-            for name in (TOKENS, STARTS, SIZES):
+            for name in ARRAYS:
                 if _checksum(folder / name) != manifest["checksums"][name]:
                     raise DamagedTokenFileError(f"{folder / name} is not what was written")
             return cls(
@@ -91,30 +83,22 @@ class TokenFileWriter:
     def __init__(
         self, folder: Path, max_token_id: int, committed: dict[str, int] | None = None
     ) -> None:
-        """Start or go on with a token file.
-
-        Args:
-            folder: Is made where the file is started.
-            max_token_id: The largest id to come.
-            committed: What the last ``commit`` returned; what came after it is discarded.
-        """
+        """Start a token file, or go on after a ``commit`` that returned ``committed``."""
         self._folder = folder
         self._dtype = np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
         self._starts, self._sizes = array("q"), array("q")
-        self._committed = 0
-        self.num_tokens = 0
+        self.num_tokens = self._committed = 0
         if committed is None:
             folder.mkdir(parents=True)
-            self._stream: BinaryIO = (folder / TOKENS).open("wb")
-            return
-        self.num_tokens, self._committed = committed["tokens"], committed["documents"]
-        for path, values in self._parts():
-            with path.open("r+b") as stream:
-                stream.truncate(self._committed * values.itemsize)
-                values.fromfile(stream, self._committed)
-        self._stream = (folder / TOKENS).open("r+b")
-        self._stream.truncate(self.num_tokens * self._dtype.itemsize)
-        self._stream.seek(0, os.SEEK_END)
+        else:
+            self.num_tokens, self._committed = committed["tokens"], committed["documents"]
+            for path, values in self._parts():
+                with path.open("r+b") as stream:
+                    stream.truncate(self._committed * values.itemsize)
+                    values.fromfile(stream, self._committed)
+        self._stream = (folder / TOKENS).open("r+b" if committed else "wb")
+        self._stream.seek(self.num_tokens * self._dtype.itemsize)
+        self._stream.truncate()
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -125,18 +109,8 @@ class TokenFileWriter:
         """Documents so far."""
         return len(self._starts)
 
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of text so far."""
-        return sum(self._sizes)
-
     def add(self, ids: np.ndarray, num_bytes: int) -> None:
-        """Append one document, or the beginning of a long one.
-
-        Args:
-            ids: Its tokens [t], special tokens included.
-            num_bytes: UTF-8 bytes of its text.
-        """
+        """Append a document or its beginning: all tokens [t] and the UTF-8 bytes of the text."""
         self._starts.append(self.num_tokens)
         self._sizes.append(0)
         self.extend(ids, num_bytes)
@@ -150,22 +124,18 @@ class TokenFileWriter:
     def commit(self) -> dict[str, int]:
         """Have everything so far on disk; returns what a later writer needs to go on."""
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        sync(self._folder / TOKENS)
         for path, values in self._parts():
             with path.open("ab") as stream:
                 values[self._committed :].tofile(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            sync(path)
         self._committed = self.num_documents
         return self.counts()
 
     def counts(self) -> dict[str, int]:
         """Documents, bytes of text and tokens so far."""
-        return {
-            "documents": self.num_documents,
-            "bytes": self.num_bytes,
-            "tokens": self.num_tokens,
-        }
+        sizes = self._sizes
+        return {"documents": len(sizes), "bytes": sum(sizes), "tokens": self.num_tokens}
 
     def forget(self) -> None:
         """Remove what only a later writer would need."""
@@ -186,7 +156,7 @@ class TokenFileWriter:
             "format": FORMAT,
             "dtype": self._dtype.name,
             **self.counts(),
-            "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, STARTS, SIZES)},
+            "checksums": {name: _checksum(self._folder / name) for name in ARRAYS},
             **facts,
         }
         write_json(self._folder / MANIFEST, manifest)

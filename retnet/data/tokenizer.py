@@ -10,15 +10,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from retnet.data.pretrained import load_pretrained
+from retnet.data.network import HubUnreachableError, hub_revision, while_reachable
 from retnet.data.spec import BPE, BYTES
 from retnet.errors import UserError
+from retnet.paths import expand, kind_of
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SPECIAL_TOKENS = [BOS, EOS, PAD]
@@ -49,10 +51,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on ``documents``; the same documents give the same tokenizer.
 
-    Args:
-        documents: The training text, read once.
-        vocab_size: Entries, the three special tokens (ids 0, 1, 2) included. A small text may
-            have fewer pairs to merge and so give a smaller vocabulary.
+    The three special tokens (ids 0, 1, 2) count in ``vocab_size``; a small text may have fewer
+    pairs to merge and so give a smaller vocabulary.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,13 +77,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder or Hub name.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries.
-
-    Args:
-        name: As in ``data.tokenizer``.
-
-    Raises:
-        UserError: There is no such tokenizer, or it is not a fast one.
+    lacks as new entries. A ``UserError`` where there is none, or it is not a fast one.
     """
     if name == BPE:
         raise UserError(
@@ -91,7 +85,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     if name == BYTES:
         return byte_tokenizer()
-    return load_pretrained(name, {"bos": BOS, "eos": EOS, "pad": PAD})
+    tokenizer = _load(name)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"data.tokenizer ({name}) has no tokenizer.json: convert it to a fast tokenizer"
+        )
+    tokenizer.split_special_tokens = True
+    tokenizer.init_kwargs["split_special_tokens"] = True
+    for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
+        current = getattr(tokenizer, f"{kind}_token")
+        if current is None or (kind == "pad" and current == tokenizer.eos_token):
+            tokenizer.add_special_tokens({f"{kind}_token": text})
+    return tokenizer
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -108,43 +113,33 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 def encode_documents(
     tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Encode documents as ``<bos>`` text ``<eos>``, some at a time.
-
-    Args:
-        tokenizer: Any of this module's.
-        documents: Texts; read as they are needed.
-
-    Yields:
-        For each document in order its ids, int64 [tokens].
-    """
-    for pieces in encode_in_pieces(tokenizer, documents):
+    """The ids, int64 [tokens], of each document as ``<bos>`` text ``<eos>``, read as needed."""
+    for _, pieces in encode_in_pieces(tokenizer, documents):
         yield np.concatenate([ids for ids, _ in pieces], dtype=np.int64)
 
 
 def encode_in_pieces(
     tokenizer: PreTrainedTokenizerFast, documents: Iterable[str]
-) -> Iterator[Iterable[Piece]]:
-    """What ``encode_documents`` gives, a document beyond 131,072 characters piece by piece.
+) -> Iterator[tuple[str, Iterable[Piece]]]:
+    """Each document in order, with its pieces, which are encoded as they are asked for.
 
+    One of up to 131,072 characters is a single piece, as ``encode_documents`` gives it.
     The pieces bound the memory: with our own tokenizers the tokens are those of the whole text,
     with a pretrained one they may differ at a cut. Text without a space or a line break in the half
     of a piece that is searched for one (Chinese, minified code) is cut through its words: there
     those of a bpe tokenizer may differ too.
-
-    Yields:
-        For each document in order its pieces, which are encoded as they are asked for.
     """
-    ends = tuple(
-        np.array([end], dtype=np.uint32) for end in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    )
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = (np.array([end], dtype=np.uint32) for end in ends)
     encode = _encoder(tokenizer)
     for group in in_groups(documents, BATCH_CHARACTERS):
         bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
         for text in group:
             if len(text) <= PIECE_CHARACTERS:
-                yield [(np.concatenate([ends[0], next(bodies), ends[1]]), len(text.encode()))]
+                ids = np.concatenate([bos, next(bodies), eos])
+                yield text, [(ids, len(text.encode()))]
             else:
-                yield _encode_long(encode, text, *ends)
+                yield text, _encode_long(encode, text, bos, eos)
 
 
 def _encode_long(
@@ -159,7 +154,7 @@ def _encode_long(
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[np.ndarray]]:
     """Texts to the ids of each, without ends; 32 bits at most, because they wait in memory."""
-    if _is_byte_tokenizer(tokenizer):
+    if len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash():
         return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
     backend = _backend(tokenizer)
 
@@ -223,10 +218,39 @@ def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
-def _is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash()
-
-
 @cache
 def _byte_tokenizer_hash() -> str:
     return tokenizer_hash(byte_tokenizer())
+
+
+def _load(name: str) -> PreTrainedTokenizerBase:
+    what = f"data.tokenizer ({name})"
+    folder = expand(name, "data.tokenizer")
+    kind = kind_of(folder, "data.tokenizer")
+    if kind != "folder" and (
+        kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    ):
+        raise UserError(f"{what} is not a folder: name the folder that holds tokenizer.json")
+    try:
+        return _from_pretrained(str(folder) if kind else name, local_files_only=True)
+    except Exception as error:  # missing, damaged and unknown files each raise another kind
+        if kind == "folder":
+            raise UserError(
+                f"{what} is a folder without a tokenizer that can be read "
+                f"({' '.join(str(error).split())}): name one with tokenizer.json"
+            ) from error
+    commit = hub_revision(name, "model", what)  # it is not in the local cache
+    try:
+        return while_reachable(lambda: _from_pretrained(name, revision=commit), name, "model", what)
+    except HubUnreachableError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{what} cannot be loaded from the Hub "
+            f"({' '.join(str(error).split())}): name a repository with tokenizer.json"
+        ) from error
+
+
+def _from_pretrained(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    # Without a word on remote code transformers would ask on the terminal whether to run it.
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)

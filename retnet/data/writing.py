@@ -1,19 +1,55 @@
-"""Documents on their way into token files: checked, counted, tokenised."""
+"""Documents on their way into token files: checked, counted, tokenised.
 
-from collections import deque
+Progress goes to stderr: a bar on a terminal, and one log line per finished phase everywhere.
+"""
+
+import logging
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data.progress import Phase, phase
 from retnet.data.sources import Source
 from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
 from retnet.data.tokenizer import Piece, encode_in_pieces, max_token_id, tokenizer_hash
 from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Phase:
+    """One phase of the preparation, counted in documents and bytes of text."""
+
+    bar: tqdm
+    documents: int = 0
+    num_bytes: int = 0
+
+    def advance(self, num_bytes: int) -> None:
+        """Count one more document of ``num_bytes`` bytes."""
+        self.documents += 1
+        self.num_bytes += num_bytes
+        self.bar.update(num_bytes)
+
+
+@contextmanager
+def phase(name: str, *, total: int | None = None) -> Iterator[Phase]:
+    """Show a bar (of ``total`` bytes, where known) in the block and log what was counted in it."""
+    started = time.perf_counter()
+    # disable=None: a bar on a terminal only.
+    with tqdm(
+        total=total, desc=name, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
+    ) as bar:
+        counter = Phase(bar)
+        yield counter
+    facts = f"{counter.documents:,} documents, {counter.num_bytes:,} bytes"
+    logger.info("%s: %s, %.1f s", name, facts, time.perf_counter() - started)
 
 
 def read_documents_of(source: Source) -> Iterator[str]:
@@ -31,13 +67,6 @@ def read_documents_of(source: Source) -> Iterator[str]:
         yield text
 
 
-def count(texts: Iterator[str], counter: Phase) -> Iterator[str]:
-    """The texts, each counted as it goes by."""
-    for text in texts:
-        counter.advance(len(text.encode()))
-        yield text
-
-
 def write_tokens(
     folder: Path,
     texts: Iterator[str],
@@ -46,18 +75,11 @@ def write_tokens(
     title: str,
 ) -> dict[str, Any]:
     """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
-    waiting: deque[str] = deque()  # the documents that the encoder holds
     total = DocumentsHash()
-
-    def read() -> Iterator[str]:
-        for text in texts:
-            waiting.append(text)
-            yield text
-
     writer = TokenFileWriter(folder, max_token_id(tokenizer))
     with phase(title) as counter, closing(writer):
-        for pieces in encode_in_pieces(tokenizer, read()):
-            total.add(waiting.popleft().encode())
+        for text, pieces in encode_in_pieces(tokenizer, texts):
+            total.add(text.encode())
             counter.advance(add_document(writer, pieces, max_tokens))
             if writer.num_tokens == max_tokens:
                 break
@@ -66,11 +88,7 @@ def write_tokens(
 
 
 def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: int | None) -> int:
-    """Append a document piece by piece, as far as ``max_tokens`` of the file allow.
-
-    Returns:
-        The UTF-8 bytes of what was written.
-    """
+    """Append a document as far as ``max_tokens`` of the file allow; returns the UTF-8 bytes."""
     written, append = 0, writer.add
     for ids, num_bytes in pieces:
         if writer.num_tokens == max_tokens:

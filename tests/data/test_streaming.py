@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet.data import DataSpec, PreparedData, prepare_data, rebuild_validation, streaming
+from retnet.data import (
+    DataSpec,
+    PreparedData,
+    prepare,
+    prepare_data,
+    rebuild_validation,
+    streaming,
+)
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]
@@ -100,14 +107,14 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_long_document(
     (tmp_path / "one.txt").write_text("only this " * 500)
     (tmp_path / "held.txt").write_text("held back")
     seen = []
-    real = streaming.train_bpe
+    real = prepare.train_bpe
 
     def recorded(texts, vocab_size):
         seen.extend(texts := list(texts))
         return real(texts, vocab_size)
 
-    monkeypatch.setattr(streaming, "train_bpe", recorded)
-    monkeypatch.setattr(streaming, "TOKENIZER_BYTES", 1000)
+    monkeypatch.setattr(prepare, "train_bpe", recorded)
+    monkeypatch.setattr(prepare, "STREAMED_TOKENIZER_BYTES", 1000)
     spec = {"streaming": True, "tokenizer": "bpe", "vocab_size": 262}
     prepare_data(spec_for(tmp_path / "one.txt", validation=str(tmp_path / "held.txt"), **spec))
     assert seen == ["only this " * 100]
@@ -149,7 +156,7 @@ def test_a_killed_preparation_is_taken_up_again(
         return real(tokenizer, documents)
 
     monkeypatch.setattr(streaming, "encode_in_pieces", counted)
-    monkeypatch.setattr(streaming, "train_bpe", None)  # the tokenizer is there already
+    monkeypatch.setattr(prepare, "train_bpe", None)  # the tokenizer is there already
     with caplog.at_level(logging.INFO):
         taken_up = prepare_data(spec)
     assert len(tokenised) == 400 - read
