@@ -14,11 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Find out before a text is begun whether a model can make one.
-
-    Raises:
-        UserError: The logits after ``<bos>`` are not finite.
-    """
+    """Raise a ``UserError`` when the logits after ``<bos>`` are not finite."""
     model = checkpoint.model
     begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
     if not prefill(model, begin, model.new_cache()).isfinite().all():
@@ -53,13 +49,9 @@ def check_length(
 
 
 def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:
-    """Raise a ``UserError`` when tokens, and what the model keeps of each, cannot fit.
+    """Raise a ``UserError`` when tokens of so many rows, and what is kept of each, cannot fit.
 
-    Args:
-        model: The model that is to read them.
-        tokens: Tokens of a row.
-        rows: Texts side by side.
-        what: Beginning of the message: whose tokens these are, and a verb.
+    The message begins with ``what``: whose tokens these are, and a verb.
     """
     per_token = rows * (8 + model.bytes_per_token)  # 8 of an int64 id
     memory = memory_of(model.device)

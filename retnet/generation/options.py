@@ -7,12 +7,7 @@ import torch
 
 from retnet.errors import UserError
 
-DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +26,10 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``load_checkpoint`` that these options mean.
-
-    Raises:
-        UserError: There is no such device.
-    """
+    """The keyword arguments of ``load_checkpoint``; a ``UserError`` for a device there is not."""
     return {
         "device": _device(arguments.device),
-        "dtype": DTYPES[arguments.dtype],
+        "dtype": None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
         "trust_remote_code": arguments.trust_remote_code,
     }
 

@@ -3,12 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from transformers import (
-    EosTokenCriteria,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StopStringCriteria,
-)
+from transformers import PreTrainedTokenizerFast
 
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
@@ -29,12 +24,8 @@ class TextStream:
     The pieces together are the decoded text up to the first stop string. Text that may be the
     beginning of a stop string waits until it is known not to be one; so does an incomplete
     character, which the last piece holds as a replacement character. Only the last tokens are kept,
-    however long the text becomes.
-
-    Args:
-        tokenizer: The model's.
-        prompt_ids: What came before; some tokenizers decode a first token differently.
-        stop: Strings that end the text.
+    however long the text becomes. Those of the prompt are there because some tokenizers decode a
+    first token differently. ``stopped`` says that a stop string was found.
     """
 
     def __init__(
@@ -121,28 +112,21 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def stopping_criteria(
-    tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()
-) -> list[StoppingCriteria]:
-    """The rules that end a sample: the end-of-text token, and the user's stop strings.
-
-    Raises:
-        UserError: A stop string is empty, or no token of the vocabulary can be part of one.
-    """
-    criteria: list[StoppingCriteria] = []
-    if tokenizer.eos_token_id is not None:
-        criteria.append(EosTokenCriteria(tokenizer.eos_token_id))
-    if stop:
-        if "" in stop:
-            raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
-        try:
-            criteria.append(StopStringCriteria(tokenizer, list(stop)))
-        except ValueError as error:
-            raise UserError(
-                f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
-                "use other text"
-            ) from error
-    return criteria
+def _check_stop(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
+    """Raise a ``UserError`` for an empty stop string, or when none of them has a token."""
+    if not stop:
+        return
+    if "" in stop:
+        raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
+    try:
+        ids = tokenizer(list(stop), add_special_tokens=False)["input_ids"]
+    except TypeError:  # half of a surrogate pair, which is in no text
+        ids = []
+    if not any(set(own) - {tokenizer.unk_token_id} for own in ids):
+        raise UserError(
+            f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
+            "use other text"
+        )
 
 
 def stream_text(
@@ -160,15 +144,10 @@ def stream_text(
     """Continue a prompt and hand out the text as it is made.
 
     Args:
-        model: A language model in evaluation mode.
-        tokenizer: Its tokenizer.
+        model, max_new_tokens, sampling, num_samples, usage, compile: See ``generate``.
+        tokenizer: Its end-of-text token ends a sample.
         prompt: May be empty: the text then starts from ``<bos>``.
-        max_new_tokens: The most tokens of a sample.
-        sampling: How tokens are chosen.
-        num_samples: Continuations of the prompt, made as one batch.
         stop: A sample ends before the first of these in its new text.
-        usage: Filled in while the loop runs.
-        compile: See ``generate``.
 
     Returns:
         Yields the new text of each sample, ``num_samples`` strings, after every token and at the
@@ -178,20 +157,21 @@ def stream_text(
         UserError: At once, before anything is made: a stop string cannot occur, there is no
             compiler, or so many tokens cannot fit.
     """
-    criteria = stopping_criteria(tokenizer, stop)
+    _check_stop(tokenizer, stop)
     if compile:
         set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
     check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
+    last_token = tokenizer.eos_token_id
     made = generate(
         model,
         input_ids.to(model.device),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         num_samples=num_samples,
-        stopping=criteria,
+        ends=lambda row, token: token == last_token or streams[row].stopped,
         usage=usage,
         compile=compile,
     )
