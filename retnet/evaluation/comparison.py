@@ -35,7 +35,7 @@ class ModelResult:
     parameters: int  # tied ones once
     scores: DocumentScores
     same_tokenizer: bool  # whether its tokens are those of the first model
-    nats_difference: Difference | None  # per token, minus the first model's, if the tokens are same
+    nats_difference: Difference | None  # per token, minus the first model's; None if tokens differ
     bits_difference: Difference | None  # per byte, minus the first model's; None for that one
     speed: list[DecodeSpeed]  # after each context; empty when it was not measured
 
@@ -80,11 +80,10 @@ def compare_checkpoints(
     own_window: int = checkpoints[0].model.config.max_position_embeddings
     window = own_window if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
+    longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
-        if speed_contexts:
-            longest = max(speed_contexts)
-            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+        check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(

@@ -238,16 +238,11 @@ def evaluate_batches(
     total, targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
     with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
-            labels = batch["shift_labels"].to(model.device)
-            inputs: dict[str, Any] = {
-                name: batch[name].to(model.device)
-                for name in ("input_ids", "segment_ids")
-                if name in batch
-            }
+            names = batch.keys() & {"input_ids", "segment_ids", "shift_labels"}
+            inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in names}
             # divided by 1: the sum; made chunk by chunk, so that no logits of all tokens are held
             total += model(
                 **inputs,
-                shift_labels=labels,
                 num_items_in_batch=1,
                 return_logits=False,
                 past_key_values=cache,

@@ -7,17 +7,17 @@ is the result, the quartiles its spread.
 
 import copy
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retnet.generation import Step, make_step, prefill, synchronize
+from retnet.generation import Step, make_step, prefill
+from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
 
@@ -43,7 +43,7 @@ class Timing:
         medians.
         """
         pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(own / theirs for own, theirs in pairs)
+        return float(np.median([own / theirs for own, theirs in pairs]))
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,6 @@ class DecodeSpeed:
     cache_bytes: int  # of the state, or of the used part of the key-value cache
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def interleaved(
     prepares: Sequence[Callable[[], Callable[[], object]]],
     device: torch.device,
@@ -78,13 +66,18 @@ def interleaved(
 ) -> list[Timing]:
     """Time several pieces of work in turn, ``rounds`` times after ``warmup`` rounds.
 
+    No garbage is collected meanwhile.
+
     Args:
         prepares: For each piece a function that returns the function to time; preparing is not
             timed.
         device: Its queue is emptied before the clock is read.
     """
     seconds: list[list[float]] = [[] for _ in prepares]
-    with _no_garbage_collection():
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for number in range(warmup + rounds):
             for own, prepare in zip(seconds, prepares, strict=True):
                 work = prepare()
@@ -94,13 +87,14 @@ def interleaved(
                 synchronize(device)
                 if number >= warmup:
                     own.append(time.perf_counter() - started)
+    finally:
+        if collecting:
+            gc.enable()
     return [_timing(own) for own in seconds]
 
 
 def _timing(seconds: list[float]) -> Timing:
-    low = median = high = seconds[0]
-    if len(seconds) > 1:
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return Timing(median, low, high, len(seconds), tuple(seconds))
 
 

@@ -34,16 +34,12 @@ def check_length(
     Raises:
         UserError: The tokens, and what the model keeps of each, exceed the machine's memory.
     """
-    if model.grows:
-        window = model.config.max_position_embeddings
-        if prompt_tokens > window:
-            logger.warning(
-                "the prompt has %s tokens, and this %s model was trained on texts of %s: "
-                "expect poor text, and time that grows with the square of the length",
-                f"{prompt_tokens:,}",
-                model.config.mixer_class.name,
-                f"{window:,}",
-            )
+    window, mixer = model.config.max_position_embeddings, model.config.mixer_class.name
+    if model.grows and prompt_tokens > window:
+        logger.warning(
+            f"the prompt has {prompt_tokens:,} tokens, and this {mixer} model was trained on texts "
+            f"of {window:,}: expect poor text, and time that grows with the square of the length"
+        )
     what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"
     check_text_fits(model, prompt_tokens + max_new_tokens, num_samples, what)
 

@@ -12,17 +12,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add --device, --dtype and --trust-remote-code."""
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)"
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run model code that lies in the checkpoint's folder; only if you have read it",
-    )
+    add = parser.add_argument
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)")
+    code = "run model code that lies in the checkpoint's folder; only if you have read it"
+    add("--trust-remote-code", action="store_true", help=code)
 
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
