@@ -77,8 +77,7 @@ def compare_checkpoints(
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
-    own_window: int = checkpoints[0].model.config.max_position_embeddings
-    window = own_window if context is None else context
+    window = checkpoints[0].model.config.max_position_embeddings if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:

@@ -180,8 +180,7 @@ def generate(
         logits = logits.repeat_interleave(num_samples, dim=0)
 
     rows = usage.rows = len(logits)
-    prompts = input_ids.repeat_interleave(num_samples, dim=0)
-    sampler = Sampler(Sampling() if sampling is None else sampling, prompts)
+    sampler = Sampler(sampling or Sampling(), input_ids.repeat_interleave(num_samples, dim=0))
     ended = [False] * rows
     tokens: Tensor | None = None
     try:

@@ -112,21 +112,27 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _check_stop(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
-    """Raise a ``UserError`` for an empty stop string, or when none of them has a token."""
-    if not stop:
-        return
+def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
+    """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
+
+    Raises:
+        UserError: A stop string is empty, or none of them has a token.
+    """
     if "" in stop:
         raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
     try:
-        ids = tokenizer(list(stop), add_special_tokens=False)["input_ids"]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop]
     except TypeError:  # half of a surrogate pair, which is in no text
         ids = []
-    if not any(set(own) - {tokenizer.unk_token_id} for own in ids):
+    if stop and not any(set(own) - {tokenizer.unk_token_id} for own in ids):
         raise UserError(
             f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
             "use other text"
         )
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    silent = {token: entry.content for token, entry in added.items() if entry.special}
+    named = {token for token, name in silent.items() if any(text in name for text in stop)}
+    return {tokenizer.eos_token_id, *named}
 
 
 def stream_text(
@@ -145,7 +151,6 @@ def stream_text(
 
     Args:
         model, max_new_tokens, sampling, num_samples, usage, compile: See ``generate``.
-        tokenizer: Its end-of-text token ends a sample.
         prompt: May be empty: the text then starts from ``<bos>``.
         stop: A sample ends before the first of these in its new text.
 
@@ -157,21 +162,20 @@ def stream_text(
         UserError: At once, before anything is made: a stop string cannot occur, there is no
             compiler, or so many tokens cannot fit.
     """
-    _check_stop(tokenizer, stop)
+    last_tokens = _last_tokens(tokenizer, stop)
     if compile:
         set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
     check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
-    last_token = tokenizer.eos_token_id
     made = generate(
         model,
         input_ids.to(model.device),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         num_samples=num_samples,
-        ends=lambda row, token: token == last_token or streams[row].stopped,
+        ends=lambda row, token: token in last_tokens or streams[row].stopped,
         usage=usage,
         compile=compile,
     )

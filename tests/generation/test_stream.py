@@ -187,6 +187,19 @@ def test_a_sample_ends_with_the_end_token() -> None:
     assert usage.new_tokens == 1
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_a_stop_string_may_name_a_special_token(part: slice) -> None:
+    """Which is no text, so the stream of text would not find it."""
+    model, tokenizer, usage = tiny_model("retention"), byte_tokenizer(), Usage()
+    options = {"max_new_tokens": 200, "sampling": Sampling(seed=2)}
+    made = [row[0] for row in generate(model, encode_prompt(tokenizer, "x"), **options)]
+    end = made.index(PAD)
+    assert EOS not in made[:end]
+    options |= {"stop": [tokenizer.pad_token[part]], "usage": usage}
+    assert joined(stream_text(model, tokenizer, "x", **options)) == [tokenizer.decode(made[:end])]
+    assert usage.new_tokens == end + 1
+
+
 def test_a_stop_string_needs_a_token() -> None:
     """Half a surrogate pair, which a command line may hold, has none in any vocabulary."""
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "a": 2}, unk_token="<unk>"))
