@@ -53,12 +53,7 @@ def configure_logging() -> None:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Set torch up, call an entry point's body, turn what the user did wrong into exit code 2.
 
-    Args:
-        main: Takes the arguments (without the program name) and returns an exit code or None.
-        argv: The arguments; those of the process when None.
-
-    Returns:
-        The process's exit code.
+    ``argv`` are the arguments without the program's name; those of the process when None.
     """
     if sys.stderr is None:  # closed; print and logging would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115

@@ -22,12 +22,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def os_errors(problem: str, fix: str) -> Iterator[None]:
-    """Turn an ``OSError`` in the block into a ``UserError``.
-
-    Args:
-        problem: The message up to the reason: "--json (out.json) cannot be written".
-        fix: The rest of it: "name another file".
-    """
+    """Turn an ``OSError`` in the block into a ``UserError``: "problem (the reason): fix"."""
     try:
         yield
     except OSError as error:

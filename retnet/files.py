@@ -7,7 +7,6 @@ with everything that an interruption leaves.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,36 +61,22 @@ def write_json(
 ) -> None:
     """Write a JSON file as a whole.
 
-    Args:
-        path: The file.
-        content: What to write.
-        not_finite: What stands for infinities and nan, which JSON does not have: null, or ``str``
-            for "inf" and "nan".
+    For infinities and nan, which JSON does not have, stands what ``not_finite`` returns: null, or
+    with ``str`` "inf" and "nan".
 
     Raises:
         OSError: It can't be written; nothing has changed then.
     """
-
-    def allowed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: allowed(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [allowed(item) for item in value]
-        return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    text = json.dumps(allowed(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    # Python writes them as Infinity and NaN, and asks when it reads those what they are
+    allowed = json.loads(json.dumps(content), parse_constant=lambda name: not_finite(float(name)))
+    write_text(path, json.dumps(allowed, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Args:
-        path: The file.
-        fix: What the user can do when there is none.
-
     Raises:
-        UserError: It cannot be read or is no object.
+        UserError: It cannot be read or is no object; the message ends with ``fix``.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -120,14 +105,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     except Exception:
         shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
         raise
+    old = folder.with_name(REPLACED + folder.name)
     if folder.exists():
-        old = folder.with_name(REPLACED + folder.name)
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old)
-    else:
-        new.rename(folder)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     sync(folder.parent)
 
 

@@ -10,11 +10,7 @@ Kind = Literal["file", "folder", "other"]
 
 
 def expand(path: str, key: str) -> Path:
-    """The path with the home folder in place of ``~``.
-
-    Args:
-        path: As the user wrote it.
-        key: Whose value it is, for the message.
+    """The path with the home folder in place of ``~``; ``key`` says in messages whose value it is.
 
     Raises:
         UserError: It begins with the name of a user that there is not.
@@ -30,10 +26,6 @@ def kind_of(path: Path, key: str) -> Kind | None:
 
     ``Path.exists`` and its like raise where a folder above may not be entered or a name is too
     long.
-
-    Args:
-        path: The path.
-        key: Whose value it is, for the message.
 
     Raises:
         UserError: It cannot be told.

@@ -45,7 +45,7 @@ def test_prompt_text_and_summary(main, mixer: str) -> None:
     assert len(out) > len("héllo\n")
     assert re.fullmatch(
         r"prompt: 7 tokens, [\d,]+ tokens/s \| new: 9 tokens, [\d.]+ ms/token \| "
-        r"state: [\d,]+ bytes\n",
+        r"state: [\d,]+ bytes \| fast step\n",
         err,
     )
 

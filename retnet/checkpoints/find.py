@@ -14,11 +14,7 @@ NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that a path means.
-
-    Args:
-        path: A checkpoint folder, or a run folder: its ``final``, else its ``best``, else the
-            newest of its ``checkpoints``.
+    """The folder itself, or of a run ``final``, else ``best``, else the newest of ``checkpoints``.
 
     Raises:
         UserError: There is none; the message lists checkpoints that are near. Or the path cannot

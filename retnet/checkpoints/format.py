@@ -47,21 +47,13 @@ COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not 
 
 @dataclass
 class Progress:
-    """Where a run stands: everything besides weights and moments.
+    """Where a run stands: everything besides weights and moments."""
 
-    Attributes:
-        step: Completed optimizer steps.
-        best_loss: Lowest validation loss so far, nats per token; None before the first evaluation.
-        best_step: Where that was.
-        seconds: Time spent in training so far.
-        global_batch: Rows of an optimizer step, which must stay the same when the run goes on.
-    """
-
-    step: int = 0
-    global_batch: int = 0
-    best_loss: float | None = None
+    step: int = 0  # completed optimizer steps
+    global_batch: int = 0  # rows of one, which must stay the same when the run goes on
+    best_loss: float | None = None  # of validation, nats per token; None before the first
     best_step: int | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent in training
 
     def forget_best(self) -> None:
         """The weights of the best evaluation are no longer there to be found."""

@@ -8,20 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    get_verbosity,
-    is_progress_bar_enabled,
-    set_verbosity,
-    set_verbosity_error,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER, WEIGHTS
@@ -40,25 +28,17 @@ FLA_MODEL_TYPE = "retnet"  # flash-linear-attention's
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
+    """A loaded checkpoint."""
 
-    Attributes:
-        path: Its folder.
-        model: In evaluation mode.
-        tokenizer: Has a ``<bos>`` and no id beyond the model's vocabulary.
-        data_record: How its training and validation data was made; None if the folder lacks it.
-    """
-
-    path: Path
-    model: DecoderForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-    data_record: dict[str, Any] | None
+    path: Path  # of its folder
+    model: DecoderForCausalLM  # in evaluation mode
+    tokenizer: PreTrainedTokenizerFast  # has a <bos> and no id beyond the model's vocabulary
+    data_record: dict[str, Any] | None  # how its data was made; None if the folder lacks it
 
     @property
     def mixer(self) -> str:
         """The name of its mixer."""
-        name: str = self.model.config.mixer_class.name
-        return name
+        return str(self.model.config.mixer_class.name)
 
 
 def load_checkpoint(
@@ -70,11 +50,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint without a network and without running code it brings along.
 
-    Args:
-        path: What ``find_checkpoint`` takes.
-        device: Where the model goes.
-        dtype: Of the weights; as they were saved when None.
-        trust_remote_code: Allow code that lies in the checkpoint's folder.
+    Unless ``trust_remote_code`` allows that. The weights keep the dtype they were saved in when
+    ``dtype`` is None.
 
     Raises:
         UserError: There is no such checkpoint, or something in it is missing or does not fit.
@@ -92,50 +69,51 @@ def load_checkpoint(
 
 
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    config = read_json(folder / CONFIG, COPY_AGAIN)
+    file = folder / CONFIG
+    config = read_json(file, COPY_AGAIN)
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise UserError(f"{file}: dtype ({dtype}) is none of torch's: {COPY_AGAIN}")
+    weights = config.get("transformers_weights")
+    if weights is not None:
         raise UserError(
-            f"{folder / CONFIG}: dtype ({dtype}) is none of torch's: copy the checkpoint again"
-        )
-    if config.get("transformers_weights") is not None:
-        raise UserError(
-            f"{folder / CONFIG}: transformers_weights ({config['transformers_weights']}) names a "
-            f"file of weights: remove it, they are in {WEIGHTS}"
+            f"{file}: transformers_weights ({weights}) names a file of weights: remove it, they "
+            f"are in {WEIGHTS}"
         )
     model_type = config.get("model_type")
     if model_type == FLA_MODEL_TYPE:
         raise UserError(
-            f"{folder / CONFIG}: model_type ({model_type}) is flash-linear-attention's format: "
-            "it needs a converter to ours, its weights have other names"
+            f"{file}: model_type ({model_type}) is flash-linear-attention's format: it needs a "
+            "converter to ours, its weights have other names"
         )
     known = [configuration(model_class(mixer)).model_type for mixer in MIXERS]
     if model_type in known:
         return
     if "auto_map" not in config:
         raise UserError(
-            f"{folder / CONFIG}: model_type ({model_type}) is none of {', '.join(known)}: "
-            "name a checkpoint made by train.py"
+            f"{file}: model_type ({model_type}) is none of {', '.join(known)}: name a checkpoint "
+            "made by train.py"
         )
     if not trust_remote_code:
         raise UserError(
-            f"{folder / CONFIG}: model_type ({model_type}) needs code from the checkpoint's own "
-            "folder: read that code, then add --trust-remote-code"
+            f"{file}: model_type ({model_type}) needs code from the checkpoint's own folder: read "
+            "that code, then add --trust-remote-code"
         )
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar, which loading takes no time for, and no table of what does not fit."""
-    shown, verbosity = is_progress_bar_enabled(), get_verbosity()
-    disable_progress_bar()
-    set_verbosity_error()
+    log = transformers_logging
+    shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
-        set_verbosity(verbosity)
+        log.set_verbosity(verbosity)
         if shown:
-            enable_progress_bar()
+            log.enable_progress_bar()
 
 
 def _load_model(
@@ -171,15 +149,14 @@ def _load_model(
             f"{folder / CONFIG}: {kind}{error}: correct it, or copy the checkpoint again"
         ) from error
     model, info = loaded
-    mismatched = [entry[0] for entry in info["mismatched_keys"]]
     for names, problem in (
-        (sorted(info["missing_keys"]), "missing from the weights"),
-        (sorted(mismatched), f"of another shape than {CONFIG} says"),
-        (sorted(info["unexpected_keys"]), "in the weights but not in the model"),
+        (info["missing_keys"], "missing from the weights"),
+        ([entry[0] for entry in info["mismatched_keys"]], f"of another shape than {CONFIG} says"),
+        (info["unexpected_keys"], "in the weights but not in the model"),
     ):
         if names:
             raise UserError(
-                f"checkpoint ({folder}) is incomplete, {names[0]} is {problem} "
+                f"checkpoint ({folder}) is incomplete, {min(names)} is {problem} "
                 f"({len(names)} such): copy it again"
             )
     if not hasattr(model, "new_cache"):

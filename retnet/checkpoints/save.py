@@ -65,13 +65,9 @@ def save_checkpoint(
 
     Args:
         folder: Its final name; an existing folder there is replaced.
-        model: The model that is trained, perhaps wrapped.
-        bare_model: The transformers model inside.
+        model: The model that is trained, perhaps wrapped; ``bare_model`` is the one inside.
         optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
-        progress: Saved with it.
-        snapshot: Tokenizer and data record.
         carried: States carried from window to window, where there are any.
-        main_process: Whether this process writes.
 
     Raises:
         OSError: It can't be written; nothing has changed then.

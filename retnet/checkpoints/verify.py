@@ -28,14 +28,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None:
-    """What is wrong with a folder that ``write_manifest`` described.
-
-    Args:
-        folder: The checkpoint.
-        only: Names of the files to look at; None looks at all in the manifest.
+    """The first of a folder's described files, or of ``only`` some, that is missing or changed.
 
     Returns:
-        The first file that is missing or changed and how, or None when all is well.
+        Its name and what is wrong with it; None when all is well.
     """
     try:
         if not (folder / MANIFEST).exists():
@@ -59,17 +55,15 @@ def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None
 def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
     """What is wrong with a checkpoint, or None when it is as it was written.
 
-    Args:
-        folder: The checkpoint.
-        resumable: Whether it must hold the optimizer's state.
+    One that is ``resumable`` must hold the optimizer's state.
     """
     damage = find_damage(folder)
-    if damage is not None:
-        return damage
-    described = _described(folder)
-    needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
-    lacking = [name for name in needed if name not in described]
-    return f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
+    if damage is None:
+        described = _described(folder)
+        needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
+        lacking = [name for name in needed if name not in described]
+        damage = f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
+    return damage
 
 
 def check_weights_unchanged(folder: Path) -> None:

@@ -38,9 +38,7 @@ def _shards(folder: Path) -> list[str]:
     index = folder / WEIGHTS_INDEX
     weight_map = read_json(index, COPY_AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(
-            f"{index}: weight_map must name a file for each weight: copy the checkpoint again"
-        )
+        raise UserError(f"{index}: weight_map must name a file for each weight: {COPY_AGAIN}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or _is_path(shard):
             raise UserError(
@@ -48,11 +46,11 @@ def _shards(folder: Path) -> list[str]:
                 "the folder, and others can run code: save the weights again"
             )
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if kind_of(folder / shard, str(index)) != "file"]
-    if missing:
-        raise UserError(
-            f"checkpoint ({folder}) is incomplete, {missing[0]} is missing: copy it again"
-        )
+    for shard in shards:
+        if kind_of(folder / shard, str(index)) != "file":
+            raise UserError(
+                f"checkpoint ({folder}) is incomplete, {shard} is missing: copy it again"
+            )
     return shards
 
 
@@ -62,11 +60,7 @@ def _is_path(name: str) -> bool:
 
 
 def check_size(folder: Path, config: Any) -> None:
-    """Find out before a model is built whether its weights are far too few.
-
-    Args:
-        folder: The checkpoint.
-        config: Its configuration as transformers reads it.
+    """Find out before a model is built from ``config`` whether its weights are far too few.
 
     Raises:
         UserError: The files have fewer bytes than the model has parameters.
@@ -87,11 +81,7 @@ def check_size(folder: Path, config: Any) -> None:
 
 
 def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
-    """The weights in a checkpoint of ours by name.
-
-    Args:
-        folder: The checkpoint.
-        tied: Whether an output layer that is not there is the embedding.
+    """The weights in a checkpoint of ours by name; ``tied``: the output layer may be the embedding.
 
     Raises:
         SafetensorError: The file is damaged.

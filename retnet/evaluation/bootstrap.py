@@ -1,6 +1,6 @@
 """Is one model better than another on such text, or only on these documents?"""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +14,10 @@ COUNTS_PER_BLOCK = 1 << 22  # bounds the memory of many documents
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two ratios and the interval that holds it with 95 % confidence.
+    """A difference of two ratios and the interval that holds it with 95 % confidence."""
 
-    Attributes:
-        value: Second minus first, on all documents.
-        low: Lower end; None when there are fewer than two documents to resample.
-        high: Upper end; None likewise.
-    """
-
-    value: float
-    low: float | None
+    value: float  # second minus first, on all documents
+    low: float | None  # None when there are fewer than two documents to resample
     high: float | None
 
     @property
@@ -49,8 +43,6 @@ def paired_bootstrap(
         first: The first model's total of each document, [D].
         second: The second model's, [D].
         weights: What each document's total is spread over (targets, or bytes), [D].
-        resamples: Number of draws.
-        seed: Of the draws.
     """
     excess = second - first
     value = float(excess.sum() / weights.sum())
@@ -73,9 +65,6 @@ def paired_bootstrap(
 
 def to_bits(difference: Difference) -> Difference:
     """The same difference, from nats to bits."""
-    low, high = difference.low, difference.high
-    return Difference(
-        metrics.to_bits(difference.value),
-        None if low is None else metrics.to_bits(low),
-        None if high is None else metrics.to_bits(high),
-    )
+    value, *ends = astuple(difference)
+    low, high = (None if end is None else metrics.to_bits(end) for end in ends)
+    return Difference(metrics.to_bits(value), low, high)

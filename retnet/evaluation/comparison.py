@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +26,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was found out about one model.
+    """What was found out about one model."""
 
-    Attributes:
-        name: Short; the models' names differ where their folders do.
-        path: The checkpoint's folder.
-        mixer: Its name.
-        dtype: Of its weights.
-        parameters: How many, tied ones once.
-        scores: Of each document.
-        same_tokenizer: Whether its tokens are those of the first model.
-        nats_difference: Nats per token minus the first model's; None for the first model and
-            where the tokens are not the same.
-        bits_difference: Bits per byte minus the first model's; None for the first model.
-        speed: Decoding after each context; empty when it was not measured.
-    """
-
-    name: str
+    name: str  # short; the models' names differ where their folders do
     path: Path
     mixer: str
     dtype: str
-    parameters: int
+    parameters: int  # tied ones once
     scores: DocumentScores
-    same_tokenizer: bool
-    nats_difference: Difference | None
-    bits_difference: Difference | None
-    speed: list[DecodeSpeed] = field(default_factory=list)
+    same_tokenizer: bool  # whether its tokens are those of the first model
+    nats_difference: Difference | None  # per token, minus the first model's; None if tokens differ
+    bits_difference: Difference | None  # per byte, minus the first model's; None for that one
+    speed: list[DecodeSpeed]  # after each context; empty when it was not measured
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the table and the JSON file say.
-
-    Attributes:
-        text: What was evaluated.
-        context: Tokens of a window.
-        stride: Tokens from one window to the next; None when the state was carried.
-        models: In the order given; the first is the one the others are compared with.
-        environment: Versions, threads, machine.
-    """
+    """Everything that the table and the JSON file say."""
 
     text: EvaluationText
-    context: int
-    stride: int | None
-    models: list[ModelResult]
+    context: int  # tokens of a window
+    stride: int | None  # tokens from one window to the next; None when the state was carried
+    models: list[ModelResult]  # the first is the one the others are compared with
     environment: dict[str, Any]
 
     @property
@@ -91,7 +69,6 @@ def compare_checkpoints(
 
     Args:
         checkpoints: At least two; the others are compared with the first.
-        text: What to evaluate on.
         context: Tokens of a window; the first model's training window when None.
         stride, batch_size, carry_state: See ``score_documents``.
         speed_contexts: Lengths after which decoding is measured; none when empty.
@@ -100,14 +77,12 @@ def compare_checkpoints(
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
-    own_window: int = checkpoints[0].model.config.max_position_embeddings
-    window = own_window if context is None else context
+    window = checkpoints[0].model.config.max_position_embeddings if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
+    longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
-        if speed_contexts:
-            longest = max(speed_contexts)
-            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+        check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(

@@ -23,12 +23,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns: the first to the left, the others to the right; the first row is the head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in rows:
-        first, *others = (
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
@@ -77,37 +74,24 @@ def _labels(comparison: Comparison) -> list[str]:
 def _quality(comparison: Comparison) -> list[str]:
     rows = [["model", "mixer", "parameters", "tokens", "nats/token", "perplexity", "bits/byte"]]
     for label, model in zip(_labels(comparison), comparison.models, strict=True):
-        scores = model.scores
-        rows.append(
-            [
-                label,
-                model.mixer,
-                f"{model.parameters:,}",
-                f"{scores.targets.sum():,}",
-                f"{scores.nats_per_token:.4f}",
-                _format_perplexity(scores.perplexity),
-                f"{scores.bits_per_byte:.4f}",
-            ]
-        )
+        scores, perplexity = model.scores, model.scores.perplexity
+        sizes = [f"{model.parameters:,}", f"{scores.targets.sum():,}"]
+        readable = f"{perplexity:,.3f}" if perplexity < 1e5 else f"{perplexity:.3e}"
+        losses = [f"{scores.nats_per_token:.4f}", readable, f"{scores.bits_per_byte:.4f}"]
+        rows.append([label, model.mixer, *sizes, *losses])
     return format_table(rows)
-
-
-def _format_perplexity(perplexity: float) -> str:
-    return f"{perplexity:,.3f}" if perplexity < 1e5 else f"{perplexity:.3e}"
 
 
 def _differences(comparison: Comparison) -> list[str]:
     documents = len(comparison.text.documents)
     rows = [["minus model 1", "nats/token", "bits/byte", "verdict"]]
     for label, model in list(zip(_labels(comparison), comparison.models, strict=True))[1:]:
-        assert model.bits_difference is not None
-        nats = "other tokens"
-        if model.nats_difference is not None:
-            nats = _format_difference(model.nats_difference)
-        rows.append([label, nats, _format_difference(model.bits_difference), _verdict(model)])
-    method = (
-        f"[{CONFIDENCE:.0%} interval of a paired bootstrap over documents, {RESAMPLES:,} resamples]"
-    )
+        nats, bits = model.nats_difference, model.bits_difference
+        assert bits is not None
+        in_nats = "other tokens" if nats is None else _format_difference(nats)
+        rows.append([label, in_nats, _format_difference(bits), _verdict(bits)])
+    over = f"a paired bootstrap over documents, {RESAMPLES:,} resamples"
+    method = f"[{CONFIDENCE:.0%} interval of {over}]"
     if documents < 2:
         method = "no interval: it takes at least 2 documents to resample"
     elif documents < FEW_DOCUMENTS:
@@ -121,10 +105,8 @@ def _format_difference(difference: Difference) -> str:
     return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
-def _verdict(model: ModelResult) -> str:
-    """In one word what the difference means; bits per byte count for all tokenizers."""
-    difference = model.bits_difference
-    assert difference is not None
+def _verdict(difference: Difference) -> str:
+    """In one word what a difference of bits per byte, which count for all tokenizers, means."""
     if difference.low is None:
         return ""
     if not difference.is_clear:
@@ -134,23 +116,12 @@ def _verdict(model: ModelResult) -> str:
 
 def _speed(comparison: Comparison) -> list[str]:
     rows = [["decoding", "after tokens", "ms/token", "quartiles", "bytes of state or cache"]]
-    for index, first in enumerate(comparison.models[0].speed):
-        for label, model in zip(_labels(comparison), comparison.models, strict=True):
-            entry = model.speed[index]
-            rows.append(
-                [
-                    label,
-                    f"{first.context:,}",
-                    f"{entry.ms_per_token:.2f}",
-                    f"{entry.ms_low:.2f}-{entry.ms_high:.2f}",
-                    f"{entry.cache_bytes:,}",
-                ]
-            )
-    method = (
-        f"[batch 1, median of {ROUNDS} interleaved rounds of {TOKENS_PER_ROUND} tokens, after one "
-        "to warm up]"
-    )
-    return [*format_table(rows), method]
+    for entries in zip(*(model.speed for model in comparison.models), strict=True):
+        for label, entry in zip(_labels(comparison), entries, strict=True):
+            ms, quartiles = f"{entry.ms_per_token:.2f}", f"{entry.ms_low:.2f}-{entry.ms_high:.2f}"
+            rows.append([label, f"{entry.context:,}", ms, quartiles, f"{entry.cache_bytes:,}"])
+    rounds = f"{ROUNDS} interleaved rounds of {TOKENS_PER_ROUND} tokens"
+    return [*format_table(rows), f"[batch 1, median of {rounds}, after one to warm up]"]
 
 
 def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +145,7 @@ def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
 
 
 def _model_json(model: ModelResult) -> dict[str, Any]:
-    scores = model.scores
+    scores, whole = model.scores, asdict(model)
     return {
         "name": model.name,
         "path": str(model.path),
@@ -186,19 +157,11 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
         "same_tokenizer": model.same_tokenizer,
-        "nats_per_token_difference": _difference_json(model.nats_difference),
-        "bits_per_byte_difference": _difference_json(model.bits_difference),
-        "decoding": [asdict(entry) for entry in model.speed],
-        "documents": {
-            "nll": scores.nll.tolist(),
-            "targets": scores.targets.tolist(),
-            "bytes": scores.bytes.tolist(),
-        },
+        "nats_per_token_difference": whole["nats_difference"],
+        "bits_per_byte_difference": whole["bits_difference"],
+        "decoding": whole["speed"],
+        "documents": {name: figures.tolist() for name, figures in whole["scores"].items()},
     }
-
-
-def _difference_json(difference: Difference | None) -> dict[str, float | None] | None:
-    return None if difference is None else asdict(difference)
 
 
 def check_writable(path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -32,17 +33,11 @@ TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """Sums over the targets of each document.
+    """Sums over the targets of each document, [D]."""
 
-    Attributes:
-        nll: Negative log-likelihoods in nats, float64 [D].
-        targets: int64 [D].
-        bytes: UTF-8 bytes of the text, without the special tokens, int64 [D].
-    """
-
-    nll: NDArray[np.float64]
+    nll: NDArray[np.float64]  # negative log-likelihoods in nats
     targets: NDArray[np.int64]
-    bytes: NDArray[np.int64]
+    bytes: NDArray[np.int64]  # of the text in UTF-8, without the special tokens
 
     @property
     def nats_per_token(self) -> float:
@@ -70,11 +65,7 @@ class Window:
 def windows(document: int, num_tokens: int, context: int, stride: int) -> Iterator[Window]:
     """Cut a document of ``num_tokens`` tokens so that every target is scored exactly once.
 
-    Args:
-        document: Its index, copied into the windows.
-        num_tokens: ``<bos>`` and ``<eos>`` included.
-        context: The most inputs of a window.
-        stride: From the start of one window to that of the next, at most ``context``.
+    ``<bos>`` and ``<eos>`` are among the tokens; ``stride`` is at most ``context``.
     """
     start, first_target = 0, 1
     while first_target < num_tokens:
@@ -94,12 +85,9 @@ def score_documents(
     carry_state: bool = False,
     progress: str | None = None,
 ) -> DocumentScores:
-    """Score every document on its own.
+    """Score every document on its own, the model in evaluation mode.
 
     Args:
-        model: A language model; put into evaluation mode while this runs.
-        tokenizer: Its tokenizer.
-        documents: Texts.
         context: Tokens that a window holds.
         stride: Tokens from one window to the next; ``context`` when None (no overlap).
         batch_size: Windows of full length per forward pass; what fits in memory when None.
@@ -181,9 +169,7 @@ Scored = tuple[Tensor, Tensor, int]  # rows' documents [B], their sums [B], numb
 
 
 def _padded(rows: Sequence[Tensor], fill: int, device: torch.device) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill).to(
-        device
-    )
+    return pad_sequence(list(rows), batch_first=True, padding_value=fill).to(device)
 
 
 def _score_windows(
@@ -240,35 +226,27 @@ def evaluate_batches(
     batches: Iterable[dict[str, Tensor]],
     cache: DecoderCache | None = None,
 ) -> tuple[float, int]:
-    """Total negative log-likelihood of batches that bring their targets along.
+    """Total negative log-likelihood of batches that bring their targets along, in evaluation mode.
 
     Args:
-        model: A language model; put into evaluation mode while this runs.
         batches: ``input_ids`` and ``shift_labels`` [B, T], perhaps ``segment_ids``.
         cache: Given where each batch continues the rows of the one before; None begins anew.
 
     Returns:
         The sum in nats and the number of targets.
     """
-    total: Tensor | None = None
-    targets = 0
+    total, targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
     with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
-            labels = batch["shift_labels"].to(model.device)
-            inputs: dict[str, Any] = {
-                name: batch[name].to(model.device)
-                for name in ("input_ids", "segment_ids")
-                if name in batch
-            }
+            names = batch.keys() & {"input_ids", "segment_ids", "shift_labels"}
+            inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in names}
             # divided by 1: the sum; made chunk by chunk, so that no logits of all tokens are held
-            nll = model(
+            total += model(
                 **inputs,
-                shift_labels=labels,
                 num_items_in_batch=1,
                 return_logits=False,
                 past_key_values=cache,
                 use_cache=False,
-            ).loss.double()
-            total = nll if total is None else total + nll
+            ).loss
             targets += int((batch["shift_labels"] != IGNORE_INDEX).sum())
-    return (0.0 if total is None else total.item()), targets
+    return total.item(), targets

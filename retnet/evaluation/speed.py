@@ -7,17 +7,17 @@ is the result, the quartiles its spread.
 
 import copy
 import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retnet.generation import Step, make_step, prefill, synchronize
+from retnet.generation import Step, make_step, prefill
+from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
 
@@ -28,21 +28,13 @@ TOKENS_PER_ROUND = 16
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over the counted rounds.
-
-    Attributes:
-        median: Of the rounds.
-        low: First quartile.
-        high: Third quartile.
-        rounds: How many were counted.
-        seconds: Of each of them, in order.
-    """
+    """Seconds of one call over the counted rounds."""
 
     median: float
-    low: float
-    high: float
+    low: float  # first quartile
+    high: float  # third quartile
     rounds: int
-    seconds: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()  # of each round, in order
 
     def ratio(self, other: "Timing") -> float:
         """How often ``other`` fits into this, the median over the rounds they ran side by side.
@@ -51,38 +43,18 @@ class Timing:
         medians.
         """
         pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(own / theirs for own, theirs in pairs)
+        return float(np.median([own / theirs for own, theirs in pairs]))
 
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decoding after a context of a given length, batch 1.
+    """Decoding after a context of a given length, batch 1."""
 
-    Attributes:
-        context: Tokens in the cache when the clock starts.
-        ms_per_token: Median over the rounds.
-        ms_low: First quartile.
-        ms_high: Third quartile.
-        cache_bytes: Size of the state, or of the used part of the key-value cache.
-    """
-
-    context: int
-    ms_per_token: float
-    ms_low: float
-    ms_high: float
-    cache_bytes: int
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    context: int  # tokens in the cache when the clock starts
+    ms_per_token: float  # median over the rounds
+    ms_low: float  # first quartile
+    ms_high: float  # third quartile
+    cache_bytes: int  # of the state, or of the used part of the key-value cache
 
 
 def interleaved(
@@ -92,20 +64,20 @@ def interleaved(
     rounds: int = ROUNDS,
     warmup: int = 1,
 ) -> list[Timing]:
-    """Time several pieces of work in turn.
+    """Time several pieces of work in turn, ``rounds`` times after ``warmup`` rounds.
+
+    No garbage is collected meanwhile.
 
     Args:
         prepares: For each piece a function that returns the function to time; preparing is not
             timed.
         device: Its queue is emptied before the clock is read.
-        rounds: How often each piece is timed.
-        warmup: Rounds before those.
-
-    Returns:
-        One timing per piece.
     """
     seconds: list[list[float]] = [[] for _ in prepares]
-    with _no_garbage_collection():
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         for number in range(warmup + rounds):
             for own, prepare in zip(seconds, prepares, strict=True):
                 work = prepare()
@@ -115,13 +87,14 @@ def interleaved(
                 synchronize(device)
                 if number >= warmup:
                     own.append(time.perf_counter() - started)
+    finally:
+        if collecting:
+            gc.enable()
     return [_timing(own) for own in seconds]
 
 
 def _timing(seconds: list[float]) -> Timing:
-    low = median = high = seconds[0]
-    if len(seconds) > 1:
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     return Timing(median, low, high, len(seconds), tuple(seconds))
 
 
@@ -136,14 +109,8 @@ def decode_speed(
     """Milliseconds per token and bytes of memory after contexts of given lengths.
 
     The contexts are read by prefill into real caches. Every round starts from a copy of that
-    cache and feeds ``tokens`` tokens, each the most likely one after the last.
-
-    Args:
-        models: Language models on one device, in evaluation mode.
-        contexts: Tokens before the first that is timed.
-        tokens: Made in each round.
-        rounds: Counted rounds, after one that is not.
-        progress: Title of a progress bar on a terminal; none when None.
+    cache and feeds ``tokens`` tokens, each the most likely one after the last. The models are on
+    one device and in evaluation mode; ``progress`` is the title of a progress bar on a terminal.
 
     Returns:
         For each model its results in the order of ``contexts``.
@@ -158,15 +125,8 @@ def decode_speed(
         timings = interleaved(prepares, models[0].device, rounds=rounds)
         for own, cache, timing in zip(results, caches, timings, strict=True):
             ms = 1000 / tokens
-            own.append(
-                DecodeSpeed(
-                    context=context,
-                    ms_per_token=ms * timing.median,
-                    ms_low=ms * timing.low,
-                    ms_high=ms * timing.high,
-                    cache_bytes=cache.num_bytes(),
-                )
-            )
+            spread = (ms * timing.median, ms * timing.low, ms * timing.high)
+            own.append(DecodeSpeed(context, *spread, cache_bytes=cache.num_bytes()))
     return results
 
 

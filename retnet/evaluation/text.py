@@ -17,15 +17,10 @@ ASK_FOR_TEXT = "name a text that none of the models was trained on with --text F
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Documents to evaluate.
+    """Documents to evaluate."""
 
-    Attributes:
-        description: Where they come from, for the table.
-        documents: None of them empty.
-    """
-
-    description: str
-    documents: Sequence[str]
+    description: str  # where they come from, for the table
+    documents: Sequence[str]  # none of them empty
 
     @property
     def num_bytes(self) -> int:
@@ -33,11 +28,7 @@ class EvaluationText:
 
 
 def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
-    """The documents of a file (or of a folder's files).
-
-    Args:
-        path: What ``data.source`` reads: .txt, .md, .jsonl[.gz], .csv, .parquet.
-        text_field: The field with the text, where documents are rows.
+    """The documents of a file (or of a folder's files), of the kinds that ``data.source`` reads.
 
     Raises:
         UserError: It is missing, unreadable or without text.

@@ -2,15 +2,7 @@
 
 from retnet.generation.checks import check_finite, check_text_fits
 from retnet.generation.console import print_samples, text_output
-from retnet.generation.decode import (
-    Step,
-    Usage,
-    decode_one,
-    generate,
-    make_step,
-    prefill,
-    synchronize,
-)
+from retnet.generation.decode import Step, Usage, decode_one, generate, make_step, prefill
 from retnet.generation.options import add_loading_options, loading_arguments
 from retnet.generation.prompt import decode_utf8, encode_prompt, read_prompt
 from retnet.generation.sampling import Sampler, Sampling

@@ -14,11 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Find out before a text is begun whether a model can make one.
-
-    Raises:
-        UserError: The logits after ``<bos>`` are not finite.
-    """
+    """Raise a ``UserError`` when the logits after ``<bos>`` are not finite."""
     model = checkpoint.model
     begin = torch.tensor([[checkpoint.tokenizer.bos_token_id]], device=model.device)
     if not prefill(model, begin, model.new_cache()).isfinite().all():
@@ -38,28 +34,20 @@ def check_length(
     Raises:
         UserError: The tokens, and what the model keeps of each, exceed the machine's memory.
     """
-    if model.grows:
-        window = model.config.max_position_embeddings
-        if prompt_tokens > window:
-            logger.warning(
-                "the prompt has %s tokens, and this %s model was trained on texts of %s: "
-                "expect poor text, and time that grows with the square of the length",
-                f"{prompt_tokens:,}",
-                model.config.mixer_class.name,
-                f"{window:,}",
-            )
+    window, mixer = model.config.max_position_embeddings, model.config.mixer_class.name
+    if model.grows and prompt_tokens > window:
+        logger.warning(
+            f"the prompt has {prompt_tokens:,} tokens, and this {mixer} model was trained on texts "
+            f"of {window:,}: expect poor text, and time that grows with the square of the length"
+        )
     what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"
     check_text_fits(model, prompt_tokens + max_new_tokens, num_samples, what)
 
 
 def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:
-    """Raise a ``UserError`` when tokens, and what the model keeps of each, cannot fit.
+    """Raise a ``UserError`` when tokens of so many rows, and what is kept of each, cannot fit.
 
-    Args:
-        model: The model that is to read them.
-        tokens: Tokens of a row.
-        rows: Texts side by side.
-        what: Beginning of the message: whose tokens these are, and a verb.
+    The message begins with ``what``: whose tokens these are, and a verb.
     """
     per_token = rows * (8 + model.bytes_per_token)  # 8 of an int64 id
     memory = memory_of(model.device)

@@ -47,12 +47,9 @@ def _discard_output() -> None:
 
 
 def print_samples(prompt: str, pieces: Iterable[Sequence[str]], num_samples: int) -> None:
-    """Print prompt and continuation, the first sample as it is made and then the others.
+    """Print prompt and continuation, the first sample as ``stream_text`` makes it, then the others.
 
-    Args:
-        prompt: Begins every sample.
-        pieces: From ``stream_text``.
-        num_samples: Above 1, each sample has a line with its number above it.
+    Of several samples each has a line with its number above it.
     """
     title = f"----- sample {{}} of {num_samples} -----\n" if num_samples > 1 else ""
     print(title.format(1) + prompt, end="", flush=True)

@@ -6,13 +6,12 @@ batch, whatever the mixer.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, StoppingCriteria, StoppingCriteriaList
 
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.machine import set_up_compiler
@@ -22,33 +21,21 @@ from retnet.model.fast_decode.graph import StepGraph
 from retnet.model.fast_decode.step import make_decode_step
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
-STOPPING_WINDOW = 64  # new tokens that stopping criteria see; more where a stop string is longer
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
 
 
 @dataclass
 class Usage:
-    """What a generation took; filled in by ``generate``.
+    """What a generation took; filled in by ``generate``."""
 
-    Attributes:
-        prompt_tokens: Tokens of one prompt.
-        prefill_seconds: Time to read the prompts.
-        steps: Tokens made one after the other.
-        new_tokens: Tokens made, summed over the rows.
-        decode_seconds: Time to make them, without the time their reader took.
-        rows: Continuations made side by side.
-        state_bytes: Size of the state (or of the used part of the key-value cache) at the end.
-        path: Which step made the tokens, and why not the fast one.
-    """
-
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of one prompt
     prefill_seconds: float = 0.0
-    steps: int = 0
-    new_tokens: int = 0
-    decode_seconds: float = 0.0
-    rows: int = 0
-    state_bytes: int = 0
-    path: str = ""
+    steps: int = 0  # tokens made one after the other
+    new_tokens: int = 0  # summed over the rows
+    decode_seconds: float = 0.0  # without the time that the tokens' reader took
+    rows: int = 0  # continuations made side by side
+    state_bytes: int = 0  # at the end; of a key-value cache, its used part
+    path: str = ""  # which step made the tokens, and why not the fast one
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -82,13 +69,7 @@ def prefill(
     *,
     chunk_size: int = PREFILL_CHUNK,
 ) -> Tensor:
-    """Read tokens into the cache, ``chunk_size`` at a time.
-
-    Args:
-        model: A language model.
-        input_ids: [B, T] with T >= 1.
-        cache: Updated in place.
-        chunk_size: Tokens per forward pass; the result does not depend on it.
+    """Read tokens, [B, T] with T >= 1, into the cache; the result does not depend on chunk_size.
 
     Returns:
         The logits of the last position, [B, vocab], at least float32.
@@ -100,16 +81,7 @@ def prefill(
 
 @torch.inference_mode()
 def decode_one(model: DecoderForCausalLM, tokens: Tensor, cache: DecoderCache) -> Tensor:
-    """Feed one token per row.
-
-    Args:
-        model: A language model.
-        tokens: [B].
-        cache: Updated in place.
-
-    Returns:
-        The logits that follow, [B, vocab], at least float32.
-    """
+    """Feed one token per row, [B], into the cache; the logits that follow as of ``prefill``."""
     return _last_logits(model, tokens[:, None], cache)
 
 
@@ -117,15 +89,9 @@ class Step:
     """The fastest right way to feed one token per row: tokens [B] and the cache in, logits out.
 
     What ``decode_one`` does, without the model. Models with wrapped, hooked or adapted parts, and
-    caches that need a mask, take the plain way.
-
-    Attributes:
-        path: Which way was taken last, and why if not the fast one.
-
-    Args:
-        model: A language model.
-        compile: Compile the step, at its first call; the growing number of tokens seen compiles
-            nothing anew. A step with a state of constant size becomes one CUDA graph on a GPU.
+    caches that need a mask, take the plain way; ``path`` says which was taken last, and why if not
+    the fast one. It is compiled at the first call; the growing number of tokens seen compiles
+    nothing anew. A step with a state of constant size becomes one CUDA graph on a GPU.
     """
 
     def __init__(self, model: DecoderForCausalLM, *, compile: bool) -> None:
@@ -155,11 +121,7 @@ class Step:
 
 
 def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
-    """A ``Step`` of the model.
-
-    Raises:
-        UserError: There is no C++ compiler to compile it with.
-    """
+    """A ``Step``; a ``UserError`` where there is no C++ compiler to compile it with."""
     if compile:
         set_up_compiler(model.device, "--compile")
     return Step(model, compile=compile)
@@ -182,7 +144,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     num_samples: int = 1,
-    stopping: Sequence[StoppingCriteria] = (),
+    ends: Callable[[int, int], bool] = lambda row, token: False,
     usage: Usage | None = None,
     compile: bool = False,
 ) -> Iterator[list[int]]:
@@ -191,13 +153,13 @@ def generate(
     The prompts are read once; with several samples their state is then repeated.
 
     Args:
-        model: A language model in evaluation mode.
+        model: In evaluation mode.
         input_ids: The prompts, [P, T] with T >= 1.
         max_new_tokens: The most tokens of a row.
         sampling: How to choose; the defaults of ``Sampling`` when None.
         num_samples: Continuations of each prompt; those of one prompt are neighbours, B = P * n.
-        stopping: A row ends with the token at which one of them says so. They see new tokens only,
-            and of these the last ``STOPPING_WINDOW``, [B, n].
+        ends: Whether a row ends with a token; asked with the row's number and its new token after
+            the tokens were handed out, so it may look at what was made of them.
         usage: Filled in while the loop runs.
         compile: Compile the decode step (``torch.compile``, some 20 s on a CPU): pays for thousands
             of tokens.
@@ -218,9 +180,7 @@ def generate(
         logits = logits.repeat_interleave(num_samples, dim=0)
 
     rows = usage.rows = len(logits)
-    prompts = input_ids.repeat_interleave(num_samples, dim=0)
-    sampler = Sampler(Sampling() if sampling is None else sampling, prompts)
-    ends = _Ends(stopping, rows, device)
+    sampler = Sampler(sampling or Sampling(), input_ids.repeat_interleave(num_samples, dim=0))
     ended = [False] * rows
     tokens: Tensor | None = None
     try:
@@ -231,47 +191,12 @@ def generate(
             tokens = sampler(logits)
             chosen = tokens.tolist()  # the only wait for a device
             new_tokens = [ENDED if e else token for e, token in zip(ended, chosen, strict=True)]
-            ended = [e or end for e, end in zip(ended, ends(tokens, chosen, logits), strict=True)]
             usage.steps += 1
             usage.new_tokens += rows - new_tokens.count(ENDED)
             usage.decode_seconds += time.perf_counter() - started
             yield new_tokens
+            ended = [token == ENDED or ends(row, token) for row, token in enumerate(new_tokens)]
             if all(ended):
                 return
     finally:
         usage.state_bytes, usage.path = cache.num_bytes(), step.path
-
-
-class _Ends:
-    """Which rows end with the token just made.
-
-    End-of-text tokens are looked up; other criteria see the newest tokens, so many that a stop
-    string fits, and never more, however long the text becomes.
-    """
-
-    def __init__(self, stopping: Sequence[StoppingCriteria], rows: int, device: torch.device):
-        self.final_tokens: set[int] = set()
-        others = []
-        for one in stopping:
-            if type(one) is EosTokenCriteria:
-                self.final_tokens.update(one.eos_token_id.tolist())
-            else:
-                others.append(one)
-        self.others = StoppingCriteriaList(others)
-        longest = max((getattr(one, "maximum_token_len", 0) for one in others), default=0)
-        self.window = max(STOPPING_WINDOW, longest)
-        self.recent = torch.empty(rows, 2 * self.window, dtype=torch.int64, device=device)
-        self.filled = 0
-
-    def __call__(self, tokens: Tensor, chosen: list[int], logits: Tensor) -> list[bool]:
-        """For each row, given its new token as tensor [B] and as list, and the logits."""
-        final = [token in self.final_tokens for token in chosen]
-        if not self.others:
-            return final
-        if self.filled == self.recent.shape[1]:
-            self.recent[:, : self.window] = self.recent[:, -self.window :].clone()
-            self.filled = self.window
-        self.recent[:, self.filled] = tokens
-        self.filled += 1
-        newest = self.recent[:, max(0, self.filled - self.window) : self.filled]
-        return [a or b for a, b in zip(final, self.others(newest, logits).tolist(), strict=True)]

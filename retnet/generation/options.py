@@ -7,38 +7,23 @@ import torch
 
 from retnet.errors import UserError
 
-DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Add --device, --dtype and --trust-remote-code."""
-    parser.add_argument(
-        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)"
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run model code that lies in the checkpoint's folder; only if you have read it",
-    )
+    add = parser.add_argument
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)")
+    code = "run model code that lies in the checkpoint's folder; only if you have read it"
+    add("--trust-remote-code", action="store_true", help=code)
 
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``load_checkpoint`` that these options mean.
-
-    Raises:
-        UserError: There is no such device.
-    """
+    """The keyword arguments of ``load_checkpoint``; a ``UserError`` for a device there is not."""
     return {
         "device": _device(arguments.device),
-        "dtype": DTYPES[arguments.dtype],
+        "dtype": None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
         "trust_remote_code": arguments.trust_remote_code,
     }
 

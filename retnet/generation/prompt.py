@@ -11,20 +11,13 @@ from retnet.errors import UserError, os_errors
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """``<bos>`` and the text; special tokens spelled out in the text are ordinary text.
-
-    Returns:
-        Token ids, [1, T], on the CPU.
-    """
+    """The ids [1, T] of ``<bos>`` and the text, in which special tokens are ordinary text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return torch.tensor([[tokenizer.bos_token_id, *encoded["input_ids"]]])
 
 
 def read_prompt(source: Path | None) -> str:
-    """The prompt in a UTF-8 file, or on standard input, exactly as it is there.
-
-    Args:
-        source: The file; standard input when None.
+    """The prompt in a UTF-8 file, or on standard input (None), exactly as it is there.
 
     Raises:
         UserError: It cannot be read, or the bytes are not UTF-8.

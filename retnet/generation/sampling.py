@@ -5,6 +5,7 @@ does not grow with the text.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,25 +26,16 @@ DRAWN_AT_ONCE = 256  # tokens of a row for which there are uniform numbers
 class Sampling:
     """The choice of the next token from the logits, in the order in which it is applied.
 
-    Args:
-        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
-        temperature: Divides the logits; below 1 is more cautious, above 1 more varied.
-        top_k: Keep the k most likely tokens only; None keeps all.
-        top_p: Keep the smallest set of tokens that has this probability; 1 keeps all.
-        greedy: Take the most likely token instead of drawing one.
-        seed: Row i of a batch draws from a generator seeded with ``seed + i``, so that a sample
-            does not depend on its neighbours.
-
     Raises:
         UserError: A value is out of its range.
     """
 
-    repetition_penalty: float = 1.0
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    greedy: bool = False
-    seed: int = 0
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and text so far are less likely
+    temperature: float = 0.8  # divides the logits; below 1 is more cautious, above more varied
+    top_k: int | None = None  # keep the k most likely tokens only; None keeps all
+    top_p: float = 0.95  # keep the smallest set of tokens with this probability; 1 keeps all
+    greedy: bool = False  # take the most likely token instead of drawing one
+    seed: int = 0  # row i draws with seed + i, so a sample does not depend on its neighbours
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -66,11 +58,8 @@ class Sampling:
 def keep_top_p(probabilities: Tensor, top_p: float) -> Tensor:
     """Keep each row's smallest set of tokens that has probability ``top_p``; the others get 0.
 
-    Tokens as likely as the last one kept are kept too.
-
-    Args:
-        probabilities: [B, vocab], rows that sum to 1.
-        top_p: Above 0, below 1.
+    Tokens as likely as the last one kept are kept too. The rows of [B, vocab] sum to 1, top_p is
+    above 0 and below 1.
     """
     if probabilities.device.type == "cpu":  # ten times faster than torch, which sorts indices too
         sorted_values = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
@@ -111,12 +100,9 @@ def _inverted(weights: Tensor, shares: Tensor) -> Tensor:
 
 
 def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tensor) -> Tensor:
-    """The first drawn token of each row that is kept, or one of ``last``; no more than is needed.
+    """The first of each row's drawn tokens [B, ATTEMPTS] that is kept, or one of ``last`` [B, 1].
 
-    Args:
-        drawn: [B, ATTEMPTS].
-        probabilities, top_p: As in ``draw``.
-        last: float64 [B, 1].
+    Looks at no more of them than it needs.
     """
     tokens = drawn[:, 0]
     for row, (attempts, values) in enumerate(zip(drawn.tolist(), probabilities, strict=True)):
@@ -147,11 +133,8 @@ class Sampler:
 
     A draw inverts the distribution function at uniform numbers. The numbers come from generators,
     one per row, on the CPU, so the same seed gives the same text on every device that computes the
-    same logits, and drawing never waits for a device.
-
-    Args:
-        sampling: What to apply.
-        prompt_ids: The prompts, [B, T]: their tokens count as repeated.
+    same logits, and drawing never waits for a device. The tokens of the prompts [B, T] count as
+    repeated.
     """
 
     def __init__(self, sampling: Sampling, prompt_ids: Tensor) -> None:
@@ -159,39 +142,22 @@ class Sampler:
         self.temperature = max(sampling.temperature, LOWEST_TEMPERATURE)
         self.prompt_ids = prompt_ids
         self.seen: Tensor | None = None  # bool [B, vocab], for the repetition penalty
-        self.generators = [
-            torch.Generator().manual_seed((sampling.seed + row) % MAX_SEED)
-            for row in range(len(prompt_ids))
-        ]
-        self.uniform: Tensor | None = None  # [DRAWN_AT_ONCE, B, ATTEMPTS + 1]
-        self.used = DRAWN_AT_ONCE
+        self.uniform = _uniform(sampling.seed, len(prompt_ids))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Choose one token per row.
-
-        Args:
-            logits: Of the last position, [B, vocab].
-
-        Returns:
-            Token ids, [B].
-        """
+        """Choose one token per row, [B], given the logits of the last position, [B, vocab]."""
         logits = logits.detach()
-        penalised = self.sampling.repetition_penalty != 1.0
-        if penalised:
-            logits = self._punish_repetition(logits)
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1.0:
+            if self.seen is None:
+                self.seen = torch.zeros_like(logits, dtype=torch.bool)
+                self.seen.scatter_(1, self.prompt_ids, True)
+            punished = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self.seen, punished, logits)
         tokens = logits.argmax(dim=-1) if self.sampling.greedy else self._draw(logits)
-        if penalised and self.seen is not None:
+        if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens
-
-    def _punish_repetition(self, logits: Tensor) -> Tensor:
-        if self.seen is None:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
-            self.seen.scatter_(1, self.prompt_ids, True)
-        penalty = self.sampling.repetition_penalty
-        return torch.where(
-            self.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
-        )
 
     def _draw(self, logits: Tensor) -> Tensor:
         device = logits.device
@@ -203,16 +169,14 @@ class Sampler:
         top_k = self.sampling.top_k
         if top_k is not None and top_k < scores.shape[1]:
             scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -math.inf)
-        uniform = self._next_uniform().to(scores.device)
+        uniform = next(self.uniform).to(scores.device)
         return draw(scores.softmax(dim=-1), self.sampling.top_p, uniform).to(device)
 
-    def _next_uniform(self) -> Tensor:
-        """The next numbers of each row, float64 [B, ATTEMPTS + 1]."""
-        if self.uniform is None or self.used == DRAWN_AT_ONCE:
-            shape = (DRAWN_AT_ONCE, ATTEMPTS + 1)
-            draws = [
-                torch.rand(shape, dtype=torch.float64, generator=own) for own in self.generators
-            ]
-            self.uniform, self.used = torch.stack(draws, dim=1), 0
-        self.used += 1
-        return self.uniform[self.used - 1]
+
+def _uniform(seed: int, rows: int) -> Iterator[Tensor]:
+    """The numbers of each row for token after token, float64 [B, ATTEMPTS + 1]."""
+    generators = [torch.Generator().manual_seed((seed + row) % MAX_SEED) for row in range(rows)]
+    shape = (DRAWN_AT_ONCE, ATTEMPTS + 1)
+    while True:
+        draws = [torch.rand(shape, dtype=torch.float64, generator=own) for own in generators]
+        yield from torch.stack(draws, dim=1)

@@ -3,12 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from transformers import (
-    EosTokenCriteria,
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StopStringCriteria,
-)
+from transformers import PreTrainedTokenizerFast
 
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
@@ -29,12 +24,8 @@ class TextStream:
     The pieces together are the decoded text up to the first stop string. Text that may be the
     beginning of a stop string waits until it is known not to be one; so does an incomplete
     character, which the last piece holds as a replacement character. Only the last tokens are kept,
-    however long the text becomes.
-
-    Args:
-        tokenizer: The model's.
-        prompt_ids: What came before; some tokenizers decode a first token differently.
-        stop: Strings that end the text.
+    however long the text becomes. Those of the prompt are there because some tokenizers decode a
+    first token differently. ``stopped`` says that a stop string was found.
     """
 
     def __init__(
@@ -121,28 +112,27 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def stopping_criteria(
-    tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()
-) -> list[StoppingCriteria]:
-    """The rules that end a sample: the end-of-text token, and the user's stop strings.
+def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
+    """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
 
     Raises:
-        UserError: A stop string is empty, or no token of the vocabulary can be part of one.
+        UserError: A stop string is empty, or none of them has a token.
     """
-    criteria: list[StoppingCriteria] = []
-    if tokenizer.eos_token_id is not None:
-        criteria.append(EosTokenCriteria(tokenizer.eos_token_id))
-    if stop:
-        if "" in stop:
-            raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
-        try:
-            criteria.append(StopStringCriteria(tokenizer, list(stop)))
-        except ValueError as error:
-            raise UserError(
-                f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
-                "use other text"
-            ) from error
-    return criteria
+    if "" in stop:
+        raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
+    try:
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop]
+    except TypeError:  # half of a surrogate pair, which is in no text
+        ids = []
+    if stop and not any(set(own) - {tokenizer.unk_token_id} for own in ids):
+        raise UserError(
+            f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
+            "use other text"
+        )
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    silent = {token: entry.content for token, entry in added.items() if entry.special}
+    named = {token for token, name in silent.items() if any(text in name for text in stop)}
+    return {tokenizer.eos_token_id, *named}
 
 
 def stream_text(
@@ -160,15 +150,9 @@ def stream_text(
     """Continue a prompt and hand out the text as it is made.
 
     Args:
-        model: A language model in evaluation mode.
-        tokenizer: Its tokenizer.
+        model, max_new_tokens, sampling, num_samples, usage, compile: See ``generate``.
         prompt: May be empty: the text then starts from ``<bos>``.
-        max_new_tokens: The most tokens of a sample.
-        sampling: How tokens are chosen.
-        num_samples: Continuations of the prompt, made as one batch.
         stop: A sample ends before the first of these in its new text.
-        usage: Filled in while the loop runs.
-        compile: See ``generate``.
 
     Returns:
         Yields the new text of each sample, ``num_samples`` strings, after every token and at the
@@ -178,7 +162,7 @@ def stream_text(
         UserError: At once, before anything is made: a stop string cannot occur, there is no
             compiler, or so many tokens cannot fit.
     """
-    criteria = stopping_criteria(tokenizer, stop)
+    last_tokens = _last_tokens(tokenizer, stop)
     if compile:
         set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
@@ -191,7 +175,7 @@ def stream_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         num_samples=num_samples,
-        stopping=criteria,
+        ends=lambda row, token: token in last_tokens or streams[row].stopped,
         usage=usage,
         compile=compile,
     )

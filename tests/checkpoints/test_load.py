@@ -1,7 +1,6 @@
 """A loaded checkpoint is the saved one; a clear error for everything that can be wrong with it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,24 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import get_verbosity
 
-from retnet.checkpoints import load_checkpoint, write_manifest
+from retnet.checkpoints import load_checkpoint
 from retnet.errors import UserError
+from tests.checkpoints.folders import Bomb, change_config
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint, tiny_model
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("saved") / "final", record={"key": 1})
-
-
-@pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def change_config(folder: Path, **changes) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -107,7 +92,7 @@ def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, m
     assert type(loaded.model).__name__ == "OwnForCausalLM"
 
 
-def test_missing_and_damaged_weights(copy: Path) -> None:
+def test_weights_that_are_not_whole(copy: Path) -> None:
     weights = copy / "model.safetensors"
     tensors = load_file(weights)
     kept = {name: tensor for name, tensor in tensors.items() if "embed" not in name}
@@ -116,72 +101,6 @@ def test_missing_and_damaged_weights(copy: Path) -> None:
         load_checkpoint(copy)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged weights"):
-        load_checkpoint(copy)
-    weights.unlink()
-    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
-        load_checkpoint(copy)
-    (copy / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pickled weights \(pytorch_model\.bin\)"):
-        load_checkpoint(copy)
-
-
-def test_a_missing_shard(copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-1.safetensors"}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"model-1\.safetensors is missing"):
-        load_checkpoint(copy)
-
-
-def shard(folder: Path) -> dict:
-    """Spread the weights over two files; returns the index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = ("model-1.safetensors", "model-2.safetensors")
-    weight_map = {name: names[number % 2] for number, name in enumerate(tensors)}
-    for file in names:
-        own = {name: tensors[name] for name in tensors if weight_map[name] == file}
-        save_file(own, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return index
-
-
-def test_shards_are_weights_and_checked_as_such(copy: Path, saved: Path) -> None:
-    shard(copy)
-    write_manifest(copy)
-    weights, expected = load_checkpoint(copy).model.state_dict(), load_checkpoint(saved).model
-    assert all(torch.equal(weights[key], own) for key, own in expected.state_dict().items())
-    file = copy / "model-2.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"damaged, model-2\.safetensors is not what was"):
-        load_checkpoint(copy)
-
-
-class Bomb:
-    def __reduce__(self):
-        return (pytest.fail, ("a file was unpickled",))
-
-
-@pytest.mark.parametrize("where", ["shard.bin", "../shard.safetensors", "", None, 3, ["x"]])
-def test_an_index_names_safetensors_files_of_its_folder_only(copy: Path, where: object) -> None:
-    """transformers would unpickle shard.bin."""
-    index = shard(copy)
-    torch.save(Bomb(), copy / "shard.bin")
-    torch.save(Bomb(), copy.parent / "shard.safetensors")
-    weight_map = index["weight_map"] | {next(iter(index["weight_map"])): where}
-    (copy / "model.safetensors.index.json").write_text(
-        json.dumps(index | {"weight_map": weight_map})
-    )
-    with pytest.raises(UserError, match=r"is no \.safetensors file of the folder"):
-        load_checkpoint(copy)
-
-
-@pytest.mark.parametrize("weight_map", [[], ["shard.bin"], {}, None, "shard.bin"])
-def test_an_index_that_is_none(copy: Path, weight_map: object) -> None:
-    shard(copy)
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match="weight_map must name a file for each weight"):
         load_checkpoint(copy)
 
 

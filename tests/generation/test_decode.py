@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import EosTokenCriteria, StoppingCriteria
 
 from retnet.errors import UserError
 from retnet.generation import (
@@ -13,7 +12,7 @@ from retnet.generation import (
     generate,
     prefill,
 )
-from retnet.generation.decode import ENDED, STOPPING_WINDOW
+from retnet.generation.decode import ENDED
 from tests.generation.builders import MIXERS, tiny_model
 
 pytestmark = pytest.mark.parametrize("mixer", MIXERS)
@@ -108,33 +107,25 @@ def test_a_row_ends_alone_and_the_loop_with_the_last(mixer: str) -> None:
     stop_at = int(free[0, 4])
     first = [row.tolist().index(stop_at) if stop_at in row else 99 for row in free]
     usage = Usage()
-    ended = collect(model, prompts(2), 20, stopping=[EosTokenCriteria(stop_at)], usage=usage)
+    asked = []
+
+    def ends(row: int, token: int) -> bool:
+        asked.append((row, token))
+        return token == stop_at
+
+    ended = collect(model, prompts(2), 20, ends=ends, usage=usage)
     assert ended.shape[1] == min(20, max(first) + 1)
     for row, expected, end in zip(ended, free, first, strict=True):
         length = min(end + 1, ended.shape[1])
         assert row[:length].equal(expected[:length])
         assert (row[length:] == ENDED).all()
     assert usage.new_tokens == int((ended != ENDED).sum())
-
-
-class Window(StoppingCriteria):
-    """Remembers what it was shown; asks for so many tokens by an attribute, as stop strings do."""
-
-    def __init__(self, longest: int) -> None:
-        self.maximum_token_len = longest
-        self.seen: list[list[int]] = []
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        self.seen.append(input_ids[0].tolist())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-@pytest.mark.parametrize("longest", [1, 100])
-def test_criteria_see_the_newest_tokens_and_no_more(mixer: str, longest: int) -> None:
-    """What the loop keeps does not grow with the text."""
-    window, size = Window(longest), max(longest, STOPPING_WINDOW)
-    made = collect(tiny_model(mixer), prompts(1), 230, DRAWN, stopping=[window])[0].tolist()
-    assert window.seen == [made[max(0, n - size) : n] for n in range(1, 231)]
+    assert asked == [
+        (row, token)
+        for column in ended.T.tolist()
+        for row, token in enumerate(column)
+        if token != ENDED
+    ]
 
 
 def test_usage_counts_tokens_time_and_state(mixer: str) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet.errors import UserError
@@ -118,9 +120,6 @@ def test_the_earliest_of_several_stop_strings_counts() -> None:
 
 def test_a_first_token_is_decoded_in_its_context() -> None:
     """Metaspace decoders drop the space of a text's first token."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(models.BPE(vocab={"▁Hello": 0, "▁world": 1}, merges=[]))
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -186,6 +185,31 @@ def test_a_sample_ends_with_the_end_token() -> None:
     pieces = stream_text(model, tokenizer, "x", max_new_tokens=9, sampling=greedy, usage=usage)
     assert len(list(pieces)) == 2  # of the token, and what is left at the end
     assert usage.new_tokens == 1
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
+def test_a_stop_string_may_name_a_special_token(part: slice) -> None:
+    """Which is no text, so the stream of text would not find it."""
+    model, tokenizer, usage = tiny_model("retention"), byte_tokenizer(), Usage()
+    options = {"max_new_tokens": 200, "sampling": Sampling(seed=2)}
+    made = [row[0] for row in generate(model, encode_prompt(tokenizer, "x"), **options)]
+    end = made.index(PAD)
+    assert EOS not in made[:end]
+    options |= {"stop": [tokenizer.pad_token[part]], "usage": usage}
+    assert joined(stream_text(model, tokenizer, "x", **options)) == [tokenizer.decode(made[:end])]
+    assert usage.new_tokens == end + 1
+
+
+def test_a_stop_string_needs_a_token() -> None:
+    """Half a surrogate pair, which a command line may hold, has none in any vocabulary."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "a": 2}, unk_token="<unk>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", unk_token="<unk>")
+    model = tiny_model("retention", vocab_size=3)
+    for tokenizer, stop in ((words, "z"), (words, "\udcff"), (TOKENIZER, "END\udcff")):
+        with pytest.raises(UserError, match=r"--stop \('.*'\) has no token in the model's voc"):
+            stream_text(model, tokenizer, "", max_new_tokens=1, stop=[stop])
+    stream_text(model, words, "", max_new_tokens=1, stop=["a", "z"])
+    stream_text(model, TOKENIZER, "", max_new_tokens=1, stop=["é"])
 
 
 def test_an_empty_stop_string_is_an_error() -> None:

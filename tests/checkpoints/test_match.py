@@ -1,0 +1,41 @@
+"""Weights of another model are refused, also those that would fit by name and shape."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retnet.checkpoints.match import check_same_meaning, check_same_model
+from retnet.errors import UserError
+from tests.checkpoints.folders import change_config
+from tests.generation.builders import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        ({"a": (2, 3)}, "b is absent there and (4,) here"),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "c is (1,) there and absent here"),
+        ({"a": (3, 2), "b": (5,)}, "a is (3, 2) there and (2, 3) here"),
+    ],
+)
+def test_names_and_shapes(stored: dict[str, tuple[int, ...]], words: str) -> None:
+    own = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    check_same_model(own, {name: value + 1 for name, value in own.items()}, "this", "fix it")
+    with pytest.raises(UserError) as caught:
+        other = {name: torch.zeros(shape) for name, shape in stored.items()}
+        check_same_model(own, other, "checkpoint (x)", "fix it")
+    assert str(caught.value) == f"checkpoint (x) is another model: {words}; fix it"
+
+
+def test_options_that_change_what_weights_mean(copy: Path) -> None:
+    model = tiny_model("retention")
+    change_config(copy, chunk_size=99, dropout=0.5)  # not among them
+    check_same_meaning(model, copy, "checkpoint (x)", "fix it")
+    change_config(copy, rotary_layout="half")
+    with pytest.raises(UserError) as caught:
+        check_same_meaning(model, copy, "checkpoint (x)", "fix it")
+    assert str(caught.value) == (
+        "checkpoint (x) is another model: model.rotary_layout is half there and interleaved here; "
+        "fix it"
+    )

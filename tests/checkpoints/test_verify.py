@@ -1,0 +1,87 @@
+"""A manifest knows every file as it was written, and no damage passes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from retnet.checkpoints import check_weights_unchanged, load_checkpoint, write_manifest
+from retnet.checkpoints.verify import ALWAYS_THERE, checkpoint_damage, find_damage
+from retnet.errors import UserError
+from tests.checkpoints.folders import shard
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """What a folder of weights without moments must hold, one letter in each file."""
+    for name in ALWAYS_THERE:
+        (tmp_path / name).write_text("a")
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def manifest(content: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "data.json").unlink(), "data.json is missing"),
+        (lambda folder: (folder / "data.json").write_text("b"), "data.json is not what was writt"),
+        (lambda folder: (folder / "data.json").write_text("aa"), "data.json has 2 bytes, 1 were"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (manifest([]), "manifest.json cannot be read"),
+        (manifest({}), "manifest.json cannot be read"),
+        (manifest({"files": []}), "manifest.json cannot be read"),
+        (manifest({"files": {"data.json": 3}}), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named(whole: Path, spoil: Callable[[Path], object], words: str) -> None:
+    assert find_damage(whole) is None
+    spoil(whole)
+    for damage in (find_damage(whole), checkpoint_damage(whole, resumable=False)):
+        assert damage is not None and damage.startswith(words)
+
+
+def test_only_some_files(whole: Path) -> None:
+    (whole / "data.json").write_text("b")
+    assert find_damage(whole, only=["config.json"]) is None
+    assert find_damage(whole, only=["config.json", "data.json"]) is not None
+
+
+def test_what_a_checkpoint_must_hold(whole: Path) -> None:
+    assert checkpoint_damage(whole, resumable=False) is None
+    nothing = "manifest.json says nothing of"
+    assert checkpoint_damage(whole, resumable=True) == f"{nothing} optimizer.safetensors"
+    (whole / "optimizer.safetensors").write_text("a")
+    (whole / "manifest.json").unlink()
+    write_manifest(whole)
+    assert checkpoint_damage(whole, resumable=True) is None
+    manifest({"files": {}})(whole)
+    lacking = "config.json, model.safetensors, tokenizer.json, data.json, training_state.json"
+    assert checkpoint_damage(whole, resumable=False) == f"{nothing} {lacking}"
+
+
+def test_weights_must_be_what_was_written_and_other_files_may_be_edited(whole: Path) -> None:
+    (whole / "config.json").write_text("edited")
+    check_weights_unchanged(whole)
+    (whole / "model.safetensors").write_text("b")
+    with pytest.raises(
+        UserError, match=r"is damaged, model\.safetensors .* or remove manifest\.js"
+    ):
+        check_weights_unchanged(whole)
+    (whole / "manifest.json").unlink()
+    check_weights_unchanged(whole)
+
+
+def test_shards_are_weights_and_checked_as_such(copy: Path) -> None:
+    shard(copy)
+    write_manifest(copy)
+    load_checkpoint(copy)
+    file = copy / "model-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"damaged, model-2\.safetensors is not what was"):
+        load_checkpoint(copy)

@@ -1,0 +1,93 @@
+"""Which files are weights; nothing pickled is among them, and a part of them is not all."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from retnet.checkpoints import load_checkpoint
+from retnet.checkpoints.weights import check_size, read_weights, weight_files
+from retnet.errors import UserError
+from tests.checkpoints.folders import Bomb, shard
+
+
+def test_one_file_or_shards(copy: Path, saved: Path) -> None:
+    assert weight_files(copy) == ["model.safetensors"]
+    shard(copy)
+    assert weight_files(copy) == ["model-1.safetensors", "model-2.safetensors"]
+    weights, expected = load_checkpoint(copy).model.state_dict(), load_checkpoint(saved).model
+    assert all(torch.equal(weights[key], own) for key, own in expected.state_dict().items())
+
+
+def test_no_weights_and_pickled_ones(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    for look in (weight_files, load_checkpoint):
+        with pytest.raises(UserError, match=r"incomplete, model\.safetensors is missing: copy it"):
+            look(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"")
+    for look in (weight_files, load_checkpoint):
+        with pytest.raises(UserError, match=r"pickled weights \(pytorch_model\.bin\)"):
+            look(copy)
+
+
+def test_a_missing_shard(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-1\.safetensors is missing"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("where", ["shard.bin", "../shard.safetensors", "", None, 3, ["x"]])
+def test_an_index_names_safetensors_files_of_its_folder_only(copy: Path, where: object) -> None:
+    """transformers would unpickle shard.bin."""
+    index = shard(copy)
+    torch.save(Bomb(), copy / "shard.bin")
+    torch.save(Bomb(), copy.parent / "shard.safetensors")
+    weight_map = index["weight_map"] | {next(iter(index["weight_map"])): where}
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps(index | {"weight_map": weight_map})
+    )
+    with pytest.raises(UserError, match=r"is no \.safetensors file of the folder"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("weight_map", [[], ["shard.bin"], {}, None, "shard.bin"])
+def test_an_index_that_is_none(copy: Path, weight_map: object) -> None:
+    shard(copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="weight_map must name a file for each weight"):
+        load_checkpoint(copy)
+
+
+def sizes(**changes: int) -> SimpleNamespace:
+    """A model of 2 * 8 + 3 * (5 + 2 * 8 * 4) = 223 parameters at least."""
+    own = {"vocab_size": 2, "hidden_size": 8, "num_hidden_layers": 3, "intermediate_size": 4}
+    return SimpleNamespace(**own | {"mixer_parameters": 5} | changes)
+
+
+def test_weights_with_fewer_bytes_than_the_model_has_parameters(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(223, dtype=torch.int8)}, file)
+    check_size(tmp_path, sizes())
+    stored = file.stat().st_size
+    for changes in ({"vocab_size": 99}, {"num_hidden_layers": 99}, {"mixer_parameters": 999}):
+        with pytest.raises(UserError, match=rf"have {stored:,} bytes and config\.json describes"):
+            check_size(tmp_path, sizes(**changes))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(SafetensorError):
+        check_size(tmp_path, sizes())
+
+
+def test_tied_weights_are_read_as_two(copy: Path) -> None:
+    file, head = copy / "model.safetensors", "lm_head.weight"
+    stored = load_file(file)
+    assert torch.equal(read_weights(copy, tied=True)[head], stored.pop(head))  # it has its own
+    save_file(stored, file)
+    weights = read_weights(copy, tied=True)
+    assert weights[head] is weights["model.embed_tokens.weight"]
+    assert head not in read_weights(copy, tied=False)
