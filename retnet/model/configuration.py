@@ -41,28 +41,11 @@ def option(default: Any, text: str, *, meaning: bool = False) -> Any:
 
 
 class DecoderConfig(PretrainedConfig):
-    """What all models have in common.
+    """What all models have in common; each key's help text says what it is.
 
-    Args:
-        vocab_size: Number of tokens.
-        hidden_size: Width d of the residual stream.
-        num_hidden_layers: Number of blocks.
-        num_heads: H; also readable as ``num_attention_heads``.
-        intermediate_size: Width of the feed-forward network; when None, what makes the layer's
-            matrices hold 12 d^2 parameters.
-        norm: Of the residual stream, "layernorm" or "rmsnorm".
-        norm_eps: Added to the variance in it.
-        ffn: "gelu" (two matrices) or "swiglu" (three).
-        dropout: After the embedding, every mixer and every feed-forward network, in training.
-        rotary_layout: Which channels form a rotated pair, "interleaved" or "half".
-        rotary_frequencies: "linspace" (RetNet's) or "standard" (Llama's).
-        rotary_base: Base of the frequencies.
-        tie_word_embeddings: Whether the output layer is the embedding.
-        max_position_embeddings: The window that evaluation tools use; limits nothing.
-        use_cache: Whether a forward pass in eval mode returns its state.
-
-    The class attribute ``mixer_class`` is what makes it the configuration of a RetNet, a
-    Transformer, ...
+    ``num_heads`` is also readable as ``num_attention_heads``; ``max_position_embeddings`` is the
+    window that evaluation tools use and limits nothing; ``use_cache`` is about passes in eval mode.
+    The class attribute ``mixer_class`` makes it the configuration of a RetNet, a Transformer, ...
 
     Raises:
         ValueError: Values that make no model; all problems in one message.

@@ -155,7 +155,7 @@ class DecodeStep:
         for product in self._products():
             torch._dynamo.mark_static(product.weight)
 
-        def compute(tokens: Tensor, positions: Tensor, length: int, states: list[State]) -> Tensor:
+        def compute(tokens: Tensor, positions: Tensor, length: int, states: Any) -> Tensor:
             torch._dynamo.mark_static(tokens)
             torch._dynamo.mark_static(positions)
             return compiled(tokens, positions, length, states)

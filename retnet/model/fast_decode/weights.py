@@ -114,7 +114,7 @@ class PackedWeight:
     def __init__(self, weight: Tensor, rows: int) -> None:
         # what torch.compile makes of a frozen linear layer; torch has no public name for it
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        self.outputs = weight.shape[0]
+        self.weight = weight
         self.key = next(_keys)
         self.operator = _operator()
         _packed_weights[self.key] = self
@@ -122,9 +122,9 @@ class PackedWeight:
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
         if torch.compiler.is_compiling():
-            y: Tensor = self.operator(x, self.key, self.outputs)
+            y: Tensor = self.operator(x, self.key, self.weight.shape[0])
             return y
-        return _packed_linear(x, self.key, self.outputs)
+        return _packed_linear(x, self.key, self.weight.shape[0])
 
 
 # Compilers know no packed tensors: to them it is an operator of ours, that of this number.

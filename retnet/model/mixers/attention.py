@@ -1,7 +1,6 @@
 """Causal softmax attention with rotary positions, the mixer of the Transformer."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +20,12 @@ class AttentionOptions(DecoderConfig):
     rotary_frequencies: str = option("standard", "linspace or standard", meaning=True)
 
 
-@dataclass(frozen=True)
-class AttentionShared:
-    """What all layers of a pass share.
+class AttentionShared(NamedTuple):
+    """What all layers of a pass share."""
 
-    Attributes:
-        turn: The rotation of queries and keys.
-        mask: bool [B or 1, 1, T, past + T], True where a query may look; None when plain causality
-            says it all.
-        past: Columns of the earlier calls.
-    """
-
-    turn: Rotation
-    mask: Tensor | None
-    past: int
+    turn: Rotation  # of queries and keys
+    mask: Tensor | None  # as ``attention_mask`` gives it
+    past: int  # columns of the earlier calls
 
 
 class AttentionStep(RotaryStep):

@@ -5,8 +5,7 @@
 Each head rotates its queries and keys by their position and retains with a decay of its own.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +26,10 @@ HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
 class RetentionOptions(DecoderConfig):
     """Retention's keys.
 
-    Args, beside those of ``DecoderConfig``:
-        value_size: Width of all heads' values together; 2 d when None.
-        head_norm: Of each head's output at each token, without learned parameters: "groupnorm"
-            (mean and variance), "rmsnorm", or "none".
-        head_norm_eps: Small, because retention outputs are small at a text's first tokens.
-        gate: The swish gate.
-        decay: "paper" (1 - 2^(-5-h)), "log_linear" (the schedule of the paper's experiments), or
-            one number in (0, 1] for all heads: single-scale, 1.0 without decay.
-        chunk_size: C of the chunkwise form; no effect on the result. When None, what was measured
-            to be fastest for the width of a head (benchmarks/RESULTS.md): 64, from a width of 128
-            on 128.
+    The head norm has no learned parameters; its eps is small, because retention outputs are small
+    at a text's first tokens. A decay of 1 is none, one number for all heads is single-scale
+    retention. The default chunk is what was measured to be fastest (benchmarks/RESULTS.md): 64,
+    for heads of width 128 and more 128.
     """
 
     value_size: int = option(None, "width of all values together; null: 2 d")
@@ -87,19 +79,12 @@ class RetentionOptions(DecoderConfig):
         return problems
 
 
-@dataclass(frozen=True)
-class RetentionShared:
-    """What all layers of a pass share.
-
-    Attributes:
-        turn_queries, turn_keys: Their rotations; that of the keys also scales them.
-        log_decay: ln g [H].
-        tokens: Validity and document boundaries.
-    """
+class RetentionShared(NamedTuple):
+    """What all layers of a pass share."""
 
     turn_queries: Rotation
-    turn_keys: Rotation
-    log_decay: Tensor
+    turn_keys: Rotation  # also scales them
+    log_decay: Tensor  # ln g [H]
     tokens: TokenInfo
 
 

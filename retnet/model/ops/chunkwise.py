@@ -84,12 +84,8 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Of q, k, v and of the state before the first chunk."""
     decays = ChunkDecays(*rest)
-    if torch.is_grad_enabled():  # gradients of the gradients are wanted, which autograd knows
-        q, k, v, state = inputs = tuple(
-            x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v, state)
-        )
-        results = mix_chunks(q, k, v, state, decays)[:2]
-        return torch.autograd.grad(results, inputs, (out_grad, last_grad), create_graph=True)
+    if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
+        before = mix_chunks(q, k, v, state, decays)[2]
     out_grad = out_grad.contiguous()  # once, instead of for each product
     score_grad = _scores(out_grad, v, decays)  # dA
     met_grad = (q * decays.since_start).mT @ out_grad  # dR

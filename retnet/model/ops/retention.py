@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .chunkwise import ChunkRetention, mix_chunks
 from .decay import chunk_decays, clock, decay_between, decay_matrix
-from .precision import in_full_precision
+from .precision import in_full_precision, wide_dtype
 
 CHUNKS_PER_SPAN, MOST_CHUNKS_PER_SPAN = 8, 32
 TOKENS_PER_SPAN = 2048  # of all rows
@@ -60,9 +60,7 @@ def retention_recurrent(
     Raises:
         ValueError: Shapes that do not fit together.
     """
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
-    state = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    state = state if initial_state is None else initial_state.to(q.dtype)
+    q, k, v, log_decay, state, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     decay = log_decay.exp()[None, :, None]  # [1, H, 1]
     if valid is not None:
         decay = torch.where(valid[:, None], decay, 1.0)
@@ -91,7 +89,7 @@ def retention_parallel(
 
     Arguments, results and errors as in ``retention_recurrent``.
     """
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    q, k, v, log_decay, carried, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     time, document = clock(q.shape[2], q.device, valid, resets)
     out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
     last_time = time[:, -1:]
@@ -102,7 +100,6 @@ def retention_parallel(
         start = torch.zeros_like(time[:, :1])
         first = None if document is None else torch.zeros_like(document[:, :1])
         from_start = decay_between(log_decay, time, start, document, first)
-        carried = initial_state.to(q.dtype)
         out = out + (q * from_start[..., None]) @ carried
         state = state + from_start[:, :, -1, None, None] * carried
     return out, state
@@ -127,10 +124,8 @@ def retention_chunkwise(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    q, k, v, log_decay, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    q, k, v, log_decay, state, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     rows, length = q.shape[0], q.shape[2]
-    state = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
-    state = state if initial_state is None else initial_state.to(q.dtype)
     chunk_size = min(chunk_size, length)
     size = _span(chunk_size, rows)
     decays, outputs = None, []
@@ -176,8 +171,11 @@ def _promote(
     initial_state: Tensor | None,
     valid: Tensor | None,
     resets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Check the shapes, widen to at least float32, and take padding out of keys and resets."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Check the shapes, widen to at least float32, and take padding out of keys and resets.
+
+    The same arguments come back, but for ``valid``, and a state of zeros for None.
+    """
     batch, heads, length, key_dim = q.shape
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(
@@ -194,9 +192,10 @@ def _promote(
     for name, flags in (("valid", valid), ("resets", resets)):
         if flags is not None and flags.shape != (batch, length):
             raise ValueError(f"{name} {tuple(flags.shape)} must be {(batch, length)}")
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q.dtype)
     q, k, v, log_decay = (x.to(dtype) for x in (q, k, v, log_decay))
+    state = q.new_zeros(state_shape) if initial_state is None else initial_state.to(dtype)
     if valid is not None:
         k = k.masked_fill(~valid[:, None, :, None], 0)
         resets = None if resets is None else resets & valid
-    return q, k, v, log_decay, resets
+    return q, k, v, log_decay, state, resets
