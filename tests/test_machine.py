@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import retnet.training.run as run

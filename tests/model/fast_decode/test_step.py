@@ -125,7 +125,10 @@ def test_rows_that_began_with_padding(mixer: str) -> None:
         assert DecodeStep(model).fits(cache) == (mixer == "retention")
         step = make_step(model)
         torch.testing.assert_close(step(ids[:, 8], cache), expected)
-    ways = {"retention": "fast step", "attention": "plain step: the cache needs a mask, or is empty"}
+    ways = {
+        "retention": "fast step",
+        "attention": "plain step: the cache needs a mask, or is empty",
+    }
     assert step.path == ways[mixer]
 
 
