@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from retnet.model.products import fast_products
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -153,10 +152,6 @@ class Ours(Contender):
         options = {"use_cache": False, "mode": self.mode, "return_logits": False}
         loss: Tensor = self.call(ids, shift_labels=targets, **options).loss
         return loss
-
-    def train(self, ids: Tensor, targets: Tensor) -> None:
-        with fast_products(ids.device):  # as in the training loop
-            super().train(ids, targets)
 
     def read(self, ids: Tensor, room: int = 0) -> object:
         cache = self.model.new_cache(max_length=ids.shape[1] + room)

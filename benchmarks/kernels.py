@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Prepare
 from benchmarks.measure import FORMS, TRAIN, Piece, Plan, Results, measure
-from retnet.model.configuration import RetNetConfig
+from retnet import RetNetConfig
 from retnet.model.ops.decay import head_log_decay
 from retnet.model.ops.retention import retention_chunkwise, retention_parallel
 

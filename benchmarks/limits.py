@@ -4,10 +4,11 @@ Training needs at least the matrix products of its linear layers, decoding at le
 every weight, and one look at and one write to every state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from retnet.model.products import matmul
 from torch import Tensor, nn
 
 from benchmarks.contenders import Prepare
@@ -16,8 +17,8 @@ from benchmarks.contenders import Prepare
 def linear_products(model: nn.Module, tokens: int) -> Prepare:
     """The products of all linear layers, forward and backward, and nothing else.
 
-    Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, by the same functions as in
-    our models. Tied embeddings count once, as the output layer.
+    Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, by the library that the
+    process gives its products to. Tied embeddings count once, as the output layer.
 
     Args:
         model: Whose layers, device and dtype.
@@ -27,30 +28,42 @@ def linear_products(model: nn.Module, tokens: int) -> Prepare:
 
     def work() -> None:
         for weight in weights:
-            matmul(rows[weight.shape[1]], weight.T)
+            rows[weight.shape[1]] @ weight.T
         for weight in weights:
             slope = rows[weight.shape[0]]
-            matmul(slope, weight)
-            matmul(slope.T, rows[weight.shape[1]])
+            slope @ weight
+            slope.T @ rows[weight.shape[1]]
 
     return lambda: work
 
 
 def matmul_products(model: nn.Module, tokens: int) -> Prepare:
-    """``linear_products`` by ``torch.mm``, into memory that is reserved before."""
+    """``linear_products`` by ``torch.mm`` into memory that is reserved before, float32 by MKL."""
     weights, rows = _linear_layers(model, tokens)
     results = {width: torch.empty_like(x) for width, x in rows.items()}
     gradients = [torch.empty_like(weight) for weight in weights]
 
     def work() -> None:
-        for weight in weights:
-            torch.mm(rows[weight.shape[1]], weight.T, out=results[weight.shape[0]])
-        for weight, gradient in zip(weights, gradients, strict=True):
-            outer, inner = weight.shape
-            torch.mm(rows[outer], weight, out=results[inner])
-            torch.mm(rows[outer].T, rows[inner], out=gradient)
+        with _torchs_own_choice():
+            for weight in weights:
+                torch.mm(rows[weight.shape[1]], weight.T, out=results[weight.shape[0]])
+            for weight, gradient in zip(weights, gradients, strict=True):
+                outer, inner = weight.shape
+                torch.mm(rows[outer], weight, out=results[inner])
+                torch.mm(rows[outer].T, rows[inner], out=gradient)
 
     return lambda: work
+
+
+@contextmanager
+def _torchs_own_choice() -> Iterator[None]:
+    """Float32 products on the CPU without ``retnet.machine.use_fast_products``."""
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def _linear_layers(model: nn.Module, tokens: int) -> tuple[list[Tensor], dict[int, Tensor]]:

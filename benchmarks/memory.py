@@ -19,7 +19,7 @@ import torch
 from benchmarks.contenders import Contender, Field, Llama, Size, add_ours, make_llama
 from benchmarks.measure import Peak, Plan, Results, random_ids
 from benchmarks.others import add_others
-from retnet.machine import keep_freed_memory
+from retnet.machine import keep_freed_memory, use_fast_products
 
 CONTENDERS = ("RetNet", "Transformer", "Llama", "torchscale chunkwise")
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--keep-memory", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    use_fast_products()  # as in the process that started this one
     if arguments.keep_memory:
         keep_freed_memory()
     plan = Plan(arguments.device, getattr(torch, arguments.dtype), size=Size(*arguments.size))

@@ -46,7 +46,10 @@ def _forms(case: Case, mode: str) -> tuple[float, float]:
     mine = case.memory(len(batch["input_ids"]))
     theirs = copy.deepcopy(mine)
     logits = worst(_run(case, batch, mine, mode), _run(case, batch, theirs, "recurrent"))
-    states = [worst(a.state, b.state) for a, b in zip(mine.layers, theirs.layers, strict=True)]
+    states = [
+        worst(a.mixer["state"], b.mixer["state"])
+        for a, b in zip(mine.layers, theirs.layers, strict=True)
+    ]
     return logits, largest(states)
 
 

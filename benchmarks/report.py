@@ -30,7 +30,7 @@ PACKAGES = ("torch", "transformers", "torchscale", "yet-another-retnet", "flash-
 NOTES = {
     TRAIN: "Forward and backward pass, no optimizer. Forms of all pairs of tokens stop at T = 2048,"
     "\nthe recurrent one at 128. The limit: the matrix products of the RetNet's linear layers,"
-    "\nby the functions that our models use; the same by torch.mm stands beside it.",
+    "\nby the library that the process uses; the same by torch.mm and MKL stands beside it.",
     PREFILL: "The RetNet and the Transformer read 1024 tokens at a time and keep their memory, as\n"
     "does Llama in one piece; torchscale (chunkwise) has none to keep, yet-another-retnet reads\n"
     "128 at a time.",

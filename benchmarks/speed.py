@@ -6,6 +6,11 @@ The contenders run in turn in one process (A B A B ...) after a round that is no
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
 table says which of this repository's targets are reached. Torchscale and yet-another-retnet take
 part when they are installed (benchmarks/requirements.txt).
+
+The process's float32 products go to the fastest library that torch has on this CPU
+(``retnet.machine.use_fast_products``), as in train.py and generate.py. The setting is the
+process's, so everybody has it: the others are faster here than they are by themselves. Only the
+row "products by torch.mm" is measured without it.
 """
 
 import argparse

@@ -1,8 +1,12 @@
 """Fixtures of tests that look at more than one package."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+AT_THE_START = torch.backends.mkldnn.matmul.fp32_precision
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +15,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tests.places import make_places  # imports everything: not for tests of one part
 
     return make_places(tmp_path_factory.mktemp("places"))
+
+
+@pytest.fixture(autouse=True)
+def _torchs_own_products() -> Iterator[None]:
+    """Entry points set which library multiplies, for their process: no test hands that on."""
+    setting = torch.backends.mkldnn.matmul
+    setting.fp32_precision = AT_THE_START  # a fixture of several tests may have run one
+    yield
+    setting.fp32_precision = AT_THE_START

@@ -17,7 +17,10 @@ from torch import Tensor
 from retnet import RetNetForCausalLM
 from retnet.data import ValidationBatches
 from retnet.evaluation import decode_speed, evaluate_batches, score_documents, speed
-from retnet.model import layers, modeling, retention
+from retnet.model import decoder
+from retnet.model.mixers import base
+from retnet.model.mixers import retention as mixer_module
+from retnet.model.ops import retention
 from retnet.model.ops.decay import head_log_decay
 from retnet.model.ops.rotary import rotary_angles, rotation
 from retnet.training import load_config, train
@@ -28,10 +31,10 @@ from tests.model.recorders import LargestTensor
 
 Patch = pytest.MonkeyPatch
 MODES = ("parallel", "chunkwise", "recurrent")
-# what a mixer calls for each; on a CPU
-IN_LAYERS = {
+# what the mixer calls for each
+FORMS = {
     "parallel": "retention_parallel",
-    "chunkwise": "gated_retention",
+    "chunkwise": "retention_chunkwise",
     "recurrent": "retention_recurrent",
 }
 both_mixers = pytest.mark.parametrize("mixer", ["retention", "attention"])
@@ -82,7 +85,7 @@ def test_bug_01_positions_in_low_precision(precision: str, monkeypatch: Patch) -
         return rotary_angles(positions.bfloat16().long(), *args, **kwargs)
 
     assert check()
-    assert fails(check, monkeypatch, layers, "rotary_angles", in_bfloat16)
+    assert fails(check, monkeypatch, base, "rotary_angles", in_bfloat16)
 
 
 def test_bug_02_decay_in_low_precision(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -92,9 +95,9 @@ def test_bug_02_decay_in_low_precision(monkeypatch: Patch, tmp_path: Path) -> No
     wide.save_pretrained(tmp_path)
     loaded = RetNetForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     used: list[Tensor] = []
-    real = layers.retention_parallel
+    real = mixer_module.retention_parallel
     monkeypatch.setattr(
-        layers, "retention_parallel", lambda *a, **k: used.append(a[3]) or real(*a, **k)
+        mixer_module, "retention_parallel", lambda *a, **k: used.append(a[3]) or real(*a, **k)
     )
 
     def check() -> bool:
@@ -109,9 +112,9 @@ def test_bug_02_decay_in_low_precision(monkeypatch: Patch, tmp_path: Path) -> No
 
     assert check()
     assert len(used) == 4  # two models of two layers
-    assert fails(check, monkeypatch, layers, "head_log_decay", naive)
+    assert fails(check, monkeypatch, mixer_module, "head_log_decay", naive)
     rounded = lambda *a: head_log_decay(*a).bfloat16()  # noqa: E731
-    assert fails(check, monkeypatch, layers, "head_log_decay", rounded)
+    assert fails(check, monkeypatch, mixer_module, "head_log_decay", rounded)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -137,7 +140,7 @@ def test_bug_03_state_in_the_models_dtype(mode: str) -> None:
     cache = model.new_cache()
     for _ in range(2):
         run(model, random_ids(1, 4), past_key_values=cache, mode=mode)
-        assert {layer.state.dtype for layer in cache.layers} == {torch.float32}
+        assert {layer.mixer["state"].dtype for layer in cache.layers} == {torch.float32}
 
 
 def test_bug_04_position_scale_overflows(monkeypatch: Patch) -> None:
@@ -154,7 +157,7 @@ def test_bug_04_position_scale_overflows(monkeypatch: Patch) -> None:
         return cos * growth, sin * growth
 
     assert check()
-    assert fails(check, monkeypatch, layers, "rotation", scaled)
+    assert fails(check, monkeypatch, base, "rotation", scaled)
 
 
 @both_mixers
@@ -169,9 +172,9 @@ def test_bug_05_decode_restarts_at_position_one(mixer: str, monkeypatch: Patch) 
     def forgetful(*args, record=None, **kwargs):
         return real(*args, record=None, **kwargs)
 
-    real = modeling.describe_tokens
+    real = decoder.describe_tokens
     assert check()
-    assert fails(check, monkeypatch, modeling, "describe_tokens", forgetful)
+    assert fails(check, monkeypatch, decoder, "describe_tokens", forgetful)
 
 
 @both_mixers
@@ -199,7 +202,7 @@ def test_bug_06_rotary_table_rebuilt_at_every_step(mixer: str, monkeypatch: Patc
         return table[0, positions]
 
     assert check()
-    assert fails(check, monkeypatch, layers, "rotary_angles", from_a_table)
+    assert fails(check, monkeypatch, base, "rotary_angles", from_a_table)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -216,11 +219,11 @@ def test_bug_07_hand_over_from_prefill_to_decode(mode: str, monkeypatch: Patch) 
         out, state = real(*args, **kwargs)
         return out, state * 1.05
 
-    name = IN_LAYERS[mode]
-    real = getattr(layers, name)
+    name = FORMS[mode]
+    real = getattr(mixer_module, name)
     assert check()
     if mode != "recurrent":  # which would be compared with itself
-        assert fails(check, monkeypatch, layers, name, scaled)
+        assert fails(check, monkeypatch, mixer_module, name, scaled)
 
 
 def test_bug_08_prefill_materialises_a_state_per_token(monkeypatch: Patch) -> None:
@@ -235,14 +238,14 @@ def test_bug_08_prefill_materialises_a_state_per_token(monkeypatch: Patch) -> No
         state_per_token = 4 * config.num_heads * length * config.head_dim * values
         return recorder.bytes < min(state_per_token, 4 * length**2) / 4
 
-    def materialising(q, k, v, *others) -> tuple[Tensor, Tensor]:
+    def materialising(q, k, v, *others, **options) -> tuple[Tensor, Tensor]:
         _ = k[..., None] * v[..., None, :]
-        return real(q, k, v, *others)
+        return real(q, k, v, *others, **options)
 
-    name = IN_LAYERS["chunkwise"]
-    real = getattr(layers, name)
+    name = FORMS["chunkwise"]
+    real = getattr(mixer_module, name)
     assert check()
-    assert fails(check, monkeypatch, layers, name, materialising)
+    assert fails(check, monkeypatch, mixer_module, name, materialising)
 
 
 @both_mixers
@@ -268,7 +271,7 @@ def test_bug_09_tensors_cached_under_inference_mode(mixer: str, monkeypatch: Pat
 
     table: list[tuple[Tensor, Tensor]] = []
     assert check()
-    assert fails(check, monkeypatch, layers, "rotation", kept)
+    assert fails(check, monkeypatch, base, "rotation", kept)
 
 
 def test_bug_10_labels_and_averages(tmp_path: Path) -> None:
@@ -372,18 +375,18 @@ def test_bug_13_deepnorm_scaling_with_pre_norm(mixer: str, monkeypatch: Patch) -
     def scaled(self, hidden: Tensor, *args, **kwargs):
         return real(self, hidden * 4**0.25, *args, **kwargs)
 
-    real = modeling.DecoderLayer.forward
+    real = decoder.DecoderLayer.forward
     assert check()
-    assert fails(check, monkeypatch, modeling.DecoderLayer, "forward", scaled)
+    assert fails(check, monkeypatch, decoder.DecoderLayer, "forward", scaled)
 
 
 def test_bug_14_options_that_are_replaced(monkeypatch: Patch) -> None:
     """A mode that gives way to another one for short texts."""
     model, used = make_model("retention"), []
-    for mode, name in IN_LAYERS.items():
-        real = getattr(layers, name)
+    for mode, name in FORMS.items():
+        real = getattr(mixer_module, name)
         monkeypatch.setattr(
-            layers,
+            mixer_module,
             name,
             lambda *a, real=real, mode=mode, **k: used.append(mode) or real(*a, **k),
         )
@@ -398,11 +401,12 @@ def test_bug_14_options_that_are_replaced(monkeypatch: Patch) -> None:
         return True
 
     assert check()
-    replaced = lambda self, q, k, v, inputs, memory, mode: real_retain(  # noqa: E731
-        self, q, k, v, inputs, memory, "recurrent" if q.shape[2] < 64 else mode
+    kind = mixer_module.MultiScaleRetention
+    real_retain = kind._retain
+    replaced = lambda self, q, k, v, decay, mode, **options: real_retain(  # noqa: E731
+        self, q, k, v, decay, "recurrent" if q.shape[2] < 64 else mode, **options
     )
-    real_retain = layers.MultiScaleRetention._retain
-    assert fails(check, monkeypatch, layers.MultiScaleRetention, "_retain", replaced)
+    assert fails(check, monkeypatch, kind, "_retain", replaced)
 
 
 def test_bug_15_host_synchronisation_and_norms_over_time(monkeypatch: Patch) -> None:
@@ -421,19 +425,20 @@ def test_bug_15_host_synchronisation_and_norms_over_time(monkeypatch: Patch) -> 
     def causal() -> bool:
         return bool((run(model, ids[:, :7]) - run(model, ids)[:, :7]).abs().max() < 1e-12)
 
-    def asks(self, q, k, v, inputs, memory, mode):
-        _ = inputs.tokens.valid.sum().item()
-        return real_retain(self, q, k, v, inputs, memory, mode)
+    def asks(*args, valid: Tensor, **options):
+        _ = valid.sum().item()
+        return real_retain(*args, valid=valid, **options)
 
-    def over_time(x: Tensor, kind: str, eps: float) -> Tensor:
+    def over_time(x: Tensor, config) -> Tensor:
         x = x.transpose(1, 2)  # [B, H, T, V]
-        return F.layer_norm(x, x.shape[-2:], eps=eps).transpose(1, 2)
+        return F.layer_norm(x, x.shape[-2:], eps=config.head_norm_eps).transpose(1, 2)
 
-    real_retain = layers.MultiScaleRetention._retain
+    kind = mixer_module.MultiScaleRetention
+    real_retain = kind._retain
     assert waits_for_nothing()
     assert causal()
-    assert fails(waits_for_nothing, monkeypatch, layers.MultiScaleRetention, "_retain", asks)
-    assert fails(causal, monkeypatch, layers, "head_norm", over_time)
+    assert fails(waits_for_nothing, monkeypatch, kind, "_retain", asks)
+    assert fails(causal, monkeypatch, mixer_module, "head_norm", over_time)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,7 +11,8 @@ from benchmarks.cases import MIXERS, PRECISIONS
 from benchmarks.parity import Entry, main, measure
 from benchmarks.properties import PROPERTIES
 from retnet.cli import run
-from retnet.model import layers, timing
+from retnet.model.mixers import retention
+from retnet.model.ops import decay
 
 FEW = ["--cases", "1", "--seed", "1"]
 
@@ -60,10 +61,10 @@ def test_a_broken_form_fails_the_check(capsys, monkeypatch) -> None:
     def slightly_wrong(log_decay, *args):
         return right(log_decay * (1 + 1e-3), *args)
 
-    right = timing.decay_between
+    right = decay.decay_between
     monkeypatch.setattr(parity, "PROPERTIES", PROPERTIES[:5])
     assert main([*FEW, "--check"]) == 0
-    monkeypatch.setattr(timing, "decay_between", slightly_wrong)
+    monkeypatch.setattr(decay, "decay_between", slightly_wrong)
     assert main(FEW) == 0
     capsys.readouterr()
     assert main([*FEW, "--check"]) == 1
@@ -74,8 +75,8 @@ def test_a_broken_form_fails_the_check(capsys, monkeypatch) -> None:
 
 
 def test_nan_fails_the_check(monkeypatch) -> None:
-    real = layers.head_norm
-    monkeypatch.setattr(layers, "head_norm", lambda *a: real(*a) * float("nan"))
+    real = retention.head_norm
+    monkeypatch.setattr(retention, "head_norm", lambda *a: real(*a) * float("nan"))
     rows = [row for row in PROPERTIES if row.unit in ("logits", "gradients")]
     monkeypatch.setattr(parity, "PROPERTIES", rows)
     exact = ("float64", "float32")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernels, memory, speed
 from benchmarks.contenders import Field, Ours, Size, make_retnet, with_compiled
@@ -164,6 +165,27 @@ def test_limits_count_every_linear_layer_once() -> None:
         products(model, 5)()()
     norms = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
     assert decode_bytes(model, 100) == 4 * (layers + norms) + 200  # the tied embedding once
+
+
+def test_the_row_by_mkl_is_measured_without_the_switch() -> None:
+    """And the process has it again afterwards."""
+    setting, seen = torch.backends.mkldnn.matmul, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name == "aten::mm":
+                seen.append(setting.fp32_precision)
+            return func(*args, **(kwargs or {}))
+
+    model = make_retnet(SIZE)
+    for products, expected in ((matmul_products, "ieee"), (linear_products, "bf16")):
+        seen.clear()
+        setting.fp32_precision = "bf16"
+        work = products(model, 5)()
+        with Watch():
+            work()
+        assert set(seen) == {expected}
+        assert setting.fp32_precision == "bf16"
 
 
 def test_compiled_ones_stand_beside_the_plain_ones() -> None:

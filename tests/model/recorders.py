@@ -1,4 +1,4 @@
-"""What a computation allocates."""
+"""What a computation allocates, and what it is made of."""
 
 from typing import Any
 
@@ -20,3 +20,18 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
         return out
+
+
+class Operators(TorchDispatchMode):
+    """Inside the block, ``names`` gets those of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, *names: str) -> int:
+        return sum(self.names.count(name) for name in names)

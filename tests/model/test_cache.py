@@ -1,5 +1,7 @@
 """Operations on the memory that generation uses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -23,8 +25,6 @@ def prefilled(model):
 
 
 def test_rows_are_reordered_repeated_and_selected(model, prefilled) -> None:
-    import copy
-
     new = random_ids(3, 2, seed=5)
     plain = continued(model, copy.deepcopy(prefilled), new)
     for change, rows in (
@@ -38,6 +38,21 @@ def test_rows_are_reordered_repeated_and_selected(model, prefilled) -> None:
         assert (continued(model, cache, new[rows]) - plain[rows]).abs().max() < 1e-12
 
 
+def test_all_of_it_can_be_named_taken_out_and_put_back(model, prefilled) -> None:
+    """That is how a state is saved."""
+    new, empty = random_ids(3, 2, seed=5), model.new_cache()
+    kept = prefilled.tensors()
+    names = {"state"} if model.config.model_type == "retnet_lm" else {"keys", "values"}
+    layers = {f"layers.{i}.mixer.{name}" for i in (0, 1) for name in names}
+    rows = set() if "state" in names else {"valid", "document_start"}
+    assert kept.keys() == layers | rows | {"record", "last_hidden"}
+    for name, x in kept.items():
+        empty.put(name, x.clone())
+    empty.length = prefilled.length
+    assert empty.num_bytes() == prefilled.num_bytes()
+    assert continued(model, empty, new).equal(continued(model, prefilled, new))
+
+
 def test_reset_forgets_everything(model, prefilled) -> None:
     prefilled.reset()
     assert prefilled.get_seq_length() == 0
@@ -49,9 +64,9 @@ def test_detach_cuts_the_graph() -> None:
     model = make_model("retention")
     cache = model.new_cache()
     model(random_ids(1, 4), past_key_values=cache)
-    assert cache.layers[0].state.requires_grad
+    assert cache.layers[0].mixer["state"].requires_grad
     cache.detach()
-    assert not cache.layers[0].state.requires_grad
+    assert not cache.layers[0].mixer["state"].requires_grad
 
 
 def test_what_transformers_asks_a_cache(model, prefilled) -> None:
@@ -69,9 +84,9 @@ def test_what_transformers_asks_a_cache(model, prefilled) -> None:
 def test_the_state_is_float32_whatever_the_weights() -> None:
     model = make_model("retention", torch.bfloat16)
     cache = model(random_ids(1, 4), use_cache=True).past_key_values
-    assert cache.layers[0].state.dtype == torch.float32
+    assert cache.layers[0].mixer["state"].dtype == torch.float32
     wide = make_model("retention", torch.float64)
-    assert wide(random_ids(1, 4)).past_key_values.layers[0].state.dtype == torch.float64
+    assert wide(random_ids(1, 4)).past_key_values.layers[0].mixer["state"].dtype == torch.float64
 
 
 def test_a_cache_made_in_inference_mode_can_be_used_outside_it(mixer: str) -> None:

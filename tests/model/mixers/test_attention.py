@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retnet.model.cache import KVCache
+from retnet.model.cache import DecoderCache
 from tests.model.conftest import VOCAB, make_model, random_ids
 
 NAMES = {
@@ -77,7 +77,7 @@ def test_cached_decode_is_the_full_forward_and_copies_the_past_rarely() -> None:
         parts.append(model(ids[:, :7], past_key_values=cache).logits)
         for t in range(7, 40):
             parts.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
-            buffers.add(cache.layers[0].keys.data_ptr())
+            buffers.add(cache.layers[0].mixer["keys"].data_ptr())
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-10
     assert len(buffers) <= 4  # 7 -> 14 -> 28 -> 56 columns
     assert cache.num_bytes() == 2 * 2 * (2 * 40 * 32) * 8
@@ -88,12 +88,12 @@ def test_reserved_columns_are_never_copied() -> None:
     cache = model.new_cache(max_length=30)
     with torch.no_grad():
         model(random_ids(1, 4), past_key_values=cache)
-        first = cache.layers[0].keys.data_ptr()
+        first = cache.layers[0].mixer["keys"].data_ptr()
         for t in range(26):
             model(random_ids(1, 1, seed=t), past_key_values=cache)
-    assert cache.layers[0].keys.data_ptr() == first
-    assert cache.layers[0].keys.shape[2] == 30
-    assert isinstance(cache, KVCache) and cache.get_seq_length() == 30
+    assert cache.layers[0].mixer["keys"].data_ptr() == first
+    assert cache.layers[0].mixer["keys"].shape[2] == 30
+    assert isinstance(cache, DecoderCache) and cache.get_seq_length() == 30
 
 
 def test_gradients_flow_through_the_cache() -> None:

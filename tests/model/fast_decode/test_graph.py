@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from retnet.model.step import DecodeStep
 
 from retnet.generation import decode_one, generate, make_step, prefill
 from retnet.model.fast_decode.graph import StepGraph
+from retnet.model.fast_decode.step import DecodeStep
 from tests.generation.builders import tiny_model
 
 

@@ -3,26 +3,17 @@
 import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retnet.model.linear import MOST_LEFT, PackedWeight
-from retnet.model.step import MOST_PACKED, DecodeStep, is_plain
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
-from retnet.generation import (
-    decode_one,
-    generate,
-    make_step,
-    prefill,
-)
-from retnet.model import products
-from retnet.model import step as step_module
-from retnet.model.fast_decode.weights import lay_out_for_decoding
+from retnet.generation import Usage, decode_one, generate, make_step, prefill
+from retnet.model.fast_decode.step import MOST_PACKED, DecodeStep, make_decode_step
+from retnet.model.fast_decode.weights import MOST_LEFT, PackedWeight, lay_out_for_decoding
 from tests.generation.builders import MIXERS, VOCAB, tiny_model
 
 both_mixers = pytest.mark.parametrize("mixer", MIXERS)
@@ -69,14 +60,14 @@ def draw_model(draw: st.DataObject, mixer: str) -> Any:
 def test_the_step_is_the_forward_pass(mixer: str, draw: st.DataObject) -> None:
     """Every variant of the model, whether its weights are laid out for it or not."""
     model, rows = draw_model(draw, mixer), draw.draw(st.integers(1, 3), label="rows")
-    assert is_plain(model)
     ids = random_ids(rows, 12, model.config.vocab_size)
     plain_cache = model.new_cache()
     prefill(model, ids[:, :7], plain_cache)
     lean_cache = copy.deepcopy(plain_cache)
     if draw.draw(st.booleans(), label="laid out"):
         lay_out_for_decoding(model)
-    step = DecodeStep(model)
+    step, reason = make_decode_step(model)
+    assert step is not None and not reason
     with torch.inference_mode():
         for t in range(7, 12):
             logits = step(ids[:, t], lean_cache)
@@ -90,20 +81,11 @@ def test_the_step_is_the_forward_pass(mixer: str, draw: st.DataObject) -> None:
 
 
 @both_mixers
-@pytest.mark.parametrize(
-    ("rows", "most", "packs"),
-    [(MOST_LEFT, MOST_PACKED, False), (MOST_LEFT + 1, MOST_PACKED, True), (70, 1, False)],
-)
+@pytest.mark.parametrize(("rows", "packs"), [(MOST_LEFT, False), (MOST_LEFT + 1, True)])
 def test_weights_are_packed_for_many_rows(
-    mixer: str, rows: int, most: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+    mixer: str, rows: int, packs: bool, fast_products: None
 ) -> None:
-    """Up to so many bytes; then the step is right for any number of rows."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("torch without oneDNN")
-    monkeypatch.setattr(products, "_HAS_KERNELS", True)  # right on every CPU, if not faster
-    if not products._is_exact():
-        pytest.skip("a CPU whose products round to bfloat16 when they may")
-    monkeypatch.setattr(step_module, "MOST_PACKED", most)
+    """Then the step is right for any number of rows."""
     model = tiny_model(mixer, dtype=torch.float32)
     step = DecodeStep(model)
     with torch.inference_mode():
@@ -115,9 +97,20 @@ def test_weights_are_packed_for_many_rows(
             logits = step(ids[:, 8], cache)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
             if count == rows:
-                assert isinstance(step.output, PackedWeight) == packs
-                weights = [w for part in step._parts() for w in (*part.inputs, part.output)]
+                weights = [product.packed for product in step._products()]
+                assert len(weights) > 4
                 assert all(isinstance(weight, PackedWeight) == packs for weight in weights)
+
+
+@pytest.mark.parametrize("layers", [1, 30])
+def test_large_weights_are_not_packed(layers: int) -> None:
+    """They would be in memory twice."""
+    config = RetNetConfig(vocab_size=8, hidden_size=1024, num_hidden_layers=layers)
+    with torch.device("meta"):
+        model = RetNetForCausalLM(config).eval()
+    step, _ = make_decode_step(model)
+    assert step is not None
+    assert step.may_pack == (4 * model.num_parameters() <= MOST_PACKED) == (layers == 1)
 
 
 @both_mixers
@@ -130,7 +123,13 @@ def test_rows_that_began_with_padding(mixer: str) -> None:
         model(ids[:, :8], attention_mask=mask, past_key_values=cache)
         expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
         assert DecodeStep(model).fits(cache) == (mixer == "retention")
-        torch.testing.assert_close(make_step(model)(ids[:, 8], cache), expected)
+        step = make_step(model)
+        torch.testing.assert_close(step(ids[:, 8], cache), expected)
+    ways = {
+        "retention": "fast step",
+        "attention": "plain step: the cache needs a mask, or is empty",
+    }
+    assert step.path == ways[mixer]
 
 
 @both_mixers
@@ -138,7 +137,11 @@ def test_an_empty_cache_takes_the_plain_way(mixer: str) -> None:
     model, ids = tiny_model(mixer), random_ids(2, 2)
     cache = model.new_cache()
     step = make_step(model)
-    parts = [step(ids[:, t], cache) for t in (0, 1)]
+    parts, paths = [], []
+    for t in (0, 1):
+        parts.append(step(ids[:, t], cache))
+        paths.append(step.path)
+    assert paths == ["plain step: the cache needs a mask, or is empty", "fast step"]
     torch.testing.assert_close(torch.stack(parts, 1), model(ids, use_cache=False).logits)
 
 
@@ -147,13 +150,12 @@ def test_decoding_calls_no_module_and_the_state_stays_where_it_is(mixer: str) ->
     model, ids = tiny_model(mixer), random_ids(1, 9)
     cache, step = model.new_cache(max_length=9), make_step(model)
     prefill(model, ids[:, :8], cache)
-    held = [getattr(layer, name) for layer in cache.layers for name in layer.tensors()]
-    places = [tensor.data_ptr() for tensor in held]
+    places = {name: x.data_ptr() for name, x in cache.tensors().items()}
     for module in model.modules():
         module.forward = None  # calling it would raise
     step(ids[:, 8], cache)
-    after = [getattr(layer, name) for layer in cache.layers for name in layer.tensors()]
-    assert places == [tensor.data_ptr() for tensor in after]
+    assert step.path == "fast step"
+    assert places == {name: x.data_ptr() for name, x in cache.tensors().items()}
 
 
 @both_mixers
@@ -170,30 +172,20 @@ def test_what_is_not_plain_takes_the_plain_way(mixer: str) -> None:
     hooked.lm_head.register_forward_hook(lambda *_: seen.append(1))
     adapted.model.layers[0].mixer.o_proj.__class__ = Adapted
     training.train()
-    for model in (hooked, adapted, training):
-        assert not is_plain(model)
+    reasons = {
+        hooked: "lm_head has hooks",
+        adapted: "model.layers.0.mixer.o_proj is a Adapted",
+        training: "the model is in training mode",
+    }
+    for model, reason in reasons.items():
+        assert make_decode_step(model) == (None, reason)
         cache, plain = model.new_cache(), model.new_cache()
         prefill(model, ids[:, :8], cache)
         prefill(model, ids[:, :8], plain)
-        logits = make_step(model)(ids[:, 8], cache)
-        torch.testing.assert_close(logits, decode_one(model, ids[:, 8], plain))
+        step = make_step(model)
+        torch.testing.assert_close(step(ids[:, 8], cache), decode_one(model, ids[:, 8], plain))
+        assert step.path == f"plain step: {reason}"
     assert len(seen) == 4
-
-
-@both_mixers
-def test_weights_laid_out_once_are_one_matrix_and_can_be_saved(mixer: str, tmp_path: Path) -> None:
-    model = tiny_model(mixer)
-    values = {name: weight.clone() for name, weight in model.state_dict().items()}
-    first = model.model.layers[0].mixer.q_proj.weight
-    assert len(DecodeStep(model).layers[0][1].inputs) > 1
-    for _ in range(2):
-        lay_out_for_decoding(model)
-        (shared,) = DecodeStep(model).layers[0][1].inputs
-        assert shared.data_ptr() == first.data_ptr()
-    assert all(weight.equal(values[name]) for name, weight in model.state_dict().items())
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
-    assert all(weight.equal(values[name]) for name, weight in again.state_dict().items())
 
 
 @both_mixers
@@ -208,36 +200,28 @@ def test_low_precision_weights(mixer: str) -> None:
 
 
 @both_mixers
-def test_generate_decodes_by_the_step(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    real = DecodeStep.__call__
-
-    def counted(self: DecodeStep, *args: Any) -> torch.Tensor:
-        calls.append(1)
-        return real(self, *args)
-
-    monkeypatch.setattr(DecodeStep, "__call__", counted)
-    assert len(list(generate(tiny_model(mixer), random_ids(2, 5), max_new_tokens=6))) == 6
-    assert len(calls) == 5
+def test_generate_decodes_by_the_step(mixer: str) -> None:
+    usage = Usage()
+    tokens = generate(tiny_model(mixer), random_ids(2, 5), max_new_tokens=6, usage=usage)
+    assert len(list(tokens)) == 6
+    assert usage.path == "fast step"
 
 
-class Counted:
-    """How often the lean step ran, and the model's own forward pass."""
+def counted(model: Any) -> Any:
+    """The model, counting in ``steps`` and ``passes`` how generate feeds it."""
 
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = self.passes = 0
-        step, whole = DecodeStep.__call__, type(model.model).forward
+    class Counted(type(model)):  # type: ignore[misc]
+        steps = passes = 0
 
-        def count_step(own: DecodeStep, *args: Any) -> torch.Tensor:
-            self.steps += 1
-            return step(own, *args)
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+            by_the_step = inputs.get("decode_step") is not None
+            self.steps += by_the_step
+            self.passes += not by_the_step
+            return inputs
 
-        def count_pass(own: Any, *args: Any, **kwargs: Any) -> Any:
-            self.passes += 1
-            return whole(own, *args, **kwargs)
-
-        monkeypatch.setattr(DecodeStep, "__call__", count_step)
-        monkeypatch.setattr(type(model.model), "forward", count_pass)
+    model.__class__ = Counted
+    return model
 
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -245,26 +229,24 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id
 
 @both_mixers
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"return_dict_in_generate": True}])
-def test_transformers_generate_takes_the_step(mixer: str, options: dict, monkeypatch) -> None:
-    model, ids = tiny_model(mixer), random_ids(2, 5)
+def test_transformers_generate_takes_the_step(mixer: str, options: dict) -> None:
+    model, ids = counted(tiny_model(mixer)), random_ids(2, 5)
     options = GREEDY | {"pad_token_id": 0} | options
     expected = model.generate(ids, **options, use_cache=False)
-    counted = Counted(model, monkeypatch)
+    model.steps = model.passes = 0
     made = model.generate(ids, **options)
     if "return_dict_in_generate" in options:
         expected, made = expected.sequences, made.sequences
     assert made.equal(expected)
-    assert counted.steps == 7 and counted.passes == 1
-    assert "forward" not in vars(model)
+    assert (model.steps, model.passes) == (7, 1)
 
 
 @both_mixers
-def test_transformers_generate_without_the_step(mixer: str, monkeypatch) -> None:
+def test_transformers_generate_without_the_step(mixer: str) -> None:
     """Padding needs a mask, hidden states the whole pass, hooks their calls."""
-    model, ids = tiny_model(mixer), random_ids(2, 5)
+    model, ids = counted(tiny_model(mixer)), random_ids(2, 5)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    counted = Counted(model, monkeypatch)
     for options in (
         {"attention_mask": mask},
         {"output_hidden_states": True, "return_dict_in_generate": True},
@@ -273,15 +255,7 @@ def test_transformers_generate_without_the_step(mixer: str, monkeypatch) -> None
         model.generate(ids, **GREEDY, pad_token_id=0, **options)
     model.lm_head.register_forward_hook(lambda *_: None)
     model.generate(ids, **GREEDY, pad_token_id=0)
-    assert counted.steps == 0 and counted.passes == 32
-
-
-@both_mixers
-def test_generate_that_fails_leaves_the_model_as_it_was(mixer: str) -> None:
-    model = tiny_model(mixer)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        model.generate(random_ids(1, 3), max_new_tokens=0)
-    assert "forward" not in vars(model)
+    assert (model.steps, model.passes) == (0, 32)
 
 
 def test_an_odd_width_of_all_projections() -> None:
@@ -311,18 +285,34 @@ def test_two_threads_may_generate_with_one_model(mixer: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda one: model.generate(one, **GREEDY, pad_token_id=0), ids))
     assert all(a.equal(b) for a, b in zip(made, expected, strict=True))
-    assert "forward" not in vars(model)
 
 
-def test_what_asks_for_something_else_gets_it() -> None:
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ({}, True),
+        ({"return_dict": True, "use_cache": True}, True),
+        ({"return_dict": False}, False),
+        ({"use_cache": False}, False),
+        ({"output_hidden_states": True}, False),
+        ({"segment_ids": torch.zeros(1, 5, dtype=torch.int64)}, False),
+    ],
+    ids=str,
+)
+def test_what_asks_for_something_else_gets_it(asked: dict[str, Any], given: bool) -> None:
     """False is an answer too: the step gives none but the default output."""
-    model, ids = tiny_model("retention"), random_ids(1, 4)
+    model, ids = tiny_model("retention"), random_ids(1, 5)
     cache = model.new_cache()
-    with torch.no_grad(), model._single_tokens_by_the_step():
-        model(input_ids=ids, past_key_values=cache)
-        assert isinstance(
-            model(input_ids=ids[:, :1], past_key_values=cache, return_dict=False), tuple
-        )
+    with torch.no_grad():
+        model(input_ids=ids[:, :4], past_key_values=cache)
+    step, _ = make_decode_step(model)
+    inputs = model.prepare_inputs_for_generation(
+        ids, past_key_values=cache, next_sequence_length=1, decode_step=step, **asked
+    )
+    assert (inputs.get("decode_step") is step) == given
+    with torch.no_grad():
+        output = model(**inputs)
+    assert isinstance(output, tuple) == (asked.get("return_dict") is False)
 
 
 @both_mixers
@@ -334,7 +324,39 @@ def test_compiled_and_subclassed_parts_are_not_plain(mixer: str) -> None:
     compiled.compile()
     weight = quantised.lm_head.weight
     quantised.lm_head.weight = Quantised(weight.detach())
-    assert not is_plain(compiled) and not is_plain(quantised)
+    assert make_decode_step(compiled) == (None, "the model has another forward")
+    assert make_decode_step(quantised) == (None, "lm_head.weight is a Quantised")
+    assert make_decode_step(torch.nn.Linear(1, 1)) == (None, "Linear is no model of this package")
+
+
+@both_mixers
+def test_a_mixer_with_another_forward_brings_its_own_step_or_has_none(mixer: str) -> None:
+    model = tiny_model(mixer)
+    kind = type(model.model.layers[0].mixer)
+
+    class Renamed(kind):
+        pass
+
+    class Changed(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Without(kind):
+        step = None
+
+    class Whole(Changed):
+        step = kind.step
+
+    reasons = {
+        Renamed: "",
+        Whole: "",
+        Changed: "model.layers.0.mixer is a Changed",
+        Without: "a Without has no step of its own",
+    }
+    for changed, reason in reasons.items():
+        model.model.layers[0].mixer.__class__ = changed
+        step, found = make_decode_step(model)
+        assert (step is None, found) == (bool(reason), reason)
 
 
 @both_mixers
@@ -352,12 +374,13 @@ def test_the_step_holds_the_weights_of_its_making(mixer: str) -> None:
 
 
 @both_mixers
-def test_steps_are_compiled_for_any_number_of_row_counts(mixer: str, monkeypatch) -> None:
+def test_steps_are_compiled_for_any_number_of_row_counts(
+    mixer: str, fast_products: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than the compiler's limit of a function, with packed weights and without."""
     real = torch.compile
     traced = functools.partial(real, backend="eager")  # traces like the others, compiles nothing
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr(products, "_HAS_KERNELS", True)
     torch._dynamo.reset()
     model = tiny_model(mixer, dtype=torch.float32)
     with torch._dynamo.config.patch(recompile_limit=2):

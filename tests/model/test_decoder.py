@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from retnet import RetNetForCausalLM
-from retnet.model.cache import KVCache, RetentionCache
+from retnet.model.cache import DecoderCache
+from retnet.model.decoder import Shared
+from retnet.model.documents import describe_tokens
 from tests.model.conftest import PAD, VOCAB, make_model, random_ids
 
 MODES = ("parallel", "chunkwise", "recurrent")
@@ -79,7 +80,7 @@ def test_every_pair_of_modes_at_every_split(batch: dict[str, Tensor], data: st.D
     together = torch.cat(parts, dim=1)
     assert (together - whole.logits)[keep].abs().max() < TOLERANCE if keep.any() else True
     for mine, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
-        assert (mine.state - theirs.state).abs().max() < TOLERANCE
+        assert (mine.mixer["state"] - theirs.mixer["state"]).abs().max() < TOLERANCE
     assert torch.equal(cache.record, whole.past_key_values.record)
     if keep.any():
         for mine, theirs in zip(
@@ -221,11 +222,10 @@ def test_logits_to_keep(model) -> None:
 
 def test_use_cache_and_output_forms(model) -> None:
     ids = random_ids(1, 4)
-    expected = RetentionCache if isinstance(model, RetNetForCausalLM) else KVCache
-    assert isinstance(model(ids).past_key_values, expected)
+    assert isinstance(model(ids).past_key_values, DecoderCache)
     assert model(ids, use_cache=False).past_key_values is None
     assert model.train()(ids).past_key_values is None
-    assert isinstance(model(ids, use_cache=True).past_key_values, expected)
+    assert isinstance(model(ids, use_cache=True).past_key_values, DecoderCache)
     model.eval().config.use_cache = False
     assert model(ids).past_key_values is None
     as_tuple = model(ids, return_dict=False)
@@ -244,19 +244,28 @@ def test_a_cache_of_the_other_model_is_refused() -> None:
 
 def test_modes() -> None:
     ids = random_ids(1, 4)
-    with pytest.raises(ValueError, match=r"mode \('parallel'\) is for retention only"):
+    with pytest.raises(ValueError, match=r"mode \('parallel'\) has no meaning for attention"):
         MODELS["attention"](ids, mode="parallel")
     with pytest.raises(ValueError, match=r"mode \('fast'\)"):
         MODELS["retention"](ids, mode="fast")
 
 
-def test_mode_none_is_the_form_that_suits_the_length() -> None:
-    """One token a step; up to a chunk or twice a head's width at once; then in chunks."""
-    for chunk in (3, 40):
-        mixer = make_model("retention", chunk_size=chunk).model.layers[0].mixer
-        few = max(chunk, 2 * mixer.config.head_dim)
-        lengths = {1: "recurrent", 2: "parallel", few: "parallel", few + 1: "chunkwise"}
-        assert {length: mixer.choose_mode(length) for length in lengths} == lengths
+def test_layers_share_what_depends_on_no_weight(model) -> None:
+    """Rotations, decays and masks are made once in a pass, for parts of one class."""
+    asked: list[nn.Module] = []
+
+    class Watched(type(model.model.layers[0].mixer)):  # type: ignore[misc]
+        def shared(self, *args):
+            asked.append(self)
+            return super().shared(*args)
+
+    first, second = (layer.mixer for layer in model.model.layers)
+    first.__class__ = second.__class__ = Watched
+    shared = Shared(model.model.layers, describe_tokens(torch.zeros(1, 3, 32)), {})
+    assert shared.of(first) is shared.of(second)
+    assert asked == [first]
+    logits(model, random_ids(1, 4))
+    assert asked == [first, first]
 
 
 def test_causal(model) -> None:
@@ -272,7 +281,7 @@ def test_the_size_of_the_state_does_not_grow() -> None:
     for length in (10, 5000):
         cache = model(random_ids(1, length), use_cache=True).past_key_values
         sizes.append(cache.num_bytes())
-    assert sizes[0] == sizes[1] == 2 * (2 * 16 * 32 * 4) + 3 * 8
+    assert sizes[0] == sizes[1] == 2 * (2 * 16 * 32 * 4)
 
 
 def test_a_copied_cache_forks_the_text(model) -> None:
@@ -300,9 +309,8 @@ def test_gradient_checkpointing_changes_nothing(mixer: str, tied: bool) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     for a, b in zip(gradients(), plain, strict=True):
         assert torch.allclose(a, b, atol=1e-14)
-    if mixer == "attention":
-        with pytest.raises(ValueError, match="gradient checkpointing"):
-            model(ids, past_key_values=model.new_cache())
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids, past_key_values=model.new_cache())
 
 
 def test_dropout_acts_in_training_only(mixer: str) -> None:
