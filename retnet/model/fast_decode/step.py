@@ -193,7 +193,7 @@ class DecodeStep:
             yield from (*part.inputs, part.output)
 
     def _compute(
-        self, tokens: Tensor, positions: Tensor, length: int, states: list[State]
+        self, tokens: Tensor, positions: Tensor, length: int, states: Sequence[Any]
     ) -> Tensor:
         assert self.number >= 0  # looked at, so that each step is compiled for itself
         hidden = F.embedding(tokens, self.embedding)
