@@ -50,7 +50,7 @@ class CarriedState:
         return tensors
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
-        """Take this process's rows of what a checkpoint holds, or raise a ``UserError``."""
+        """Take this process's rows of what a checkpoint holds; a ``UserError`` if none."""
         file = folder / CARRIED
         if not file.is_file():
             raise UserError(

@@ -67,7 +67,7 @@ def settled(section: Any) -> Any:
         elif key not in NOT_OF_THE_MODEL and value is not None:
             owners = (mixer_keys(mixer) for mixer in MIXERS)
             if all(value != keys[key].default for keys in owners if key in keys):
-                logger.warning("model.%s: no effect with model.mixer=%s", key, section.mixer)
+                logger.warning(f"model.{key}: no effect with model.mixer={section.mixer}")
             values[key] = None
     return type(section)(**values)
 
