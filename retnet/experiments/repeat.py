@@ -57,13 +57,7 @@ def repeat(
 ) -> list[Row]:
     """Train every combination of mixer, variation and seed.
 
-    Args:
-        recipe: YAML file.
-        seeds: Values of train.seed.
-        mixers: Values of model.mixer.
-        variations: "key=a,b,c": each value is a setting of its own; several multiply.
-        overrides: key=value for all runs.
-        out: Folder of the run folders.
+    Each value of a variation, "key=a,b,c", is a setting of its own; several multiply.
 
     Raises:
         UserError: A run did not finish, or an argument is wrong.

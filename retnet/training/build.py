@@ -15,71 +15,56 @@ from retnet.errors import UserError
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.models import configuration, model_class
-from retnet.training.config import Config
-from retnet.training.model_spec import NOT_OF_THE_MODEL
-
-Model = DecoderForCausalLM
+from retnet.training.spec import NOT_OF_THE_MODEL, Config
 
 
-def model_config(
-    config: Config, vocab_size: int, special_ids: dict[str, Any] | None = None
-) -> DecoderConfig:
-    """The model configuration of a run.
-
-    Args:
-        config: The run.
-        vocab_size: Entries of its tokenizer.
-        special_ids: bos_token_id, eos_token_id and pad_token_id.
+def model_config(config: Config, vocab_size: int, **special_ids: Any) -> DecoderConfig:
+    """The model configuration of a run; ``special_ids`` are bos_token_id and the like.
 
     Raises:
         UserError: Values that make no model.
     """
     section = vars(config.model)
-    keys = {key: value for key, value in section.items() if value is not None}
-    keys |= {"vocab_size": vocab_size, "max_position_embeddings": config.data.seq_len}
-    keys = {key: value for key, value in keys.items() if key not in NOT_OF_THE_MODEL}
+    keys: dict[str, Any] = {"max_position_embeddings": config.data.seq_len, **special_ids}
+    keys |= {k: v for k, v in section.items() if v is not None and k not in NOT_OF_THE_MODEL}
     try:
-        return configuration(model_class(config.model.mixer))(**keys, **(special_ids or {}))
+        return configuration(model_class(section["mixer"]))(vocab_size=vocab_size, **keys)
     except ValueError as error:
         parts = str(error).split("; ")
         named = [f"model.{part}" if part.split()[0] in section else part for part in parts]
         raise UserError("; ".join(named)) from error
 
 
-def build_model(config: DecoderConfig) -> Model:
+def build_model(config: DecoderConfig) -> DecoderForCausalLM:
     """A fresh model, in float32."""
     return model_class(config.mixer_class.name)(config)
 
 
-def load_initial_weights(model: Model, init_from: str, tokenizer: PreTrainedTokenizerFast) -> Path:
+def load_initial_weights(
+    model: DecoderForCausalLM, init_from: str, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """Take the weights of ``model.init_from``; returns the checkpoint's folder.
 
     Raises:
         UserError: No such checkpoint, or one of another shape or with another tokenizer.
     """
-    folder = find_checkpoint(init_from)
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise UserError(
-            f"model.init_from ({init_from}) has no {file.name}: take another checkpoint"
-        )
+    what, folder = f"model.init_from ({init_from})", find_checkpoint(init_from)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{what} has no {WEIGHTS}: take another checkpoint")
     check_weights_unchanged(folder)
     try:
         weights = read_weights(folder, tied=model.config.tie_word_embeddings)
     except SafetensorError as error:
-        raise UserError(f"model.init_from ({file}) can't be read: {error}") from error
-    what = f"model.init_from ({init_from})"
-    fix = (
-        "take over the model section of its config.yaml, and its tokenizer "
-        f"(data.tokenizer={folder})"
-    )
+        raise UserError(f"model.init_from ({folder / WEIGHTS}) can't be read: {error}") from error
+    use = f"data.tokenizer={folder}"
+    fix = f"take over the model section of its config.yaml, and its tokenizer ({use})"
     check_same_model(model.state_dict(), weights, what, fix)
     check_same_meaning(model, folder, what, fix)
     has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
     if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"model.init_from ({init_from}) was trained with another tokenizer of the same size, "
-            f"its embedding would mean nothing here: set data.tokenizer={folder}"
+            f"{what} was trained with another tokenizer of the same size, its embedding would "
+            f"mean nothing here: set {use}"
         )
     model.load_state_dict(weights)
     return folder

@@ -50,11 +50,7 @@ class CarriedState:
         return tensors
 
     def load(self, folder: Path, accelerator: Accelerator) -> None:
-        """Take this process's rows of what a checkpoint holds.
-
-        Raises:
-            UserError: The checkpoint is of a run without train.carry_state.
-        """
+        """Take this process's rows of what a checkpoint holds; a ``UserError`` if none."""
         file = folder / CARRIED
         if not file.is_file():
             raise UserError(

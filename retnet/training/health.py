@@ -4,14 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
-
-from torch import nn
-
-from retnet.data import CarriedBatches, TrainingBatches
-from retnet.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +26,18 @@ class SpikeWatch:
     def __init__(self, losses: Iterable[float] = ()) -> None:
         self._losses = deque(losses, maxlen=SPIKE_WINDOW)
 
-    def check(self, step: int, loss: float) -> bool:
+    def check(self, step: int, loss: float) -> None:
         """Log a warning when ``loss`` is over 5 standard deviations above the mean before it."""
-        spike = False
         if len(self._losses) >= SPIKE_AFTER:
             mean = fmean(self._losses)
-            limit = mean + SPIKE_DEVIATIONS * max(pstdev(self._losses), LEAST_DEVIATION)
-            spike = loss > limit
-            if spike:
+            deviation = max(pstdev(self._losses), LEAST_DEVIATION)
+            if loss > mean + SPIKE_DEVIATIONS * deviation:
                 logger.warning(
-                    "step %d: the loss jumped to %.3f, the mean of the %d steps before is %.3f; "
-                    "if it does not come back, lower train.learning_rate or train.grad_clip",
-                    step,
-                    loss,
-                    len(self._losses),
-                    mean,
+                    f"step {step}: the loss jumped to {loss:.3f}, the mean of the "
+                    f"{len(self._losses)} steps before is {mean:.3f}; if it does not come back, "
+                    "lower train.learning_rate or train.grad_clip"
                 )
         self._losses.append(loss)
-        return spike
 
 
 def check_first_loss(loss: float, vocab_size: int) -> None:
@@ -58,46 +45,6 @@ def check_first_loss(loss: float, vocab_size: int) -> None:
     expected = math.log(vocab_size)
     if abs(loss - expected) > FIRST_LOSS_MARGIN:
         logger.warning(
-            "the first loss is %.3f, but ln(vocabulary) is %.3f: fresh weights should know "
-            "nothing; look at the initialisation and the labels",
-            loss,
-            expected,
+            f"the first loss is {loss:.3f}, but ln(vocabulary) is {expected:.3f}: fresh weights "
+            "should know nothing; look at the initialisation and the labels"
         )
-
-
-def describe_divergence(
-    model: nn.Module, batches: TrainingBatches | CarriedBatches, step: int, loss: float, norm: float
-) -> dict[str, Any]:
-    """What helps to find out why: the rows of the batch and the gradient's norm by parameter.
-
-    Args:
-        model: With the gradients of the step, not clipped.
-        batches: Where the rows come from.
-        step: Completed steps before it.
-        loss: Of the step.
-        norm: Of the whole gradient.
-    """
-    first = step * batches.global_batch
-    return {
-        "step": step + 1,
-        "loss": loss,
-        "grad_norm": norm,
-        "epoch": batches.epoch(step),
-        "rows": [first, first + batches.global_batch - 1],
-        "window_starts": batches.window_starts(step),
-        "grad_norms": {
-            name: None if parameter.grad is None else parameter.grad.norm().item()
-            for name, parameter in model.named_parameters()
-        },
-    }
-
-
-def stop_diverged(run: Path, report: dict[str, Any], *, write: bool) -> DivergedError:
-    """The error to raise, after one process has written the report into the run folder."""
-    if write:
-        write_json(run / DIVERGED, report, not_finite=str)
-    return DivergedError(
-        f"step {report['step']}: loss {report['loss']}, gradient norm {report['grad_norm']}; the "
-        f"step was not taken, see {run / DIVERGED}. Go on from an older checkpoint "
-        "(train.resume) with a lower train.learning_rate or train.grad_clip"
-    )

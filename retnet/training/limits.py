@@ -1,42 +1,86 @@
-"""Sizes that this machine can't hold, found before anything is built."""
-
-from __future__ import annotations
+"""Values that can't be: out of range, in contradiction, or larger than this machine can hold."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from retnet.errors import UserError
 from retnet.machine import memory_of
+from retnet.model.mixers import MIXERS
+from retnet.training.spec import Config, TrainSpec
 
-if TYPE_CHECKING:
-    from retnet.training.config import Config
-
+MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
+TRACKERS = ("wandb", "tensorboard")
 INT64 = 2**63 - 1
 MOST = {
     "model.num_hidden_layers": 10_000,
     "train.gradient_accumulation_steps": 1_000_000,
 }
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
-CPU = torch.device("cpu")
+
+COUNTS = (
+    "max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "keep",
+    "log_every",
+)  # fmt: skip
 
 
-def beyond_bounds(config: Config) -> Iterator[str]:
-    """The problems of whole numbers that no machine could do, each with key, value and fix."""
-    for section in ("model", "data", "train"):
-        for key, value in vars(getattr(config, section)).items():
+def problems(config: Config) -> Iterator[str]:
+    """What is wrong with the values of a run, each with key, value and fix."""
+    model, data, train = config.model, config.data, config.train
+    for key, holds, rule in _rules(train):
+        if not holds:
+            yield f"train.{key} ({getattr(train, key)}) {rule}"
+    for tracker in train.trackers:
+        if tracker not in TRACKERS:
+            names = ", ".join(TRACKERS)
+            yield f"train.trackers ({tracker}) must be any of {names}, as in train.trackers=[wandb]"
+    carry = "train.carry_state (true)"
+    if train.carry_state and MIXERS[model.mixer].growing(model):
+        constant = (mixer for mixer, kind in MIXERS.items() if not kind.growing(model))
+        yield f"{carry} needs a state to carry: set model.mixer={' or '.join(constant)}"
+    if train.carry_state and not data.reset_state_at_documents:
+        yield f"{carry} keeps documents apart: set data.reset_state_at_documents=true"
+    if train.carry_state and train.gradient_checkpointing:
+        yield f"{carry} can't be had with train.gradient_checkpointing: set it to false"
+    for section, values in vars(config).items():
+        for key, value in vars(values).items():
             most = MOST.get(f"{section}.{key}", INT64)
             if isinstance(value, int) and value > most:
                 yield f"{section}.{key} ({value}) must be at most {most}"
 
 
+def _rules(train: TrainSpec) -> Iterator[tuple[str, bool, str]]:
+    """Keys, whether their values are in range (nan never is), and what they must be."""
+    for key in COUNTS:
+        yield key, getattr(train, key) >= 1, "must be at least 1"
+    for key in ("warmup_steps", "sample_tokens", "seed", "weight_decay"):
+        yield key, getattr(train, key) >= 0, "must be at least 0"
+    yield "seed", train.seed < MAX_SEED, f"must be below 2^32 ({MAX_SEED})"
+    most = train.eval_max_tokens  # a document's first token is no target
+    yield "eval_max_tokens", most is None or most >= 2, "must be at least 2, or null for all"
+    rate = train.learning_rate
+    yield "learning_rate", 0 < rate < 10, "must be above 0 and below 10: 1e-3 is usual"
+    rule = "is a share of the peak: it must be between 0 and 1"
+    yield "final_learning_rate", 0 <= train.final_learning_rate <= 1, rule
+    rule = f"times train.learning_rate ({rate}) is what a step takes off each weight: it must be "
+    yield "weight_decay", not train.weight_decay * rate > 1, rule + "at most 1"
+    for key in ("beta1", "beta2"):
+        yield key, 0 <= getattr(train, key) < 1, "must be at least 0 and below 1"
+    norm = train.grad_clip
+    yield "grad_clip", norm is None or norm > 0, "must be above 0, or null for none"
+    rule = f"must be at most train.max_steps ({train.max_steps})"
+    yield "warmup_steps", train.warmup_steps <= train.max_steps, rule
+
+
 def check_run_fits(config: Config) -> None:
     """Raise a ``UserError`` when this machine has less than the least memory that the run takes."""
     model, rows, length = config.model, config.train.batch_size, config.data.seq_len
+    width, inner, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
-    memory = memory_of(CPU)  # where every model is built
-    weights = (BYTES_IN_TRAINING if on_cpu else 4) * _least_parameters(config)
+    memory = memory_of(torch.device("cpu"))  # where every model is built
+    # matrices of the blocks, not counting what depends on the mixer
+    parameters = layers * (12 * width**2 if inner is None else 2 * width * (width + inner))
+    weights = (BYTES_IN_TRAINING if on_cpu else 4) * parameters
     if memory is not None and weights > memory:
         named = "intermediate_size", "hidden_size", "num_hidden_layers"
         values = [f"model.{key} ({value})" for key in named if (value := getattr(model, key))]
@@ -45,7 +89,7 @@ def check_run_fits(config: Config) -> None:
             f"machine has {memory:,}: make the model smaller"
         )
     # every block's input is kept for the backward pass, in bfloat16 at least
-    activations = 2 * rows * length * model.hidden_size * model.num_hidden_layers
+    activations = 2 * rows * length * width * layers
     memory = memory if on_cpu else memory_of(torch.device("cuda", torch.cuda.current_device()))
     if memory is not None and activations > memory:
         raise UserError(
@@ -53,11 +97,3 @@ def check_run_fits(config: Config) -> None:
             f"{activations:,} bytes, and there are {memory:,}: make them smaller; "
             "train.gradient_accumulation_steps gives larger batches in the same memory"
         )
-
-
-def _least_parameters(config: Config) -> int:
-    """Matrix parameters of the blocks, not counting what depends on the mixer."""
-    model = config.model
-    width, inner = model.hidden_size, model.intermediate_size
-    block = 12 * width**2 if inner is None else 2 * width * (width + inner)
-    return model.num_hidden_layers * block

@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -24,48 +24,35 @@ from retnet.checkpoints.format import BEST, CHECKPOINTS, FINAL, list_checkpoints
 from retnet.checkpoints.save import prune_checkpoints
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
+from retnet.files import write_json
+from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.loss import IGNORE_INDEX
-from retnet.training.build import Model
 from retnet.training.carry import CarriedState
-from retnet.training.config import Config, command_to_go_on
-from retnet.training.health import SpikeWatch, check_first_loss, describe_divergence, stop_diverged
+from retnet.training.health import DIVERGED, DivergedError, SpikeWatch, check_first_loss
 from retnet.training.optimizer import learning_rate
 from retnet.training.signals import StopRequest
+from retnet.training.spec import Config
 from retnet.training.tracking import Console, MetricsFile
 from retnet.training.validation import sample_lines, validate
-
-EXIT_DIVERGED = 3
 
 
 @dataclass
 class Trainer:
-    """A run that is set up and ready to train.
-
-    Attributes:
-        config: The resolved configuration.
-        accelerator: Device, processes, precision.
-        model: Prepared by accelerate.
-        bare_model: The transformers model inside.
-        optimizer: Prepared by accelerate.
-        data: Tokens and tokenizer.
-        batches: This process's training rows.
-        progress: Where the run stands.
-        carried: The states between windows; None without train.carry_state.
-    """
+    """A run that is set up and ready to train."""
 
     config: Config
     accelerator: Accelerator
-    model: nn.Module
-    bare_model: Model
+    model: nn.Module  # prepared by accelerate, as the optimizer
+    bare_model: DecoderForCausalLM  # the transformers model inside
     optimizer: Any
     data: PreparedData
     batches: TrainingBatches | CarriedBatches
-    progress: Progress = field(default_factory=Progress)
-    carried: CarriedState | None = None
+    progress: Progress
+    carried: CarriedState | None  # None without train.carry_state
 
     def __post_init__(self) -> None:
         self.spec = self.config.train
-        self.run_folder = Path(str(self.spec.out_dir))
+        self.run_folder = self.spec.run_folder
         self.snapshot = Snapshot(self.data.tokenizer, self.data.record)
         self._metrics: MetricsFile | None = None
         self._console: Console | None = None
@@ -81,9 +68,9 @@ class Trainer:
             UserError: The run folder can't be written any more.
         """
         if self.accelerator.is_main_process:
-            with self._writing():
-                self._metrics = MetricsFile(self.run_folder, self.progress.step)
             done, total = self.progress.step, self.spec.max_steps
+            with self._writing():
+                self._metrics = MetricsFile(self.run_folder, done)
             self._console = Console(done=done, total=total, every=self.spec.log_every)
         try:
             return self._run(stop, SpikeWatch(self._metrics.losses if self._metrics else ()))
@@ -121,24 +108,22 @@ class Trainer:
         micro_batches = [self.batches.batch(step, micro_step) for micro_step in micro_steps]
         waited = time.perf_counter() - began
         counts = [(b["shift_labels"] != IGNORE_INDEX).sum() for b in micro_batches]
-        targets = torch.stack(counts).sum()
-        targets = self._sum_over_processes(targets.to(self.accelerator.device))
+        targets = torch.stack(counts).sum().to(self.accelerator.device)
+        targets = self.accelerator.reduce(targets, reduction="sum")
         loss = torch.zeros((), device=self.accelerator.device)
         for micro_step, batch in enumerate(micro_batches):
-            if self._asked_to_stop(stop):
-                self.optimizer.zero_grad()
+            if self._given_up(stop):
                 return None
             self._seed(step, micro_step)
             last = micro_step == micro_steps[-1]
             # gradients are exchanged between processes once, with the last micro-batch
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss += self._backward(batch, micro_step, targets)
-        loss_value = self._sum_over_processes(loss).item()
+        loss_value = self.accelerator.reduce(loss, reduction="sum").item()
         norm = self._clip()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             self._stop_diverged(step, loss_value, norm)
-        if self._asked_to_stop(stop):
-            self.optimizer.zero_grad()
+        if self._given_up(stop):
             return None
         rate = learning_rate(step + 1, self.spec)
         for group in self.optimizer.param_groups:
@@ -178,17 +163,15 @@ class Trainer:
             self.carried.end(cache)
         return loss.detach()
 
-    def _asked_to_stop(self, stop: StopRequest) -> bool:
-        """Whether any process was asked to; all of them must answer alike."""
-        if self.accelerator.num_processes == 1:
-            return bool(stop)
-        flag = torch.tensor(float(bool(stop)), device=self.accelerator.device)
-        return self._sum_over_processes(flag).item() > 0
-
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        return self.accelerator.reduce(value, reduction="sum")
+    def _given_up(self, stop: StopRequest) -> bool:
+        """Whether any process was asked to stop, as all must then; the gradients are gone."""
+        asked = bool(stop)
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(asked), device=self.accelerator.device)
+            asked = self.accelerator.reduce(flag, reduction="sum").item() > 0
+        if asked:
+            self.optimizer.zero_grad()
+        return asked
 
     def _seed(self, step: int, micro_step: int) -> None:
         """Dropout's randomness: a function of seed, step, micro-step and rank."""
@@ -200,7 +183,7 @@ class Trainer:
 
     def _clip(self) -> float:
         """Limit the gradient's norm and return what it was; one not finite stays as it is."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = list(self.model.parameters())
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -209,16 +192,34 @@ class Trainer:
             clip_grads_with_norm_(parameters, self.spec.grad_clip, norm)
         return value
 
-    def _stop_diverged(self, step: int, loss: float, norm: float) -> None:
-        report = describe_divergence(self.bare_model, self.batches, step, loss, norm)
-        with self._writing():
-            raise stop_diverged(self.run_folder, report, write=self.accelerator.is_main_process)
+    def _stop_diverged(self, step: int, loss: float, norm: float) -> NoReturn:
+        """Write what helps to find out why: the batch's rows, the gradient's norm by parameter."""
+        first, file = step * self.batches.global_batch, self.run_folder / DIVERGED
+        report = {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "epoch": self.batches.epoch(step),
+            "rows": [first, first + self.batches.global_batch - 1],
+            "window_starts": self.batches.window_starts(step),
+            "grad_norms": {  # of a sharded model, every process has to ask for them
+                name: None if parameter.grad is None else parameter.grad.norm().item()
+                for name, parameter in self.bare_model.named_parameters()
+            },
+        }
+        if self.accelerator.is_main_process:
+            with self._writing():
+                write_json(file, report, not_finite=str)
+        raise DivergedError(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; the step was not taken, see "
+            f"{file}. Go on from an older checkpoint (train.resume) with a lower "
+            "train.learning_rate or train.grad_clip"
+        )
 
     def _evaluate(self) -> dict[str, float]:
         """Perplexity on the validation tokens, a sample, and the best checkpoint."""
-        values, targets = validate(
-            self.bare_model, self.data.validation, self.config, self.accelerator
-        )
+        model, tokenizer = self.bare_model, self.data.tokenizer
+        values, targets = validate(model, self.data.validation, self.config, self.accelerator)
         loss = values["val/loss"]
         if self._console is not None:
             self._console.say(
@@ -226,8 +227,7 @@ class Trainer:
                 f"{values['val/perplexity']:.2f}, {values['val/bits_per_byte']:.4f} bits per byte "
                 f"({targets:,} tokens)"
             )
-            tokenizer = self.data.tokenizer
-            for line in sample_lines(self.bare_model, tokenizer, self.spec, self.accelerator):
+            for line in sample_lines(model, tokenizer, self.spec, self.accelerator):
                 self._console.say(line)
         if loss < (math.inf if self.progress.best_loss is None else self.progress.best_loss):
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
@@ -259,12 +259,7 @@ class Trainer:
         if self._metrics is not None and self._console is not None:
             with self._writing():
                 self._metrics.write(values)
-            self._console.step(
-                int(values["step"]),
-                values["train/loss"],
-                values["optim/lr"],
-                values["perf/tokens_per_s"],
-            )
+            self._console.step(values)
         if self.spec.trackers:
             with self._writing():
                 self.accelerator.log(values, step=int(values["step"]))
@@ -275,12 +270,11 @@ class Trainer:
         try:
             yield
         except OSError as error:
-            whole = [f"{CHECKPOINTS}/{folder.name}" for folder in list_checkpoints(self.run_folder)]
-            left = (
-                f"{whole[-1]} is the newest whole checkpoint" if whole else "it has no checkpoint"
-            )
+            left = "it has no checkpoint"
+            for folder in list_checkpoints(self.run_folder)[-1:]:
+                left = f"{CHECKPOINTS}/{folder.name} is the newest whole checkpoint"
             raise UserError(
                 f"train.out_dir ({self.run_folder}) can't be written at step {self.progress.step} "
                 f"({error.strerror or error}), {left}: make it writable and free space there, and "
-                f"{command_to_go_on(self.spec)} goes on"
+                f"{self.spec.command_to_go_on} goes on"
             ) from error

@@ -6,29 +6,24 @@ import torch
 from torch import nn
 
 from retnet.model.mixers.base import Part
-from retnet.training.config import TrainSpec
+from retnet.training.spec import TrainSpec
 
 
 def build_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices are decayed, vectors (norms) are not.
-
-    Nor is what a mixer says is no matrix.
-    """
+    """AdamW over two groups: vectors, and what a mixer says is no matrix, are not decayed."""
     parts = [part for part in model.modules() if isinstance(part, Part)]
     others = {id(getattr(part, name)) for part in parts for name in part.no_matrices}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2 and id(p) not in others]
-    decayed = {id(p) for p in matrices}
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        decayed = parameter.dim() >= 2 and id(parameter) not in others
+        (matrices if decayed else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=spec.learning_rate,
-        betas=(spec.beta1, spec.beta2),
-        fused=spec.fused_optimizer,
-    )
+    betas = spec.beta1, spec.beta2
+    return torch.optim.AdamW(groups, spec.learning_rate, betas, fused=spec.fused_optimizer)
 
 
 def learning_rate(step: int, spec: TrainSpec) -> float:

@@ -21,8 +21,9 @@ from retnet.checkpoints.save import remove_unfinished
 from retnet.checkpoints.verify import checkpoint_damage
 from retnet.errors import UserError, os_errors
 from retnet.files import missing_folders, read_json, write_text
-from retnet.training.config import RESUMABLE_KEYS, Config, flatten, load_config, to_yaml
+from retnet.training.config import load_config, to_yaml
 from retnet.training.health import DIVERGED
+from retnet.training.spec import RESUMABLE_KEYS, Config, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +34,11 @@ SET_ASIDE = "set-aside-"
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from a checkpoint, anew (None), or not at all.
-
-    Attributes:
-        checkpoint: To go on from.
-        finished: The steps of a run that has come to its end; 0 where there is something to do.
-        damaged_end: Whether final/ is there and not to be used.
-    """
+    """How a run begins: from a checkpoint, anew (None), or not at all."""
 
     checkpoint: Path | None = None
-    finished: int = 0
-    damaged_end: bool = False
+    finished: int = 0  # the steps of a run that has come to its end; 0: there is something to do
+    damaged_end: bool = False  # final/ is there and not to be used
 
 
 def plan_start(config: Config) -> Start:
@@ -52,36 +47,24 @@ def plan_start(config: Config) -> Start:
     Raises:
         UserError: The folder belongs to another configuration, or is not to be gone on with.
     """
-    run = Path(str(config.train.out_dir))
+    run, resume = config.train.run_folder, config.train.resume
     if run.exists() and not run.is_dir():
         raise UserError(f"train.out_dir ({run}) is a file: name a folder")
-    check_writable(config)
-    resume = config.train.resume
-    if resume not in ("auto", "never"):
-        return _named_start(Path(resume), run, config.train.max_steps)
-    if resume == "never":
-        if _holds_run(run):
-            raise UserError(
-                f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
-                "or set another train.out_dir"
-            )
-        return Start()
-    return _automatic_start(config, run)
-
-
-def run_lock(config: Config) -> FileLock:
-    """The lock of a run folder, not held yet; it can be taken several times."""
-    return FileLock(Path(str(config.train.out_dir)) / LOCK)
-
-
-def check_writable(config: Config) -> None:
-    """Raise a ``UserError`` when the run folder can't be made; nothing is left of the attempt."""
-    run = Path(str(config.train.out_dir))
     missing = missing_folders(run)
-    with _writing(run):
+    with _writing(run):  # whether it can be made
         run.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             folder.rmdir()
+    if resume == "auto":
+        return _automatic_start(config, run)
+    if resume != "never":
+        return _named_start(Path(resume), run, config.train.max_steps)
+    if _holds_run(run):
+        raise UserError(
+            f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
+            "or set another train.out_dir"
+        )
+    return Start()
 
 
 def lock_run_folder(lock: FileLock) -> None:
@@ -109,47 +92,39 @@ def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
     Checkpoints that are newer than the start, because they are damaged or of a course that is not
     followed, are set aside under another name; so are the end and the best of such a course.
 
-    Args:
-        config: The run.
-        start: Where it begins.
-        lock: Of the folder.
-
     Returns:
         Whether the folder holds the best weights so far.
 
     Raises:
         UserError: Another process trains there, or the folder can't be written.
     """
-    run = Path(str(config.train.out_dir))
+    run = config.train.run_folder
     with _writing(run):
         run.mkdir(parents=True, exist_ok=True)
         lock_run_folder(lock)
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
         if start.checkpoint is not None:
-            _set_aside_newer(run, start, named=config.train.resume != "auto")
+            newer = _newer(run, _step_of(start.checkpoint), start, config.train.resume != "auto")
+            for folder in newer:
+                aside = folder.with_name(SET_ASIDE + folder.name)
+                if aside.exists():
+                    shutil.rmtree(aside)
+                folder.rename(aside)
+                logger.warning(f"{folder} is not gone on from: it is kept as {aside.name}")
         write_text(run / CONFIG, to_yaml(config))
         return (run / BEST).is_dir()
 
 
-def _set_aside_newer(run: Path, start: Start, *, named: bool) -> None:
-    """Rename what is newer than the checkpoint to go on from, and an end that is damaged.
+def _newer(run: Path, step: int, start: Start, named: bool) -> list[Path]:
+    """What is newer than the checkpoint of ``step`` to go on from, and an end that is damaged.
 
     Under auto, final/ and best/ are of the same course: the run comes to them again.
     """
-    assert start.checkpoint is not None
-    step = _step_of(start.checkpoint)
     newer = [folder for folder in list_checkpoints(run) if step_number(folder) > step]
     if named:
-        newer += [folder for folder in (run / BEST, run / FINAL) if _step_of(folder) > step]
-    elif start.damaged_end:
-        newer.append(run / FINAL)
-    for folder in newer:
-        aside = folder.with_name(SET_ASIDE + folder.name)
-        if aside.exists():
-            shutil.rmtree(aside)
-        folder.rename(aside)
-        logger.warning("%s is not gone on from: it is kept as %s", folder, aside.name)
+        return newer + [folder for folder in (run / BEST, run / FINAL) if _step_of(folder) > step]
+    return [*newer, run / FINAL] if start.damaged_end else newer
 
 
 def _holds_run(run: Path) -> bool:
@@ -167,15 +142,15 @@ def _automatic_start(config: Config, run: Path) -> Start:
         if damage is None and done >= config.train.max_steps:
             return Start(finished=done)
     checkpoint = _newest_whole(run)
-    if checkpoint is None and final.exists():  # it was written after the last checkpoint
+    if checkpoint is not None:
+        _check_length(checkpoint, config.train.max_steps)
+    elif final.exists():  # it was written after the last checkpoint
         raise UserError(
             f"train.out_dir ({run}) has {FINAL}/ and no checkpoint in {CHECKPOINTS}/ to go on "
             "from: put one back, or set another train.out_dir (model.init_from takes the weights)"
         )
-    if checkpoint is not None:
-        _check_length(checkpoint, config.train.max_steps)
     if damage is not None:
-        logger.warning("checkpoint (%s) is damaged, %s: it is written again", final, damage)
+        logger.warning(f"checkpoint ({final}) is damaged, {damage}: it is written again")
     return Start(checkpoint, damaged_end=damage is not None)
 
 
@@ -212,13 +187,12 @@ def _check_length(checkpoint: Path, max_steps: int) -> None:
 
 def _newest_whole(run: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None in a folder without any."""
-    checkpoints = list_checkpoints(run)
     damages: list[str] = []
-    for folder in reversed(checkpoints):
+    for folder in reversed(list_checkpoints(run)):
         damage = checkpoint_damage(folder, resumable=True)
         if damage is None:
             for line in damages:
-                logger.warning("%s: going back to %s", line, folder.name)
+                logger.warning(f"{line}: going back to {folder.name}")
             return folder
         damages.append(f"checkpoint ({folder}) is damaged, {damage}")
     if damages:
@@ -261,13 +235,10 @@ def _check_same_configuration(config: Config, run: Path) -> None:
             f"{file}, the configuration of the run in train.out_dir, is damaged: {error}; restore "
             "it, or go on by train.resume=CHECKPOINT, which writes it again"
         ) from error
-    changes = [
-        f"{key} ({before[key]} -> {now[key]})"
-        for key in now
-        if key not in RESUMABLE_KEYS and now[key] != before[key]
-    ]
-    if changes:
+    keys = [key for key in now if key not in RESUMABLE_KEYS and now[key] != before[key]]
+    if keys:
+        changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in keys)
         raise UserError(
-            f"train.out_dir ({run}) holds a run of another configuration, it differs in "
-            f"{', '.join(changes)}: set another train.out_dir, or remove the folder"
+            f"train.out_dir ({run}) holds a run of another configuration, it differs in {changes}: "
+            "set another train.out_dir, or remove the folder"
         )

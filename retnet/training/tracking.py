@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from retnet.errors import UserError
 from retnet.files import write_text
-from retnet.training.config import Config, flatten
+from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,7 @@ NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 class MetricsFile:
     """The run's metrics.jsonl, opened to go on after ``step`` completed steps.
 
-    Attributes:
-        losses: Training losses of the steps that are in the file already.
+    ``losses`` are those of training in the steps that are in the file already.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -77,7 +76,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
         found = _step_of_line(line)
         if found is None:
             if number < len(lines):  # the last has no end: an interruption cut it off
-                logger.warning("%s line %d can't be read and is left out", path, number)
+                logger.warning(f"{path} line {number} can't be read and is left out")
         elif found <= step:  # else that step comes again
             steps.append(found)
             kept[found] = line.decode()
@@ -85,12 +84,8 @@ def _lines_until(path: Path, step: int) -> list[str]:
     missing = set(range(min(kept), step + 1)) - kept.keys() if kept else set()
     if missing or steps != sorted(kept):
         logger.warning(
-            "%s should have each step up to %d once and in order: %d are missing, %d are there "
-            "twice; it is put in order",
-            path,
-            step,
-            len(missing),
-            len(steps) - len(kept),
+            f"{path} should have each step up to {step} once and in order: {len(missing)} are "
+            f"missing, {len(steps) - len(kept)} are there twice; it is put in order"
         )
     return [kept[found] for found in sorted(kept)]
 
@@ -112,40 +107,34 @@ class Console:
     def __init__(self, *, done: int, total: int, every: int) -> None:
         self._total, self._every = total, every
         self._begin, self._first = time.monotonic(), done
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        # without a terminal it is disabled
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None)
 
-    def step(self, step: int, loss: float, rate: float, speed: float) -> None:
-        """Show a step: training loss (nats/token), learning rate, tokens/s."""
-        if self._bar is not None:
+    def step(self, values: dict[str, float]) -> None:
+        """Show the metrics of a step."""
+        step, total, loss = int(values["step"]), self._total, values["train/loss"]
+        speed = f"{values['perf/tokens_per_s']:,.0f}"
+        if not self._bar.disable:
             self._bar.update()
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-        elif step % self._every == 0 or step == self._total:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed} tokens/s")
+        elif step % self._every == 0 or step == total:
             elapsed = time.monotonic() - self._begin
-            left = elapsed / max(1, step - self._first) * (self._total - step)
+            left = elapsed / max(1, step - self._first) * (total - step)
             logger.info(
-                "step %*d/%d  loss %7.4f  lr %.2e  %8s tokens/s  %s left",
-                len(str(self._total)),
-                step,
-                self._total,
-                loss,
-                rate,
-                f"{speed:,.0f}",
-                format_seconds(left),
+                f"step {step:{len(str(total))}}/{total}  loss {loss:7.4f}  lr "
+                f"{values['optim/lr']:.2e}  {speed:>8} tokens/s  {format_seconds(left)} left"
             )
 
     def say(self, text: str) -> None:
         """A line that does not disturb the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+        if self._bar.disable:
+            logger.info(text)
         else:
-            logger.info("%s", text)
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Finish the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def format_seconds(seconds: float) -> str:
@@ -162,7 +151,7 @@ def check_trackers(config: Config) -> None:
             raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
     if "wandb" not in config.train.trackers:
         return
-    mode = _wandb_mode()
+    mode = os.environ.get("WANDB_MODE", "offline")
     if mode not in WANDB_MODES:
         raise UserError(
             f"WANDB_MODE ({mode}) must be one of {', '.join(WANDB_MODES)}: unset it to write the "
@@ -187,32 +176,29 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     Raises:
         UserError: One of them can't be started.
     """
-    if not config.train.trackers:
+    trackers, run = config.train.trackers, config.train.run_folder
+    if not trackers:
         return
-    run = Path(str(config.train.out_dir))
-    mode = _wandb_mode()
+    mode = os.environ.get("WANDB_MODE", "offline")
     wandb: dict[str, Any] = {"mode": mode, "dir": str(run), "name": run.name}
     if mode not in WANDB_FILES_ONLY:
         wandb["settings"] = {"init_timeout": NETWORK_WAIT_S}
+    keys = {
+        key: str(value) if isinstance(value, list) else value  # TensorBoard knows no lists
+        for key, value in flatten(config).items()
+        if value is not None
+    }
     try:
-        accelerator.init_trackers(
-            "retnet",
-            config={
-                k: str(v) if isinstance(v, list) else v
-                for k, v in flatten(config).items()
-                if v is not None
-            },
-            init_kwargs={"wandb": wandb},
-        )
+        accelerator.init_trackers("retnet", keys, init_kwargs={"wandb": wandb})
     except Exception as error:  # each library has its own kinds
         accelerator.trackers.clear()  # half started, they can't be ended either
         raise UserError(
-            f"train.trackers ({', '.join(config.train.trackers)}) can't be started "
+            f"train.trackers ({', '.join(trackers)}) can't be started "
             f"({str(error) or type(error).__name__}): leave them out, or look at {run} and, for "
             f"wandb, at WANDB_MODE ({mode})"
         ) from error
-    if "wandb" in config.train.trackers and mode == "offline":
-        logger.info("wandb is offline; to upload the run later: wandb sync %s/wandb/*run-*", run)
+    if "wandb" in trackers and mode == "offline":
+        logger.info(f"wandb is offline; to upload the run later: wandb sync {run}/wandb/*run-*")
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -220,8 +206,4 @@ def end_training(accelerator: Accelerator) -> None:
     try:
         accelerator.end_training()
     except OSError as error:
-        logger.warning("train.trackers can't be closed (%s)", error.strerror or error)
-
-
-def _wandb_mode() -> str:
-    return os.environ.get("WANDB_MODE", "offline")
+        logger.warning(f"train.trackers can't be closed ({error.strerror or error})")

@@ -1,6 +1,8 @@
 """What a run measures of itself between steps: validation loss and a sample."""
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,40 +11,34 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
 from retnet.evaluation import evaluate_batches, metrics
 from retnet.generation import Sampling, check_text_fits, encode_prompt, sample_text
-from retnet.training.build import Model
-from retnet.training.config import Config, TrainSpec
+from retnet.model.decoder import DecoderForCausalLM as Model
+from retnet.training.spec import Config, TrainSpec
 
 
 def validate(
     model: Model, tokens: TokenFile, config: Config, accelerator: Accelerator
 ) -> tuple[dict[str, float], int]:
-    """Perplexity on the validation tokens, the same in every process.
+    """The values for the metrics and the number of targets, the same in every process.
 
     With ``train.carry_state`` each window begins with the state of the one before.
-
-    Returns:
-        The values for the metrics (nats per token, perplexity, bits per byte) and the number of
-        targets.
     """
     spec = config.train
-    cut = {
-        "seq_len": config.data.seq_len,
-        "batch_size": spec.batch_size,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "max_tokens": spec.eval_max_tokens,
-    }
-    if spec.carry_state:
-        batches: ValidationBatches = CarriedValidationBatches(tokens, **cut)
-    else:
+    kind: Any = CarriedValidationBatches
+    if not spec.carry_state:
         reset = config.data.reset_state_at_documents
-        batches = ValidationBatches(tokens, **cut, reset_at_documents=reset)
+        kind = partial(ValidationBatches, reset_at_documents=reset)
+    batches: ValidationBatches = kind(
+        tokens,
+        seq_len=config.data.seq_len,
+        batch_size=spec.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        max_tokens=spec.eval_max_tokens,
+    )
     with accelerator.autocast():
         nll, targets = sum_losses(model, batches)
     both = torch.tensor([nll, targets], dtype=torch.float64, device=accelerator.device)
-    if accelerator.num_processes > 1:
-        both = accelerator.reduce(both, reduction="sum")
-    nll, targets = both.tolist()
+    nll, targets = accelerator.reduce(both, reduction="sum").tolist()
     values = {
         "val/loss": metrics.nats_per_token(nll, targets),
         "val/perplexity": metrics.perplexity(nll, targets),
@@ -74,14 +70,9 @@ def sample_lines(
     """The lines of a sample text, for the console."""
     if not spec.sample_tokens:
         return
+    prompt, new, sampling = spec.sample_prompt, spec.sample_tokens, Sampling(seed=spec.seed)
     # its lengths vary: compiling it would cost more than it gives
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        text = sample_text(
-            model,
-            tokenizer,
-            spec.sample_prompt,
-            max_new_tokens=spec.sample_tokens,
-            sampling=Sampling(seed=spec.seed),
-        )
-    for line in (spec.sample_prompt + text).splitlines():
+        text = sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)
+    for line in (prompt + text).splitlines():
         yield f"  | {line}"

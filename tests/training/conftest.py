@@ -1,10 +1,14 @@
 """A corpus and a configuration small enough to train in a second."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import train
+from retnet import cli
 
 WORDS = ["state", "head", "decays", "every", "token", "adds", "its", "key", "and", "value"]
 
@@ -23,6 +27,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(corpus: Path, tmp_path: Path) -> list[str]:
     """Overrides that make any configuration tiny."""
+    return tiny_options(corpus, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with ``options``, for all tests to read and none to change."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert cli.run(train.main, ["configs/tiny.yaml", *tiny_options(corpus, folder)]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it where the test's own run would be: checkpoints of steps 4 and 6."""
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+def tiny_options(corpus: Path, folder: Path) -> list[str]:
     return as_options(
         {
             "model.hidden_size": 16,
@@ -33,7 +56,7 @@ def options(corpus: Path, tmp_path: Path) -> list[str]:
             "data.source": corpus,
             "data.tokenizer": "bytes",
             "data.seq_len": 24,
-            "data.cache_dir": tmp_path / "cache",
+            "data.cache_dir": folder / "cache",
             "train.max_steps": 6,
             "train.batch_size": 4,
             "train.learning_rate": 3e-3,
@@ -43,7 +66,7 @@ def options(corpus: Path, tmp_path: Path) -> list[str]:
             "train.sample_tokens": 4,
             "train.log_every": 2,
             "train.device": "cpu",
-            "train.out_dir": tmp_path / "run",
+            "train.out_dir": folder / "run",
         }
     )
 

@@ -13,7 +13,8 @@ from retnet.training.build import (
     load_initial_weights,
     model_config,
 )
-from retnet.training.config import flatten, load_config
+from retnet.training.config import load_config
+from retnet.training.spec import flatten
 from retnet.training.summary import count_parameters
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

@@ -92,9 +92,7 @@ def test_the_validation_loss_is_the_same_however_its_rows_are_divided() -> None:
     assert sums[0][0] == pytest.approx(sums[2][0], rel=1e-6)
 
 
-def test_a_checkpoint_without_states(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
-    start = tmp_path / "run/checkpoints/step_4"
-    more = {"train__carry_state": "true", "train__out_dir": tmp_path / "b"}
-    assert run(options, **more, train__resume=start) == 2
+def test_a_checkpoint_without_states(options, whole: Path, capsys) -> None:
+    start = whole / "checkpoints/step_4"
+    assert run(options, train__carry_state="true", train__resume=start) == 2
     assert "has no carried.safetensors" in capsys.readouterr().err

@@ -9,16 +9,8 @@ import pytest
 from retnet import RetNetConfig
 from retnet.data import DataSpec
 from retnet.errors import UserError
-from retnet.training.config import (
-    RESUMABLE_KEYS,
-    Config,
-    TrainSpec,
-    flatten,
-    load_config,
-    to_yaml,
-)
-from retnet.training.keys import describe_keys
-from retnet.training.model_spec import model_section
+from retnet.training.config import load_config, to_yaml
+from retnet.training.spec import RESUMABLE_KEYS, Config, TrainSpec, describe_keys, flatten
 
 
 def test_defaults_file_arguments(tmp_path) -> None:
@@ -56,7 +48,7 @@ def test_every_key_is_described() -> None:
         assert f"  {key}: " in lines
     assert "model.mixer: retention | attention = retention\n" in lines
     assert "data.validation: str | null = null\n" in lines
-    for section in (model_section(), DataSpec, TrainSpec):
+    for section in (Config().model, DataSpec, TrainSpec):
         for option in dataclasses.fields(section):
             assert len(option.metadata["help"]) > 5
 

@@ -57,17 +57,9 @@ def spoil_the_manifest(folder: Path) -> str:
 DAMAGES = [truncate, flip_a_bit, remove_a_file, remove_the_manifest, spoil_the_manifest]
 
 
-@pytest.fixture
-def finished(options, tmp_path: Path, capsys) -> Path:
-    """The folder of a finished run with checkpoints of steps 4 and 6."""
-    assert run(options) == 0
-    capsys.readouterr()
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    options, finished: Path, tmp_path: Path, capsys, damage: Callable[[Path], str]
+    options, finished: Path, capsys, damage: Callable[[Path], str]
 ) -> None:
     expected = weights(finished / "final")
     shutil.rmtree(finished / "final")
@@ -142,10 +134,16 @@ def no_space() -> None:
     ],
 )  # fmt: skip
 def test_a_full_disk(
-    options, tmp_path: Path, capsys, monkeypatch, owner: object, name: str, call: int, newest: int
+    options,
+    whole: Path,
+    tmp_path: Path,
+    capsys,
+    monkeypatch,
+    owner: object,
+    name: str,
+    call: int,
+    newest: int,
 ) -> None:
-    assert run(options, train__out_dir=tmp_path / "whole") == 0
-    capsys.readouterr()
     with monkeypatch.context() as patch:
         fail_at(patch, owner, name, call, no_space)
         assert run(options) == 2
@@ -155,8 +153,8 @@ def test_a_full_disk(
     assert not list((tmp_path / "run").rglob(".unfinished*/*"))  # the space is given back
     assert run(options) == 0
     assert f"going on from {tmp_path}/run/checkpoints/step_{newest} " in capsys.readouterr().err
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "whole/final")
+    assert metrics(tmp_path / "run") == metrics(whole)
+    a, b = weights(tmp_path / "run/final"), weights(whole / "final")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

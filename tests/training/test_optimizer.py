@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from retnet import RetNetConfig, RetNetForCausalLM
-from retnet.training.config import TrainSpec
 from retnet.training.optimizer import build_optimizer, learning_rate
+from retnet.training.spec import TrainSpec
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:

@@ -174,11 +174,12 @@ def test_an_environment_that_makes_no_processes(
     assert run(options, train__max_steps=2) == 0
 
 
-def test_accelerate_does_not_divide_the_gradient(options, tmp_path: Path, monkeypatch) -> None:
-    assert run(options, train__out_dir=tmp_path / "plain") == 0
+def test_accelerate_does_not_divide_the_gradient(
+    options, whole: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert run(options) == 0
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "plain")
+    assert metrics(tmp_path / "run") == metrics(whole)
 
 
 def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:

@@ -116,10 +116,9 @@ def step_in(folder: Path) -> int:
     return json.loads((folder / "training_state.json").read_text())["step"]
 
 
-def test_going_back_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
+def test_going_back_and_stopped_auto_goes_on(options, finished: Path, capsys) -> None:
     """Back with a lower learning rate, as after a divergence: the end of the old course is gone."""
-    assert run(options) == 0
-    folder, lower = tmp_path / "run", {"train__learning_rate": 1e-4}
+    folder, lower = finished, {"train__learning_rate": 1e-4}
     assert step_in(folder / "best") == step_in(folder / "final") == 6
     assert stopped_at(options, 5, train__resume=folder / "checkpoints/step_4", **lower) == 143
     assert "the same command with train.resume=auto goes on" in capsys.readouterr().err
@@ -133,8 +132,9 @@ def test_going_back_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) ->
     assert step_in(folder / "best") == step_in(folder / "final") == 6
 
 
-def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
+def test_into_another_folder_and_stopped_auto_goes_on(
+    options, finished: Path, tmp_path: Path, capsys
+) -> None:
     changes = {"train__out_dir": tmp_path / "b", "train__learning_rate": 5}  # nothing gets better
     named = {**changes, "train__resume": tmp_path / "run/checkpoints/step_4"}
     assert stopped_at(options, 5, **named) == 143
@@ -150,9 +150,8 @@ def test_into_another_folder_and_stopped_auto_goes_on(options, tmp_path: Path, c
     assert "already holds a run" in error_line(capsys)
 
 
-def test_a_best_alone_is_a_run_too(options, tmp_path: Path, capsys) -> None:
+def test_a_best_alone_is_a_run_too(options, finished: Path, tmp_path: Path, capsys) -> None:
     """It died before its first save; another run's checkpoint went on beside its best/."""
-    assert run(options) == 0
     shutil.copytree(tmp_path / "run/best", tmp_path / "b/best")
     other = {"train__out_dir": tmp_path / "b"}
     for resume in (tmp_path / "run/checkpoints/step_4", "never"):
@@ -176,9 +175,10 @@ def test_stopped_in_the_first_step(options, tmp_path: Path, capsys) -> None:
     assert len(metrics(tmp_path / "run")) == 6
 
 
-def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys) -> None:
+def test_into_another_folder_and_stopped_at_once(
+    options, finished: Path, tmp_path: Path, capsys
+) -> None:
     """The checkpoint it names is in the folder, and auto does not begin at step 0."""
-    assert run(options) == 0
     other = {"train__out_dir": tmp_path / "b"}
     assert stopped_at(options, 4, **other, train__resume=tmp_path / "run/checkpoints/step_4") == 143
     saved = tmp_path / "b/checkpoints/step_4"
@@ -191,21 +191,21 @@ def test_into_another_folder_and_stopped_at_once(options, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ("model.hidden_size=16", "model.hidden_size=32"),
-        ("model.num_hidden_layers=1", "model.num_hidden_layers=2"),
-        ("model.mixer=retention", "model.mixer=attention"),
-        ("model.tie_word_embeddings=true", "model.tie_word_embeddings=false"),
+        (None, "model.hidden_size=32"),
+        (None, "model.num_hidden_layers=2"),
+        (None, "model.mixer=attention"),
+        (None, "model.tie_word_embeddings=false"),
         ("model.tie_word_embeddings=false", "model.tie_word_embeddings=true"),
-        ("model.num_heads=2", "model.num_heads=4"),  # of the same shapes
-        ("model.decay=paper", "model.decay=0.9"),
+        (None, "model.num_heads=4"),  # of the same shapes
+        (None, "model.decay=0.9"),
         ("model.rotary_layout=half", "model.rotary_layout=interleaved"),
     ],
 )
 def test_a_named_checkpoint_of_another_model(
-    options, tmp_path: Path, capsys, before: str, now: str
+    options, whole: Path, tmp_path: Path, capsys, before: str | None, now: str
 ) -> None:
-    assert run([*options, before]) == 0
-    checkpoint = tmp_path / "run/checkpoints/step_4"
+    checkpoint = (whole if before is None else tmp_path / "run") / "checkpoints/step_4"
+    assert before is None or run([*options, before]) == 0
     named = as_options({"train.resume": checkpoint, "train.out_dir": tmp_path / "b"})
     assert run([*options, *named, now]) == 2
     line = error_line(capsys)
@@ -216,18 +216,14 @@ def test_a_named_checkpoint_of_another_model(
 
 @pytest.mark.parametrize("change", ["model.num_heads=4", "model.decay=1"])
 def test_initial_weights_that_mean_something_else(
-    options, tmp_path: Path, capsys, change: str
+    options, whole: Path, tmp_path: Path, capsys, change: str
 ) -> None:
-    assert run(options, train__max_steps=2) == 0
-    other = as_options({"model.init_from": tmp_path / "run", "train.out_dir": tmp_path / "b"})
-    assert run([*options, *other, change]) == 2
+    assert run([*options, f"model.init_from={whole}", change]) == 2
     key = change.partition("=")[0]
-    assert f"({tmp_path / 'run'}) is another model: {key} is" in error_line(capsys)
-    assert not (tmp_path / "b").exists()
+    assert f"({whole}) is another model: {key} is" in error_line(capsys)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_named_checkpoint_of_another_vocabulary(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
-    named = as_options({"train.resume": tmp_path / "run/checkpoints/step_4"})
-    assert run([*options, *named, *BPE, f"train.out_dir={tmp_path / 'b'}"]) == 2
+def test_a_named_checkpoint_of_another_vocabulary(options, whole: Path, capsys) -> None:
+    assert run(options + BPE, train__resume=whole / "checkpoints/step_4") == 2
     assert "data.tokenizer (bpe) is not the tokenizer" in error_line(capsys)

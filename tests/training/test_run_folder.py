@@ -14,25 +14,6 @@ from tests.training.test_resume import error_line, step_in
 from tests.training.test_train import metrics, run, weights
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, Path]:
-    return {}
-
-
-@pytest.fixture
-def finished(options, tmp_path: Path, made: dict[str, Path], capsys) -> Path:
-    """The folder of a finished run with checkpoints of steps 4 and 6; trained once."""
-    folder = tmp_path / "run"
-    if made:
-        shutil.copytree(made["run"], folder)
-        shutil.copytree(made["run"].parent / "cache", tmp_path / "cache")
-    else:
-        assert run(options) == 0
-        made["run"] = Path(shutil.copytree(tmp_path, f"{tmp_path}-kept")) / "run"
-    capsys.readouterr()
-    return folder
-
-
 def is_refused(folder: Path, options: list[str], capsys, words: str, **changes: object) -> None:
     before = tree(folder)
     assert run(options, **changes) == 2

@@ -17,7 +17,7 @@ from retnet.checkpoints import load_checkpoint
 from retnet.training import loop
 from retnet.training.config import load_config
 from retnet.training.summary import count_parameters
-from tests.training.conftest import as_options
+from tests.training.conftest import as_options, tiny_options
 
 TINY = "configs/tiny.yaml"
 WALL_CLOCK = ("perf/", "seconds")
@@ -68,12 +68,11 @@ def test_a_whole_run(options, tmp_path: Path, capsys) -> None:
         assert words in printed, words
 
 
-def test_a_finished_run_says_so(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+def test_a_finished_run_says_so(options, finished: Path, capsys) -> None:
+    before = (finished / "metrics.jsonl").read_text()
     assert run(options) == 0
     assert "is finished (6 steps): nothing to do" in capsys.readouterr().err
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (finished / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.slow  # test_kill.py does the same with processes that are really killed
@@ -114,6 +113,16 @@ def test_accumulation_gives_the_losses_of_the_large_batch(options, tmp_path: Pat
         assert other == pytest.approx(losses[0], abs=1e-5)
 
 
+LONG = ["data.seq_len=64", "train.grad_clip=0.1"]
+
+
+@pytest.fixture(scope="module")
+def long_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    assert run([*tiny_options(corpus, folder), *LONG]) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -123,21 +132,22 @@ def test_accumulation_gives_the_losses_of_the_large_batch(options, tmp_path: Pat
         ("model.dropout", 0.5), ("data.reset_state_at_documents", "false"),
     ],
 )  # fmt: skip
-def test_each_option_changes_the_run(options, tmp_path: Path, key: str, value: object) -> None:
-    long = [*options, "data.seq_len=64", "train.grad_clip=0.1"]
-    assert run(long) == 0
-    assert run([*long, f"{key}={value}", f"train.out_dir={tmp_path / 'other'}"]) == 0
-    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "other/final")
+def test_each_option_changes_the_run(
+    options, long_run: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    assert run([*options, *LONG, f"{key}={value}"]) == 0
+    a, b = weights(long_run / "final"), weights(tmp_path / "run/final")
     assert not all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(
     "key", ["train.gradient_checkpointing=true", "train.fused_optimizer=false"]
 )
-def test_options_of_speed_and_memory_change_nothing_else(options, tmp_path: Path, key: str) -> None:
-    assert run(options) == 0
-    assert run([*options, key, f"train.out_dir={tmp_path / 'other'}"]) == 0
-    a, b = metrics(tmp_path / "run"), metrics(tmp_path / "other")
+def test_options_of_speed_and_memory_change_nothing_else(
+    options, whole: Path, tmp_path: Path, key: str
+) -> None:
+    assert run([*options, key]) == 0
+    a, b = metrics(whole), metrics(tmp_path / "run")
     for one, other in zip(a, b, strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
 
@@ -168,12 +178,10 @@ def test_the_smallest_evaluation_has_a_target(options, tmp_path: Path, capsys, c
     assert 0 < metrics(tmp_path / "run")[-1]["val/bits_per_byte"] < math.inf
 
 
-def test_init_from(options, tmp_path: Path, capsys) -> None:
-    assert run(options) == 0
-    changes = {"train__out_dir": tmp_path / "more", "model__init_from": tmp_path / "run"}
-    assert run(options, **changes, train__learning_rate=1e-9) == 0
-    assert f"weights from {tmp_path / 'run/final'}" in capsys.readouterr().err
-    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "more/final")
+def test_init_from(options, whole: Path, tmp_path: Path, capsys) -> None:
+    assert run(options, model__init_from=whole, train__learning_rate=1e-9) == 0
+    assert f"weights from {whole / 'final'}" in capsys.readouterr().err
+    a, b = weights(whole / "final"), weights(tmp_path / "run/final")
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
 
 
@@ -195,9 +203,9 @@ def test_trackers_write_local_files(options, tmp_path: Path, capsys, monkeypatch
         ({"train.batch_size": 2, "train.max_steps": 8}, "must stay 4"),
     ],
 )
-def test_a_folder_with_another_run(options, capsys, changes: dict, words: str) -> None:
-    assert run(options) == 0
-    capsys.readouterr()
+def test_a_folder_with_another_run(
+    options, finished: Path, capsys, changes: dict, words: str
+) -> None:
     assert cli.run(train.main, [TINY, *options, *as_options(changes)]) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: ") and words in error
@@ -209,11 +217,9 @@ def test_more_steps_go_on(options, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_a_named_checkpoint(options, tmp_path: Path) -> None:
-    assert run(options) == 0
-    start = tmp_path / "run/checkpoints/step_4"
-    assert run(options, train__out_dir=tmp_path / "b", train__resume=start) == 0
-    a, b = weights(tmp_path / "run/final"), weights(tmp_path / "b/final")
+def test_a_named_checkpoint(options, whole: Path, tmp_path: Path) -> None:
+    assert run(options, train__resume=whole / "checkpoints/step_4") == 0
+    a, b = weights(whole / "final"), weights(tmp_path / "run/final")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

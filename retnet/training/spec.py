@@ -1,0 +1,190 @@
+"""The sections of a configuration: the keys that there are, with defaults and help texts.
+
+The ``model`` section is made when it is asked for, of the configurations' own fields, so a mixer
+that is registered later has its keys too.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from retnet.data import DataSpec
+from retnet.model.mixers import MIXERS
+
+logger = logging.getLogger(__name__)
+
+NOT_OF_THE_MODEL = ("mixer", "init_from")
+# keys that may differ when a run goes on: they do not change what was computed so far
+RESUMABLE_KEYS = (
+    "train.max_steps", "train.resume", "train.eval_every", "train.eval_max_tokens",
+    "train.save_every", "train.keep", "train.log_every", "train.sample_prompt",
+    "train.sample_tokens", "train.trackers", "train.out_dir", "train.device", "train.compile",
+    "train.batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
+    "data.cache_dir", "model.chunk_size",
+)  # fmt: skip
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def mixer_keys(mixer: str) -> dict[str, Field]:
+    """The keys that mean something to a mixer, with the defaults that it gives them."""
+    fields = dataclasses.fields(MIXERS[mixer].options)
+    return {option.name: option for option in fields if "help" in option.metadata}
+
+
+def _merged(owners: dict[str, Field]) -> tuple[Any, Any]:
+    """Type and field of a key that these mixers have."""
+    first, *others = owners.values()
+    text = first.metadata["help"]
+    if len(owners) < len(MIXERS):
+        text = f"{', '.join(owners)}: {text}"
+    elif all(other.default == first.default for other in others) and first.default is not None:
+        return first.type, _option(first.default, text)
+    else:
+        defaults = {mixer: option.default for mixer, option in owners.items() if option.default}
+        each = ", ".join(f"{default} for {mixer}" for mixer, default in defaults.items())
+        text += f"; null: the mixer's own ({each})" if each else ""
+    kind: Any = first.type
+    return kind | None, _option(None, text)
+
+
+def settled(section: Any) -> Any:
+    """The section with the mixer's own defaults, and nothing for keys of other mixers.
+
+    One that was set to something is named in a warning.
+    """
+    own, values = mixer_keys(section.mixer), dict(vars(section))
+    for key, value in vars(section).items():
+        if key in own:
+            values[key] = own[key].default if value is None else value
+        elif key not in NOT_OF_THE_MODEL and value is not None:
+            owners = (mixer_keys(mixer) for mixer in MIXERS)
+            if all(value != keys[key].default for keys in owners if key in keys):
+                logger.warning(f"model.{key}: no effect with model.mixer={section.mixer}")
+            values[key] = None
+    return type(section)(**values)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """The ``train`` section."""
+
+    max_steps: int = _option(1000, "optimizer steps")
+    batch_size: int = _option(8, "rows in a micro-batch of one process")
+    gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
+    learning_rate: float = _option(2e-3, "peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = _option(
+        "cosine", "course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = _option(100, "steps in which the learning rate rises linearly")
+    final_learning_rate: float = _option(
+        0.1, "learning rate at the end as a share of the peak (cosine, linear)"
+    )
+    weight_decay: float = _option(0.05, "of AdamW, on matrices only")
+    beta1: float = _option(0.9, "of AdamW")
+    beta2: float = _option(0.98, "of AdamW")
+    grad_clip: float | None = _option(1.0, "largest norm of the gradient; null: not limited")
+    seed: int = _option(0, "of weights, order and dropout")
+    out_dir: str | None = _option(None, "run folder; null: runs/<config name>-<mixer>")
+    resume: str = _option(
+        "auto", "auto: go on from the run folder's newest checkpoint; never; or a checkpoint folder"
+    )
+    carry_state: bool = _option(
+        False, "a window begins with the state that the window before in its document ended with"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU when there is one")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "of matrix products; auto: bf16 on GPUs that have it, else fp32"
+    )
+    compile: bool = _option(
+        False, "torch.compile the model: for GPUs; on a CPU it needs a C++ compiler and is slower"
+    )
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, more time")
+    fused_optimizer: bool = _option(True, "one kernel for the whole AdamW step")
+    eval_every: int = _option(250, "steps between evaluations on the validation tokens")
+    eval_max_tokens: int | None = _option(None, "validation tokens to use; null: all")
+    save_every: int = _option(250, "steps between checkpoints")
+    keep: int = _option(2, "newest checkpoints to keep (the best one is kept beside them)")
+    log_every: int = _option(10, "steps between progress lines when not on a terminal")
+    sample_prompt: str = _option("", "prompt of the sample text at each evaluation")
+    sample_tokens: int = _option(64, "length of that sample; 0: none")
+    trackers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "beside console and metrics.jsonl: any of wandb, tensorboard"},
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder ``out_dir``."""
+        return Path(str(self.out_dir))
+
+    @property
+    def command_to_go_on(self) -> str:
+        """How to call the command that goes on from the run's newest checkpoint."""
+        return "the same command" + ("" if self.resume == "auto" else " with train.resume=auto")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run; ``model`` has the keys of all mixers, see ``config_schema``."""
+
+    model: Any = field(default_factory=lambda: config_schema()().model)
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec = field(default_factory=TrainSpec)
+
+
+def config_schema() -> type[Config]:
+    """``Config`` with the keys of the mixers that there are now.
+
+    In the model section, a key whose default is the mixer's own is null.
+    """
+    return _schema_of(tuple(MIXERS.items()))
+
+
+@functools.cache
+def _schema_of(mixers: tuple[tuple[str, Any], ...]) -> type[Config]:
+    text = "what mixes the tokens of a row; each has its own keys below"
+    options: list[Any] = [("mixer", Literal[tuple(MIXERS)], _option(mixers[0][0], text))]
+    keys = {mixer: mixer_keys(mixer) for mixer in MIXERS}
+    for key in dict.fromkeys(key for own in keys.values() for key in own):
+        owners = {mixer: own[key] for mixer, own in keys.items() if key in own}
+        options.append((key, *_merged(owners)))
+    text = "checkpoint or run folder to take the weights from"
+    options.append(("init_from", str | None, _option(None, text)))
+    section = dataclasses.make_dataclass("ModelSpec", options, frozen=True)
+    model = ("model", section, field(default_factory=section))
+    made: Any = dataclasses.make_dataclass("Config", [model], bases=(Config,), frozen=True)
+    return made
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``section.key`` -> value."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def describe_keys() -> Iterator[str]:
+    """One line for each key, as ``train.py --help`` prints it: name, type, default, meaning."""
+    for section, values in vars(config_schema()()).items():
+        for option in dataclasses.fields(values):
+            default, kind = getattr(values, option.name), _type_name(option.type)
+            shown = default if isinstance(default, str) and default else json.dumps(default)
+            yield f"  {section}.{option.name}: {kind} = {shown}\n      {option.metadata['help']}"
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if isinstance(kind, type) and not get_args(kind):
+        return kind.__name__
+    return str(kind).replace("None", "null")
