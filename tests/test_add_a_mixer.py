@@ -24,7 +24,7 @@ from retnet.model.mixers import MIXERS
 from retnet.model.mixers.attention import CausalAttention
 from retnet.model.mixers.base import Mixer, State
 from retnet.model.models import RetNetConfig, RetNetForCausalLM, configuration, model_class
-from retnet.training.keys import describe_keys
+from retnet.training.spec import describe_keys
 from tests.model.conftest import random_ids
 from tests.training.conftest import as_options, corpus  # noqa: F401
 
@@ -174,8 +174,8 @@ def test_it_trains_resumes_generates_and_is_compared(
 
 
 def test_its_own_parameters_are_initialised_and_decayed_as_it_says() -> None:
-    from retnet.training.config import TrainSpec
     from retnet.training.optimizer import build_optimizer
+    from retnet.training.spec import TrainSpec
 
     model = toy_model()
     decayed, others = (

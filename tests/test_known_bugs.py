@@ -429,9 +429,9 @@ def test_bug_15_host_synchronisation_and_norms_over_time(monkeypatch: Patch) -> 
         _ = valid.sum().item()
         return real_retain(*args, valid=valid, **options)
 
-    def over_time(x: Tensor, config) -> Tensor:
+    def over_time(x: Tensor, kind: str, eps: float) -> Tensor:
         x = x.transpose(1, 2)  # [B, H, T, V]
-        return F.layer_norm(x, x.shape[-2:], eps=config.head_norm_eps).transpose(1, 2)
+        return F.layer_norm(x, x.shape[-2:], eps=eps).transpose(1, 2)
 
     kind = mixer_module.MultiScaleRetention
     real_retain = kind._retain

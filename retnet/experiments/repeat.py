@@ -18,13 +18,11 @@ from pathlib import Path
 
 from retnet.cli import ArgumentParser, run
 from retnet.errors import UserError
+from retnet.model.mixers import MIXERS
 from retnet.training import load_config, train
 from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
-
-MIXERS = ("retention", "attention")
-
 
 @dataclass(frozen=True)
 class Row:
