@@ -24,6 +24,7 @@ from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class Row:
     """One setting's validation losses at the end of training, nats per token, one per seed."""

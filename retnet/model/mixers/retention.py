@@ -15,12 +15,11 @@ from transformers import initialization as init
 from ..configuration import DecoderConfig, nearest_multiple, option
 from ..documents import TokenInfo, describe_tokens
 from ..ops.decay import DECAY_SCHEDULES, head_log_decay, head_windows
+from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
 from ..ops.precision import full_precision, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
 from .base import Mixer, RotaryStep, State, make_rotation, split_heads
-
-HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
 
 
 class RetentionOptions(DecoderConfig):
@@ -215,12 +214,12 @@ class MultiScaleRetention(Mixer):
                 valid=shared.tokens.valid,
                 resets=shared.tokens.resets,
             )
-            out = head_norm(out.transpose(1, 2), config.head_norm, config.head_norm_eps)
-            out = out.flatten(2)  # [B, T, H V]
-        out = out.to(hidden.dtype)
+        gate = None
         if self.g_proj is not None:
-            out = F.silu(self.g_proj(hidden)) * out
-        return self.o_proj(out), {"state": last}
+            gate = self.g_proj(hidden).unflatten(2, (heads, -1))  # [B, T, H, V]
+        with full_precision(hidden.device):
+            out = gated_norm(out.transpose(1, 2), gate, config.head_norm, config.head_norm_eps)
+        return self.o_proj(out.flatten(2).to(hidden.dtype)), {"state": last}
 
     def _retain(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mode: str, **options: Any
@@ -242,12 +241,3 @@ class MultiScaleRetention(Mixer):
             return "recurrent"
         few = max(self.config.chunk_size, 2 * self.config.head_dim)
         return "parallel" if length <= few else "chunkwise"
-
-
-def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
-    """Normalise the last dimension: each head of each token by itself, no learned parameters."""
-    if kind == "groupnorm":
-        return F.layer_norm(x, x.shape[-1:], eps=eps)
-    if kind == "rmsnorm":
-        return F.rms_norm(x, x.shape[-1:], eps=eps)
-    return x

@@ -1,0 +1,90 @@
+"""Norm of each head, and the gate: swish(G) * norm(X), keeping little for the backward pass.
+
+Autograd keeps X, norm(X), G and swish(G), which beside all else that a layer keeps is too much;
+this keeps X and G and computes the other two again. With Y the result and dY its gradient:
+
+    dG = swish'(G) * dY * norm(X)        dX = norm'(X) (dY * swish(G))
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
+
+
+def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
+    """Normalise the last dimension: each head of each token by itself, no learned parameters."""
+    if kind == "groupnorm":  # torch's kernel is twice as fast with weights
+        one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+        return F.layer_norm(x, x.shape[-1:], one, zero, eps)
+    if kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    return x
+
+
+def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
+    """The norm of x in the type of the gate, times swish(gate).
+
+    Args:
+        x: [B, T, H, V], float32 or float64.
+        gate: [B, T, H, V]; None for none.
+        kind, eps: As ``head_norm`` takes them.
+
+    Returns:
+        [B, T, H, V].
+    """
+    if gate is None:
+        return head_norm(x, kind, eps)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.silu(gate) * head_norm(x, kind, eps).to(gate.dtype)
+    y: Tensor = _GatedNorm.apply(x, gate, kind, eps)[0]
+    return y
+
+
+class _GatedNorm(torch.autograd.Function):
+    """The result and, without gradients, what normalises: mean and scale of each head and token."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gate: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        normed, mean, scale = _normalise(x, kind, eps)
+        return F.silu(gate) * normed.to(gate.dtype), mean, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, gate, ctx.kind, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, gate, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, mean, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of the gradients, they have theirs
+            _, mean, scale = _normalise(x, ctx.kind, ctx.eps)
+        normed = torch.addcmul(-mean * scale, x, scale)
+        normed_grad = F.silu(gate).mul_(grad).to(x.dtype)
+        gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
+        if ctx.kind == "groupnorm":
+            normed_grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+                normed_grad, x, x.shape[-1:], mean, scale, None, None, [True, False, False]
+            )
+        elif ctx.kind == "rmsnorm":
+            along = (normed_grad * normed).mean(-1, keepdim=True)
+            normed_grad = (normed_grad - normed * along) * scale
+        return normed_grad, gate_grad, None, None
+
+
+def _normalise(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x) = (x - mean) * scale with its mean and scale [B, T, H, 1]."""
+    if kind == "groupnorm":
+        one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+        normed, mean, scale = torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
+        return normed, mean, scale
+    scale = torch.ones_like(x[..., :1])
+    if kind == "rmsnorm":
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * scale, torch.zeros_like(scale), scale
