@@ -88,10 +88,7 @@ DATA = [
     (RUN + " data.source=~nobodyx/x", "data.source (~nobodyx/x) has no home folder"),
     (RUN.replace("{tiny} data.source={corpus}", "{bad}/null.yaml"), "data.source (a\0b) cannot be"),
     (RUN + " data.source={bad}/empty.txt", "data.source ({bad}/empty.txt) is empty"),
-    (
-        RUN + " data.source={bad}/empty.txt data.streaming=true",
-        "{bad}/empty.txt) is empty",
-    ),
+    (RUN + " data.source={bad}/empty.txt data.streaming=true", "{bad}/empty.txt) is empty"),
     (RUN + " data.source={bad}/short.txt data.streaming=true", "short.txt) leaves the validation"),
     (RUN + " data.source={bad}/nothing", "is a folder without a file to read"),
     (RUN + " data.source={bad}/*.xyz", "data.source ({bad}/*.xyz) matches no file"),
@@ -118,10 +115,7 @@ DATA = [
         RUN + " data.tokenizer=bpe data.vocab_size=99999999999999999999",
         "is too large to be trained",
     ),
-    (
-        RUN + " data.max_tokens=99999999999999999999",
-        "data.max_tokens (99999999999999999999)",
-    ),
+    (RUN + " data.max_tokens=99999999999999999999", "data.max_tokens (99999999999999999999)"),
     (RUN + " data.vocab_size=5000", "data.vocab_size (5000) is the size of a bpe tokenizer to be"),
     (
         RUN.replace("{tiny}", "{bad}/size.yaml").replace("data.tokenizer=bytes", ""),

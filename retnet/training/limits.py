@@ -12,10 +12,7 @@ from retnet.training.spec import Config, TrainSpec
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
 INT64 = 2**63 - 1
-MOST = {
-    "model.num_hidden_layers": 10_000,
-    "train.gradient_accumulation_steps": 1_000_000,
-}
+MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 1_000_000}
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
 
 COUNTS = (

@@ -3,19 +3,16 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from filelock import FileLock
 
-from retnet.checkpoints import Progress, find_checkpoint, load_checkpoint_state
-from retnet.checkpoints.format import DATA_RECORD, FINAL, step_folder
-from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
+from retnet.checkpoints import Progress, find_checkpoint
+from retnet.checkpoints.format import FINAL, step_folder
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
 from retnet.errors import UserError
-from retnet.files import read_json
 from retnet.machine import keep_freed_memory, set_up_compiler
 from retnet.training.build import build_model, load_initial_weights, model_config
 from retnet.training.carry import CarriedState
@@ -24,7 +21,8 @@ from retnet.training.limits import check_run_fits
 from retnet.training.loop import Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
-from retnet.training.run_folder import LOCK, Start, lock_run_folder, open_run_folder, plan_start
+from retnet.training.resume import go_on, plan_start
+from retnet.training.run_folder import LOCK, Start, lock_run_folder, open_run_folder
 from retnet.training.signals import stop_on_signals
 from retnet.training.spec import Config
 from retnet.training.summary import describe_run
@@ -34,7 +32,6 @@ from retnet.training.validation import check_sample
 logger = logging.getLogger(__name__)
 
 EXIT_DIVERGED = 3
-TEXT_HASHES = ("train_sha256", "validation_sha256")
 T = TypeVar("T")
 
 
@@ -101,64 +98,13 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     trainer = _build_trainer(config, accelerator, data)
     check_sample(trainer.bare_model, data.tokenizer, config.train)
     if start.checkpoint is not None:
-        _go_on(trainer, start.checkpoint)
+        go_on(trainer, start.checkpoint)
     elif config.model.init_from:
         folder = load_initial_weights(trainer.bare_model, config.model.init_from, data.tokenizer)
         logger.info(f"weights from {folder}")
     for line in describe_run(trainer):
         logger.info(line)
     return trainer
-
-
-def _go_on(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a checkpoint's state into a fresh trainer.
-
-    Raises:
-        UserError: The checkpoint is of another model, tokenizer or size of a step; or of another
-            text, unless ``train.resume`` names it.
-    """
-    _check_data(trainer, checkpoint)
-    progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
-    check_same_meaning(trainer.bare_model, checkpoint, f"checkpoint ({checkpoint})", TAKE_OVER)
-    if progress.global_batch != trainer.batches.global_batch:
-        raise UserError(
-            f"train.batch_size x train.gradient_accumulation_steps x processes "
-            f"({trainer.batches.global_batch}) must stay {progress.global_batch}, the rows of a "
-            f"step in {checkpoint}"
-        )
-    trainer.progress = progress
-    if trainer.carried is not None:
-        trainer.carried.load(checkpoint, trainer.accelerator)
-    logger.info(f"going on from {checkpoint} (step {progress.step})")
-
-
-def _check_data(trainer: Trainer, checkpoint: Path) -> None:
-    """Compare tokenizer and text with those that the checkpoint was trained on."""
-    data, now = trainer.config.data, trainer.data.record
-    fix = "go on from another one, or use its weights alone with model.init_from"
-    before = read_json(checkpoint / DATA_RECORD, fix)
-    if before.get("tokenizer_sha256") != now["tokenizer_sha256"]:
-        raise UserError(
-            f"data.tokenizer ({data.tokenizer}) is not the tokenizer that checkpoint "
-            f"({checkpoint}) was trained with: restore the text it was made from, or set "
-            f"data.tokenizer={checkpoint} train.resume={checkpoint} and another train.out_dir"
-        )
-    if all(before.get(key) == now[key] for key in TEXT_HASHES):
-        return
-    changed = (
-        f"data.source ({data.source}) does not give the text that checkpoint ({checkpoint}) "
-        "was trained on"
-    )
-    if trainer.spec.carry_state:
-        raise UserError(
-            f"{changed}, and with train.carry_state (true) its states belong to that text: restore "
-            f"it, or take the weights alone into another train.out_dir (model.init_from)"
-        )
-    if trainer.spec.resume == "auto":
-        raise UserError(
-            f"{changed}: restore it, or go on with the new text by train.resume={checkpoint}"
-        )
-    logger.warning(f"{changed}: going on with the new text, as train.resume names the checkpoint")
 
 
 def _run(trainer: Trainer) -> int:

@@ -19,8 +19,7 @@ def test_nanogpt_boundary_for_tiny_shakespeare() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kind"),
-    [([10] * 19, "tail"), ([10] * 20, "documents"), ([10] * 20 + [12], "tail")],
+    ("sizes", "kind"), [([10] * 19, "tail"), ([10] * 20, "documents"), ([10] * 20 + [12], "tail")]
 )
 def test_documents_when_many_and_small(sizes: list[int], kind: str) -> None:
     texts = [chr(ord("a") + index) * size for index, size in enumerate(sizes)]
@@ -28,10 +27,7 @@ def test_documents_when_many_and_small(sizes: list[int], kind: str) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.text(min_size=1), min_size=20, max_size=60),
-    st.floats(0.001, 0.999),
-)
+@given(st.lists(st.text(min_size=1), min_size=20, max_size=60), st.floats(0.001, 0.999))
 def test_neither_side_is_empty(texts: list[str], fraction: float) -> None:
     if max(len(text) for text in texts) < 2:
         return

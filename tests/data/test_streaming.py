@@ -15,14 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retnet.data import (
-    DataSpec,
-    PreparedData,
-    prepare,
-    prepare_data,
-    rebuild_validation,
-    streaming,
-)
+from retnet.data import DataSpec, PreparedData, prepare, prepare_data, rebuild_validation, streaming
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]

@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from retnet.errors import UserError
-from retnet.generation import (
-    Sampler,
-    Sampling,
-    Usage,
-    decode_one,
-    generate,
-    prefill,
-)
+from retnet.generation import Sampler, Sampling, Usage, decode_one, generate, prefill
 from retnet.generation.decode import ENDED
 from tests.generation.builders import MIXERS, tiny_model
 

@@ -9,14 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet.errors import UserError
-from retnet.generation import (
-    Sampling,
-    Usage,
-    encode_prompt,
-    generate,
-    sample_text,
-    stream_text,
-)
+from retnet.generation import Sampling, Usage, encode_prompt, generate, sample_text, stream_text
 from retnet.generation.stream import TextStream
 from tests.generation.builders import BOS, EOS, MIXERS, PAD, byte_tokenizer, tiny_model
 

@@ -11,15 +11,7 @@ from torch import Tensor
 from retnet import RetNetForCausalLM, TransformerForCausalLM
 from retnet.model.loss import causal_lm_loss
 from tests.model.conftest import PAD, VOCAB, make_model, random_ids
-from tests.model.test_decoder import (
-    MODELS,
-    MODES,
-    TOLERANCE,
-    batches,
-    cut,
-    kept_rows,
-    logits,
-)
+from tests.model.test_decoder import MODELS, MODES, TOLERANCE, batches, cut, kept_rows, logits
 
 CHUNK = MODELS["retention"].config.chunk_size
 both = pytest.mark.parametrize("mixer", ["retention", "attention"])

@@ -8,11 +8,7 @@ import torch
 
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
-from retnet.training.build import (
-    build_model,
-    load_initial_weights,
-    model_config,
-)
+from retnet.training.build import build_model, load_initial_weights, model_config
 from retnet.training.config import load_config
 from retnet.training.spec import flatten
 from retnet.training.summary import count_parameters

@@ -26,14 +26,7 @@ from ..cache import DecoderCache, State, is_locked
 from ..decoder import DecoderForCausalLM, DecoderLayer, DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part
-from .weights import (
-    MOST_LEFT,
-    Product,
-    joint_layers,
-    joint_weights,
-    onednn_is_on,
-    switch_onednn,
-)
+from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
 MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for

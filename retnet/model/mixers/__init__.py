@@ -7,7 +7,4 @@ from .attention import CausalAttention
 from .base import Mixer
 from .retention import MultiScaleRetention
 
-MIXERS: dict[str, type[Mixer]] = {
-    "retention": MultiScaleRetention,
-    "attention": CausalAttention,
-}
+MIXERS: dict[str, type[Mixer]] = {"retention": MultiScaleRetention, "attention": CausalAttention}

@@ -117,11 +117,7 @@ class ChunkDecays(NamedTuple):
 
 
 def chunk_decays(
-    log_decay: Tensor,
-    length: int,
-    chunk_size: int,
-    valid: Tensor | None,
-    resets: Tensor | None,
+    log_decay: Tensor, length: int, chunk_size: int, valid: Tensor | None, resets: Tensor | None
 ) -> ChunkDecays:
     """``ChunkDecays`` of a row of tokens; the last chunk may be short.
 

@@ -66,16 +66,16 @@ class _GatedNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # for gradients of the gradients, they have theirs
             _, mean, scale = _normalise(x, ctx.kind, ctx.eps)
         normed = torch.addcmul(-mean * scale, x, scale)
-        normed_grad = F.silu(gate).mul_(grad).to(x.dtype)
+        x_grad = F.silu(gate).mul_(grad).to(x.dtype)  # so far of norm(X)
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
         if ctx.kind == "groupnorm":
-            normed_grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-                normed_grad, x, x.shape[-1:], mean, scale, None, None, [True, False, False]
-            )
+            shape, mask = x.shape[-1:], [True, False, False]
+            x_grad = torch.ops.aten.native_layer_norm_backward(
+                x_grad, x, shape, mean, scale, None, None, mask
+            )[0]
         elif ctx.kind == "rmsnorm":
-            along = (normed_grad * normed).mean(-1, keepdim=True)
-            normed_grad = (normed_grad - normed * along) * scale
-        return normed_grad, gate_grad, None, None
+            x_grad = (x_grad - normed * (x_grad * normed).mean(-1, keepdim=True)) * scale
+        return x_grad, gate_grad, None, None
 
 
 def _normalise(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:

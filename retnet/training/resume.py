@@ -1,0 +1,200 @@
+"""Where a run begins, and going on from a checkpoint: whether it fits, then its state."""
+
+import logging
+from pathlib import Path
+
+from retnet.checkpoints import load_checkpoint_state
+from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, list_checkpoints
+from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
+from retnet.checkpoints.verify import checkpoint_damage
+from retnet.errors import UserError
+from retnet.files import missing_folders, read_json
+from retnet.training.config import load_config
+from retnet.training.loop import Trainer
+from retnet.training.run_folder import CONFIG, Start, step_of, writing
+from retnet.training.spec import RESUMABLE_KEYS, Config, flatten
+
+logger = logging.getLogger(__name__)
+
+TEXT_HASHES = ("train_sha256", "validation_sha256")
+
+
+def plan_start(config: Config) -> Start:
+    """Decide from the run folder and ``train.resume``; writes nothing.
+
+    Raises:
+        UserError: The folder belongs to another configuration, or is not to be gone on with.
+    """
+    run, resume = config.train.run_folder, config.train.resume
+    if run.exists() and not run.is_dir():
+        raise UserError(f"train.out_dir ({run}) is a file: name a folder")
+    missing = missing_folders(run)
+    with writing(run):  # whether it can be made
+        run.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            folder.rmdir()
+    if resume == "auto":
+        return _automatic_start(config, run)
+    if resume != "never":
+        return _named_start(Path(resume), run, config.train.max_steps)
+    if _holds_run(run):
+        raise UserError(
+            f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
+            "or set another train.out_dir"
+        )
+    return Start()
+
+
+def _holds_run(run: Path) -> bool:
+    """Whether something of a run is there; one that died before its first save has only best/."""
+    return bool(list_checkpoints(run)) or (run / FINAL).exists() or (run / BEST).exists()
+
+
+def _automatic_start(config: Config, run: Path) -> Start:
+    """From the newest whole checkpoint of the run folder."""
+    _check_same_configuration(config, run)
+    final, damage = run / FINAL, None
+    if final.exists():
+        damage = checkpoint_damage(final, resumable=False)
+        done = step_of(final)
+        if damage is None and done >= config.train.max_steps:
+            return Start(finished=done)
+    checkpoint = _newest_whole(run)
+    if checkpoint is not None:
+        _check_length(checkpoint, config.train.max_steps)
+    elif final.exists():  # it was written after the last checkpoint
+        raise UserError(
+            f"train.out_dir ({run}) has {FINAL}/ and no checkpoint in {CHECKPOINTS}/ to go on "
+            "from: put one back, or set another train.out_dir (model.init_from takes the weights)"
+        )
+    if damage is not None:
+        logger.warning(f"checkpoint ({final}) is damaged, {damage}: it is written again")
+    return Start(checkpoint, damaged_end=damage is not None)
+
+
+def _named_start(checkpoint: Path, run: Path, max_steps: int) -> Start:
+    """From the checkpoint that ``train.resume`` names."""
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"train.resume ({checkpoint}) must be auto, never, or a checkpoint folder that exists"
+        )
+    damage = checkpoint_damage(checkpoint, resumable=checkpoint.parent.name == CHECKPOINTS)
+    if damage is not None:
+        raise UserError(
+            f"train.resume ({checkpoint}) is no whole checkpoint, {damage}: name another one, or "
+            "use auto, which takes the newest whole one"
+        )
+    own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
+    if not own and _holds_run(run):
+        raise UserError(
+            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
+            "another: go on with the run there by train.resume=auto, or set another train.out_dir"
+        )
+    _check_length(checkpoint, max_steps)
+    return Start(checkpoint)
+
+
+def _check_length(checkpoint: Path, max_steps: int) -> None:
+    step = step_of(checkpoint)
+    if step > max_steps:
+        raise UserError(
+            f"train.max_steps ({max_steps}) is less than the {step} steps of checkpoint "
+            f"({checkpoint}): set at least {step}, or name an earlier checkpoint by train.resume"
+        )
+
+
+def _newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None in a folder without any."""
+    damages: list[str] = []
+    for folder in reversed(list_checkpoints(run)):
+        damage = checkpoint_damage(folder, resumable=True)
+        if damage is None:
+            for line in damages:
+                logger.warning(f"{line}: going back to {folder.name}")
+            return folder
+        damages.append(f"checkpoint ({folder}) is damaged, {damage}")
+    if damages:
+        raise UserError(
+            f"{'; '.join(damages)}; and there is no whole one: restore one, or remove {run} to "
+            "start again"
+        )
+    return None
+
+
+def _check_same_configuration(config: Config, run: Path) -> None:
+    """Compare with the configuration of the run that is in the folder, if there is one."""
+    file = run / CONFIG
+    if not file.is_file():
+        checkpoints = list_checkpoints(run)
+        if checkpoints or (run / FINAL).exists():
+            named = f" go on by train.resume={checkpoints[-1]}," if checkpoints else ""
+            raise UserError(
+                f"train.out_dir ({run}) holds a run without its {CONFIG}, so that it can't be "
+                f"compared with this configuration: restore it,{named} or set another train.out_dir"
+            )
+        return
+    try:
+        before, now = flatten(load_config(file)), flatten(config)
+    except UserError as error:
+        raise UserError(
+            f"{file}, the configuration of the run in train.out_dir, is damaged: {error}; restore "
+            "it, or go on by train.resume=CHECKPOINT, which writes it again"
+        ) from error
+    keys = [key for key in now if key not in RESUMABLE_KEYS and now[key] != before[key]]
+    if keys:
+        changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in keys)
+        raise UserError(
+            f"train.out_dir ({run}) holds a run of another configuration, it differs in {changes}: "
+            "set another train.out_dir, or remove the folder"
+        )
+
+
+def go_on(trainer: Trainer, checkpoint: Path) -> None:
+    """Put a checkpoint's state into a fresh trainer.
+
+    Raises:
+        UserError: The checkpoint is of another model, tokenizer or size of a step; or of another
+            text, unless ``train.resume`` names it.
+    """
+    _check_data(trainer, checkpoint)
+    progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
+    check_same_meaning(trainer.bare_model, checkpoint, f"checkpoint ({checkpoint})", TAKE_OVER)
+    if progress.global_batch != trainer.batches.global_batch:
+        raise UserError(
+            f"train.batch_size x train.gradient_accumulation_steps x processes "
+            f"({trainer.batches.global_batch}) must stay {progress.global_batch}, the rows of a "
+            f"step in {checkpoint}"
+        )
+    trainer.progress = progress
+    if trainer.carried is not None:
+        trainer.carried.load(checkpoint, trainer.accelerator)
+    logger.info(f"going on from {checkpoint} (step {progress.step})")
+
+
+def _check_data(trainer: Trainer, checkpoint: Path) -> None:
+    """Compare tokenizer and text with those that the checkpoint was trained on."""
+    data, now = trainer.config.data, trainer.data.record
+    fix = "go on from another one, or use its weights alone with model.init_from"
+    before = read_json(checkpoint / DATA_RECORD, fix)
+    if before.get("tokenizer_sha256") != now["tokenizer_sha256"]:
+        raise UserError(
+            f"data.tokenizer ({data.tokenizer}) is not the tokenizer that checkpoint "
+            f"({checkpoint}) was trained with: restore the text it was made from, or set "
+            f"data.tokenizer={checkpoint} train.resume={checkpoint} and another train.out_dir"
+        )
+    if all(before.get(key) == now[key] for key in TEXT_HASHES):
+        return
+    changed = (
+        f"data.source ({data.source}) does not give the text that checkpoint ({checkpoint}) "
+        "was trained on"
+    )
+    if trainer.spec.carry_state:
+        raise UserError(
+            f"{changed}, and with train.carry_state (true) its states belong to that text: restore "
+            f"it, or take the weights alone into another train.out_dir (model.init_from)"
+        )
+    if trainer.spec.resume == "auto":
+        raise UserError(
+            f"{changed}: restore it, or go on with the new text by train.resume={checkpoint}"
+        )
+    logger.warning(f"{changed}: going on with the new text, as train.resume names the checkpoint")
