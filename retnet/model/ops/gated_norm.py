@@ -70,9 +70,15 @@ class _GatedNorm(torch.autograd.Function):
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
         if ctx.kind == "groupnorm":
             shape, mask = x.shape[-1:], [True, False, False]
-            x_grad = torch.ops.aten.native_layer_norm_backward(
-                x_grad, x, shape, mean, scale, None, None, mask
-            )[0]
+            if torch.is_grad_enabled():
+                x_grad = torch.ops.aten.native_layer_norm_backward(
+                    x_grad, x, shape, mean, scale, None, None, mask
+                )[0]
+            else:  # of numbers that are normalised already, which are at hand
+                zero, one = torch.zeros_like(mean), torch.ones_like(scale)
+                x_grad = torch.ops.aten.native_layer_norm_backward(
+                    x_grad, normed, shape, zero, one, None, None, mask
+                )[0].mul_(scale)
         elif ctx.kind == "rmsnorm":
             x_grad = (x_grad - normed * (x_grad * normed).mean(-1, keepdim=True)) * scale
         return x_grad, gate_grad, None, None
@@ -82,8 +88,7 @@ def _normalise(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor
     """norm(x) = (x - mean) * scale with its mean and scale [B, T, H, 1]."""
     if kind == "groupnorm":
         one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
-        normed, mean, scale = torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
-        return normed, mean, scale
+        return torch.native_layer_norm(x, x.shape[-1:], one, zero, eps)
     scale = torch.ones_like(x[..., :1])
     if kind == "rmsnorm":
         scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
