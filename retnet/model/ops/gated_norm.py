@@ -61,12 +61,12 @@ class _GatedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, gate, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # for gradients of the gradients, they have theirs
             _, mean, scale = _normalise(x, ctx.kind, ctx.eps)
         normed = torch.addcmul(-mean * scale, x, scale)
-        x_grad = F.silu(gate).mul_(grad).to(x.dtype)  # so far of norm(X)
+        x_grad = (F.silu(gate) * grad).to(x.dtype)  # so far of norm(X)
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
         if ctx.kind == "groupnorm":
             shape, mask = x.shape[-1:], [True, False, False]

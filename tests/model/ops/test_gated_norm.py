@@ -1,4 +1,4 @@
-"""Norm and gate with a backward pass of their own, against what autograd makes of the plain form."""
+"""Norm and gate with their own backward pass, against what autograd makes of the formula."""
 
 from functools import partial
 
