@@ -28,13 +28,7 @@ def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
 def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
     """The norm of x in the type of the gate, times swish(gate).
 
-    Args:
-        x: [B, T, H, V], float32 or float64.
-        gate: [B, T, H, V]; None for none.
-        kind, eps: As ``head_norm`` takes them.
-
-    Returns:
-        [B, T, H, V].
+    All are [B, T, H, V]: x float32 or float64, the gate None for none.
     """
     if gate is None:
         return head_norm(x, kind, eps)
@@ -64,15 +58,14 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # for gradients of the gradients, they have theirs
-            _, mean, scale = _normalise(x, ctx.kind, ctx.eps)
+            mean, scale = _normalise(x, ctx.kind, ctx.eps)[1:]
         normed = torch.addcmul(-mean * scale, x, scale)
         x_grad = F.silu(gate).mul_(grad).to(x.dtype)  # so far of norm(X)
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
         if ctx.kind == "groupnorm":
             shape, mask = x.shape[-1:], [True, False, False]
-            x_grad = torch.ops.aten.native_layer_norm_backward(
-                x_grad, x, shape, mean, scale, None, None, mask
-            )[0]
+            backward = torch.ops.aten.native_layer_norm_backward
+            x_grad = backward(x_grad, x, shape, mean, scale, None, None, mask)[0]
         elif ctx.kind == "rmsnorm":
             x_grad = (x_grad - normed * (x_grad * normed).mean(-1, keepdim=True)) * scale
         return x_grad, gate_grad, None, None
