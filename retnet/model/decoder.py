@@ -50,13 +50,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class Shared:
-    """What the parts of one pass share, by their class, and what is kept of each row.
-
-    Args:
-        layers: All blocks.
-        tokens: Of this pass.
-        rows: What the last pass kept, see ``DecoderCache``.
-    """
+    """What the parts of a pass share, by class, and what is kept by row (see ``DecoderCache``)."""
 
     def __init__(self, layers: Iterable[Any], tokens: TokenInfo, rows: State) -> None:
         self.rows: State = {"record": tokens.record}
@@ -175,15 +169,11 @@ class DecoderModel(DecoderPreTrainedModel):
             hidden_states=None if all_hidden is None else tuple(all_hidden),
         )
 
-    def _begin(
-        self, layer: nn.Module, own: LayerState, hidden: Tensor, capacity: int | None
-    ) -> None:
+    def _begin(self, layer: Any, own: LayerState, hidden: Tensor, capacity: int | None) -> None:
         """Put the states from before the first token."""
-        for part in ("mixer", "ffn"):
-            state = getattr(layer, part).init_state(
-                hidden.shape[0], hidden.device, hidden.dtype, capacity
-            )
-            setattr(own, part, state)
+        given = hidden.shape[0], hidden.device, hidden.dtype, capacity
+        own.mixer = layer.mixer.init_state(*given)
+        own.ffn = layer.ffn.init_state(*given)
 
     def _memory(
         self, past_key_values: DecoderCache | None, use_cache: bool | None
@@ -226,10 +216,7 @@ class DecoderModel(DecoderPreTrainedModel):
 def _repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) -> Tensor:
     """Outputs at padding are those of the token before it: generate reads on from the last column.
 
-    Args:
-        hidden: [B, T, d].
-        latest: Of ``TokenInfo``.
-        before: Each row's last output in an earlier call, [B, d].
+    hidden [B, T, d]; before [B, d] is each row's last output in an earlier call.
     """
     if hidden.shape[1] > 1:
         hidden = hidden.gather(1, latest.clamp(min=0)[..., None].expand_as(hidden))
@@ -253,8 +240,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory to pass as ``past_key_values``; it is updated in place.
 
-        Args:
-            max_length: Tokens to reserve at once in a state that grows.
+        ``max_length`` tokens are reserved at once in a state that grows.
         """
         return self.model.new_cache(max_length)
 

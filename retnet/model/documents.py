@@ -49,11 +49,6 @@ class TokenInfo:
         return self.record.shape[0], self.positions.shape[1]
 
 
-def empty_record(batch_size: int, device: torch.device) -> Tensor:
-    """The record of rows that have seen nothing: int64 zeros [B, 3]."""
-    return torch.zeros(batch_size, 3, dtype=torch.int64, device=device)
-
-
 def describe_tokens(
     hidden: Tensor,
     *,
@@ -85,7 +80,7 @@ def describe_tokens(
     segment_ids = _fit("segment_ids", segment_ids, shape)
     position_ids = _fit("position_ids", position_ids, shape)
     fresh = record is None
-    known = empty_record(shape[0], device) if record is None else record
+    known = torch.zeros(shape[0], 3, dtype=torch.int64, device=device) if record is None else record
     if valid is None and segment_ids is None and position_ids is None:
         steps = torch.arange(length, device=device)[None]
         positions = steps if fresh else known[:, NEXT_POSITION, None] + steps
@@ -116,16 +111,11 @@ def describe_tokens(
             positions = torch.where(begin > 0, count - begin, positions)
 
     last = latest[:, -1:]
-    known = torch.stack(
-        (
-            known[:, SEEN] + count[:, -1],
-            _pick(positions + 1, last, known[:, NEXT_POSITION])[:, 0],
-            known[:, SEGMENT]
-            if segment_ids is None
-            else _pick(segment_ids, last, known[:, SEGMENT])[:, 0],
-        ),
-        dim=1,
-    )
+    seen, segment = known[:, SEEN] + count[:, -1], known[:, SEGMENT]
+    next_position = _pick(positions + 1, last, known[:, NEXT_POSITION])[:, 0]
+    if segment_ids is not None:
+        segment = _pick(segment_ids, last, segment)[:, 0]
+    known = torch.stack((seen, next_position, segment), dim=1)
     latest_valid = None if valid is None else latest
     return TokenInfo(positions, past, hidden.dtype, valid, resets, known, latest_valid)
 

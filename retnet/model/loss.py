@@ -44,11 +44,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``causal_lm_loss(hidden @ weight.T, ...)`` without all the logits at once.
 
-    Args:
-        hidden: [B, T, d].
-        weight: [vocab_size, d] of the output layer, which has no bias.
-        targets: int64 [B, T], -100 to ignore.
-        num_items: As in ``causal_lm_loss``.
+    hidden is [B, T, d], weight [vocab_size, d] that of the output layer, which has no bias.
     """
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -112,11 +108,8 @@ def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:
     chance = chances.gather(1, labels)
     # softmax says it all unless a chance is too small for it (a GPU would have to wait to know, and
     # tensors that only have a shape never do)
-    if (
-        type(logits) is Tensor
-        and logits.device.type == "cpu"
-        and bool(chance.amin() > SMALLEST_CHANCE)
-    ):
+    readable = type(logits) is Tensor and logits.device.type == "cpu"
+    if readable and bool(chance.amin() > SMALLEST_CHANCE):
         return -chance.log()
     # ln of the sum of all exp(logit), from the token of which softmax knows it best
     normaliser = logits.amax(1, keepdim=True) - chances.amax(1, keepdim=True).log()
@@ -145,12 +138,8 @@ def shift_targets(
 ) -> Tensor:
     """Targets for each position: the next label, where that continues the same document.
 
-    Args:
-        labels: int64 [B, T], -100 to ignore.
-        attention_mask, segment_ids, position_ids: As the model got them.
-
-    Returns:
-        int64 [B, T]; -100 where the next token begins another document, or either is padding.
+    Both int64 [B, T], -100 to ignore: where the next token begins another document, or either is
+    padding. The mask and the ids are as the model got them.
     """
     tokens = describe_tokens(
         labels,

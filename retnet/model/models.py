@@ -48,11 +48,7 @@ PUBLIC: tuple[type[DecoderForCausalLM], ...] = (RetNetForCausalLM, TransformerFo
 
 
 def model_class(mixer: str) -> type[DecoderForCausalLM]:
-    """The causal language model of a mixer.
-
-    Args:
-        mixer: A name in ``MIXERS``.
-    """
+    """The causal language model of a mixer, by its name in ``MIXERS``."""
     kind = MIXERS[mixer]
     public = (model for model in PUBLIC if configuration(model).mixer_class is kind)
     return next(public, None) or _unnamed(cast(Any, kind))

@@ -20,10 +20,8 @@ WARM_UPS = 3  # runs before the capture, in which libraries and compilers settle
 class StepGraph:
     """``DecodeStep`` on a GPU, captured at the first token of a cache whose size is constant.
 
-    It is captured anew when the cache's tensors have moved, as after a change of its rows.
-
-    Args:
-        step: Of a model whose state does not grow; may be compiled.
+    It is captured anew when the cache's tensors have moved, as after a change of its rows. The
+    step may be compiled; its model's state must not grow.
     """
 
     def __init__(self, step: DecodeStep) -> None:

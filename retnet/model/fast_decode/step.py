@@ -36,9 +36,8 @@ MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of 
 def make_decode_step(model: nn.Module) -> tuple["DecodeStep | None", str]:
     """The lean step of a model; None and the reason where only its forward pass is right.
 
-    Args:
-        model: A language model. It must consist of its own modules and plain weights, nothing
-            wrapped, hooked, compiled or in training, on a device that has float64 for the angles.
+    A language model has one that consists of its own modules and plain weights, nothing wrapped,
+    hooked, compiled or in training, on a device that has float64 for the angles.
     """
     if not isinstance(model, DecoderForCausalLM):
         return None, f"{type(model).__name__} is no model of this package"
@@ -83,10 +82,8 @@ def _is_own(module: nn.Module) -> bool:
 class PartStep:
     """One token per row through a mixer or feed-forward network.
 
-    Attributes:
-        inputs: Products with what reads its input.
-        output: Product with its last layer's weight.
-        core: What lies between.
+    ``inputs`` are the products with what reads its input, ``output`` is that with its last layer's
+    weight, ``core`` what lies between.
     """
 
     def __init__(self, part: Part) -> None:

@@ -76,11 +76,7 @@ def _onednn() -> Any:
 
 
 class Product:
-    """x W^T for [rows, in]: a weight as it is stored, and where it pays a packed copy of it.
-
-    Args:
-        weight: [out, in], without gradients.
-    """
+    """x W^T for [rows, in]: a weight [out, in], without gradients; packed where it pays."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -104,11 +100,9 @@ class Product:
 
 
 class PackedWeight:
-    """A copy of a float32 weight in the layout of oneDNN's kernels.
+    """A copy of a float32 weight [out, in] in the layout of oneDNN's kernels.
 
-    Args:
-        weight: [out, in].
-        rows: Of the products; with another number they are right, but may be slower.
+    Products of another number of rows than ``rows`` are right, but may be slower.
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:

@@ -50,38 +50,27 @@ class Part(nn.Module):
     ) -> State:
         """What it remembers before the first token, to which a document boundary returns.
 
-        Args:
-            rows: B.
-            device, dtype: Of the model; sums are float32 or wider whatever the dtype.
-            capacity: Tokens to reserve at once in a state that grows.
+        Sums are float32 or wider whatever the dtype; one that grows reserves ``capacity`` tokens.
         """
         return {}
 
     def shared(self, tokens: TokenInfo, memory: State) -> tuple[Any, State]:
         """What all parts of this class share in one pass, asked of the first of them.
 
-        Args:
-            tokens: The pass's validity, document boundaries and positions.
-            memory: What the last pass returned here, by row; empty at first.
-
-        Returns:
-            What ``forward`` gets, and the new memory (only the entries of this class).
+        It returns what ``forward`` gets, and the new memory by row (only the entries of this
+        class), which the next pass hands in; it is empty at first.
         """
         return tokens, {}
 
     def forward(
         self, hidden: Tensor, shared: Any, state: State | None = None, mode: str | None = None
     ) -> tuple[Tensor, State]:
-        """Mix the tokens of each row.
+        """Mix the tokens of each row: [B, T, d] -> [B, T, d] and the state after the last token.
 
         Args:
-            hidden: [B, T, d].
-            shared: From ``shared``.
+            shared: What the method of this name returned.
             state: After the earlier calls; None when there were none and none follow.
             mode: One of the mixer's forms, or None for the fastest right one.
-
-        Returns:
-            [B, T, d] and the state after the last token.
         """
         raise NotImplementedError
 
@@ -95,19 +84,14 @@ class Step:
     def shared(self, positions: Tensor, length: int) -> Any:
         """What all steps of this class share at one token.
 
-        Args:
-            positions: Of the token in each row, int64 [B].
-            length: Columns seen before it.
+        positions int64 [B]: of the token in each row; length: columns seen before it.
         """
         return None
 
     def __call__(self, joined: Tensor, shared: Any, state: State) -> Tensor:
-        """The input of the output layer [B, in]; the state's tensors, and what it holds, go on.
+        """The input of the output layer [B, in]; the state is changed in place.
 
-        Args:
-            joined: Products of the ``joint`` layers with the part's input, [B, sum of out].
-            shared: From ``shared``.
-            state: Changed in place.
+        joined [B, sum of out]: products of the ``joint`` layers with the part's input.
         """
         raise NotImplementedError
 
@@ -133,8 +117,7 @@ class Mixer(Part):
     def growing(cls, config: Any) -> tuple[str, ...]:
         """Names of the entries of its state that grow with the text, tokens at dimension -2.
 
-        Args:
-            config: A configuration, or a ``model`` section with its keys.
+        config may also be a ``model`` section with its keys.
         """
         return ()
 
@@ -154,12 +137,8 @@ class Mixer(Part):
         """Fill one module's own weights; already loaded ones are left alone (transformers' flag).
 
         Here GPT-2's: normal 0.02, the two output layers of a block divided by sqrt(2 layers). The
-        model's output layer, and an embedding tied to it, are the same for all mixers.
-
-        Args:
-            module: An embedding, norm or linear layer, of the mixer or outside of all mixers.
-            role: The last word of its name in the model, as "o_proj".
-            config: The model's.
+        model's output layer, and an embedding tied to it, are the same for all mixers. The module
+        may be outside of all mixers; its role is the last word of its name, as "o_proj".
         """
         if isinstance(module, nn.Embedding):
             std = output_std(config) if config.tie_word_embeddings else cls.embedding_std(config)
@@ -210,12 +189,7 @@ def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:
 
 
 class RotaryStep(Step):
-    """A step whose queries and keys are rotated together, [B, 2H, 1, K].
-
-    Args:
-        mixer: Whose step it is.
-        key_scale: What the keys are multiplied by on the way.
-    """
+    """A step that rotates queries and keys together, [B, 2H, 1, K], keys times ``key_scale``."""
 
     def __init__(self, mixer: Any, key_scale: float = 1.0) -> None:
         config, weight = mixer.config, mixer.o_proj.weight

@@ -197,7 +197,7 @@ class MultiScaleRetention(Mixer):
     ) -> tuple[Tensor, State]:
         """Mix the tokens of each row; plain rows that begin at position 0 when nothing is shared.
 
-        Args, results: As those of ``Part.forward``.
+        Arguments and results as in ``Part.forward``.
         """
         config, heads = self.config, self.config.num_heads
         if shared is None:

@@ -73,17 +73,11 @@ class ChunkRetention(torch.autograd.Function):
 
 @in_full_precision
 def _gradients(
-    out_grad: Tensor,
-    last_grad: Tensor,
-    before: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    *rest: Any,
+    out_grad: Tensor, last_grad: Tensor, before: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    """Of q, k, v and of the state before the first chunk."""
-    decays = ChunkDecays(*rest)
+    """Of q, k, v and of the state before the first chunk; inputs as of ``ChunkRetention``."""
+    q, k, v, state = inputs[:4]
+    decays = ChunkDecays(*inputs[4:])
     if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
         before = mix_chunks(q, k, v, state, decays)[2]
     out_grad = out_grad.contiguous()  # once, instead of for each product

@@ -27,8 +27,6 @@ def head_log_decay(
         decay: ``"paper"``: 1 - 2^(-5-h) for head h (arXiv 2307.08621, section 2.1 equation 8);
             ``"log_linear"``: 1 - exp(linspace(ln 1/32, ln 1/512, H)), the schedule of the paper's
             experiments; a number in (0, 1]: the same decay for all heads (1 is no decay).
-        num_heads: H.
-        device: Where the result is wanted.
 
     Returns:
         float64 [H] (float32 where the device has no float64).
@@ -59,9 +57,8 @@ def clock(
 ) -> tuple[Tensor, Tensor | None]:
     """How many valid tokens there are up to each token, itself included, and its document's number.
 
-    Returns:
-        time int64 [B, T], or [1, T] when nothing is padding; document int64 [B, T], or None when
-        all belongs to one.
+    Time is int64 [B, T], or [1, T] when nothing is padding; document int64 [B, T], or None when all
+    belongs to one.
     """
     tokens = torch.arange(1, length + 1, device=device)[None] if valid is None else valid.cumsum(1)
     return tokens, None if resets is None else resets.cumsum(1)
@@ -119,13 +116,10 @@ class ChunkDecays(NamedTuple):
 def chunk_decays(
     log_decay: Tensor, length: int, chunk_size: int, valid: Tensor | None, resets: Tensor | None
 ) -> ChunkDecays:
-    """``ChunkDecays`` of a row of tokens; the last chunk may be short.
+    """``ChunkDecays`` of T tokens in chunks of C <= T; the last chunk may be short.
 
-    Args:
-        log_decay: ln g [H]; its dtype and device are the result's.
-        length: T.
-        chunk_size: C <= T.
-        valid, resets: bool [B, T], as ``retention_recurrent`` takes them.
+    log_decay is ln g [H], its dtype and device are the result's; valid and resets are bool [B, T],
+    as ``retention_recurrent`` takes them.
     """
     num_chunks = -(-length // chunk_size)
     time, document = clock(length, log_decay.device, valid, resets)

@@ -6,6 +6,7 @@ this keeps X and G and computes the other two again. With Y the result and dY it
     dG = swish'(G) * dY * norm(X)        dX = norm'(X) (dY * swish(G))
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +40,13 @@ def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
     if gate is None:
         return head_norm(x, kind, eps)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.silu(gate) * head_norm(x, kind, eps).to(gate.dtype)
+        return _plain(x, gate, kind, eps)
     y: Tensor = _GatedNorm.apply(x, gate, kind, eps)[0]
     return y
+
+
+def _plain(x: Tensor, gate: Tensor, kind: str, eps: float) -> Tensor:
+    return F.silu(gate) * head_norm(x, kind, eps).to(gate.dtype)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -63,22 +68,17 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, mean, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for gradients of the gradients, they have theirs
-            _, mean, scale = _normalise(x, ctx.kind, ctx.eps)
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            plain = partial(_plain, kind=ctx.kind, eps=ctx.eps)
+            return *torch.func.vjp(plain, x, gate)[1](grad), None, None
         normed = torch.addcmul(-mean * scale, x, scale)
-        x_grad = (F.silu(gate) * grad).to(x.dtype)  # so far of norm(X)
+        x_grad = F.silu(gate).mul_(grad).to(x.dtype)  # so far of norm(X)
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
-        if ctx.kind == "groupnorm":
-            shape, mask = x.shape[-1:], [True, False, False]
-            if torch.is_grad_enabled():
-                x_grad = torch.ops.aten.native_layer_norm_backward(
-                    x_grad, x, shape, mean, scale, None, None, mask
-                )[0]
-            else:  # of numbers that are normalised already, which are at hand
-                zero, one = torch.zeros_like(mean), torch.ones_like(scale)
-                x_grad = torch.ops.aten.native_layer_norm_backward(
-                    x_grad, normed, shape, zero, one, None, None, mask
-                )[0].mul_(scale)
+        if ctx.kind == "groupnorm":  # of numbers that are normalised already
+            zero, one, mask = torch.zeros_like(mean), torch.ones_like(scale), [True, False, False]
+            x_grad = torch.ops.aten.native_layer_norm_backward(
+                x_grad, normed, x.shape[-1:], zero, one, None, None, mask
+            )[0].mul_(scale)
         elif ctx.kind == "rmsnorm":
             x_grad = (x_grad - normed * (x_grad * normed).mean(-1, keepdim=True)) * scale
         return x_grad, gate_grad, None, None

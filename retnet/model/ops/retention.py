@@ -50,8 +50,7 @@ def retention_recurrent(
         v: [B, H, T, V].
         log_decay: ln g [H].
         initial_state: [B, H, K, V]; zeros when None.
-        valid: bool [B, T], False at padding; all valid when None.
-        resets: bool [B, T], True where a new document begins; none when None.
+        valid, resets: bool [B, T], see above; no padding, no new document when None.
 
     Returns:
         out [B, H, T, V] and the state after the last token [B, H, K, V], both float32 (float64 for

@@ -40,14 +40,9 @@ def rotary_theta(
 
 
 def rotary_angles(positions: Tensor, head_dim: int, *, frequencies: str, base: float) -> Tensor:
-    """Rotation angles, exact at any position.
+    """Positions int64 [B, T] -> rotation angles float64 [B, T, K/2], exact at any position.
 
-    Args:
-        positions: int64 [B, T].
-        head_dim, frequencies, base: As in ``rotary_theta``.
-
-    Returns:
-        float64 [B, T, K/2], on the CPU where the device of ``positions`` has no float64.
+    They are on the CPU where the device of ``positions`` has no float64.
     """
     if positions.device.type == "mps":
         positions = positions.cpu()
