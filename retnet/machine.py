@@ -36,10 +36,7 @@ def keep_freed_memory() -> bool:
     begins with a page fault per 4 KiB. Activations of long rows are such blocks; what it
     is worth, benchmarks/RESULTS.md says (the column of the default allocator). The process's
     resident memory stays at its peak. Other C libraries, and settings that the user made by
-    MALLOC_* or GLIBC_TUNABLES, are left alone.
-
-    Returns:
-        Whether something was set.
+    MALLOC_* or GLIBC_TUNABLES, are left alone. Returns whether something was set.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
@@ -59,10 +56,7 @@ def use_fast_products() -> bool:
     the processor has matrix units for it (AMX, only Intel's), and everywhere else compute in
     float32 as always. So where MKL is slow the permission costs no digit; that is made sure of
     here, and where one digit is lost, or on Intel's processors, nothing is set. On an AMD Zen 5 a
-    product takes half of the time, a batch of small ones 0.4 of it.
-
-    Returns:
-        Whether it was set.
+    product takes half of the time, a batch of small ones 0.4 of it. Returns whether it was set.
     """
     if _setting().fp32_precision == "bf16" or not (_has_kernels() and _keeps_all_digits()):
         return _setting().fp32_precision == "bf16"
@@ -107,13 +101,10 @@ def _multiplies_exactly() -> bool:
 
 
 def set_up_compiler(device: torch.device, key: str) -> None:
-    """Find a C++ compiler for torch.compile, which ``key`` asks for.
+    """Find a C++ compiler for torch.compile, for which ``key`` asks; a ``UserError`` without one.
 
     With max-autotune the compiler asks torch for the precision of products in a way that knows no
     setting of one library alone: ``use_fast_products`` is undone then.
-
-    Raises:
-        UserError: There is no compiler.
     """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     if device.type == "cpu" and not any(shutil.which(name) for name in names):

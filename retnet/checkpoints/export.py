@@ -31,18 +31,10 @@ FOR_TRAINING = (OPTIMIZER, TRAINING_STATE, MANIFEST)  # not taken along, or writ
 
 
 def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
-    """Write a folder with a checkpoint and the code of its model.
+    """Write a new folder with what ``find_checkpoint`` finds and the code of its model.
 
-    Args:
-        checkpoint: What ``find_checkpoint`` takes.
-        folder: Must not be there yet.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        UserError: There is no such checkpoint, its model has no public class, or the folder is
-            there or can't be written.
+    Returns the checkpoint's folder; a ``UserError`` where there is none, its model has no public
+    class, or ``folder`` is there already or can't be written.
     """
     source = find_checkpoint(checkpoint)
     if kind_of(folder, "folder") is not None:
@@ -81,13 +73,9 @@ def _auto_map(source: Path, model_type: object) -> dict[str, str]:
 
 
 def flat_code(module: str) -> Iterator[tuple[str, str]]:
-    """A module of the model and all that it imports there, as modules of one folder.
+    """A module (dotted, below the model's folder) and all that it imports there, as of one folder.
 
-    Args:
-        module: Dotted, below the model's folder.
-
-    Yields:
-        Names without dots, and the text with the imports rewritten.
+    Yields names without dots, and the text with the imports rewritten.
     """
     waiting, done = [module], set()
     while waiting:

@@ -16,9 +16,7 @@ NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
 def find_checkpoint(path: str | Path) -> Path:
     """The folder itself, or of a run ``final``, else ``best``, else the newest of ``checkpoints``.
 
-    Raises:
-        UserError: There is none; the message lists checkpoints that are near. Or the path cannot
-            be reached.
+    A ``UserError`` where there is none, which lists those that are near, or it cannot be reached.
     """
     if not str(path):
         raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")

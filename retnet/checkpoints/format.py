@@ -77,11 +77,7 @@ def in_order(folders: Iterable[Path]) -> list[Path]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first.
-
-    Raises:
-        UserError: Whether there are any can't be seen.
-    """
+    """The run's checkpoints, oldest first; a ``UserError`` where they can't be looked for."""
     parent = run / CHECKPOINTS
     try:
         return in_order(parent.iterdir())

@@ -48,21 +48,19 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Load a checkpoint without a network and without running code it brings along.
+    """Load a checkpoint without a network; its own code runs with ``trust_remote_code`` only.
 
-    Unless ``trust_remote_code`` allows that. The weights keep the dtype they were saved in when
-    ``dtype`` is None.
-
-    Raises:
-        UserError: There is no such checkpoint, or something in it is missing or does not fit.
+    The weights keep the dtype they were saved in when ``dtype`` is None. A ``UserError`` where
+    there is no such checkpoint, or something in it is missing or does not fit.
     """
     folder = find_checkpoint(path)
     _check_config(folder, trust_remote_code)
     check_weights_unchanged(folder)
-    model = _load_model(folder, dtype, trust_remote_code)
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    model = _load_model(folder, dtype, local)
     model.to(torch.device(device))  # type: ignore[arg-type]
     lay_out_for_decoding(model)
-    tokenizer = _load_tokenizer(folder, model.config.vocab_size, trust_remote_code)
+    tokenizer = _load_tokenizer(folder, model.config.vocab_size, local)
     record_file = folder / DATA_RECORD
     record = read_json(record_file, COPY_AGAIN) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
@@ -117,23 +115,20 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _load_model(
-    folder: Path, dtype: torch.dtype | None, trust_remote_code: bool
+    folder: Path, dtype: torch.dtype | None, local: dict[str, bool]
 ) -> DecoderForCausalLM:
     try:
         with _quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(folder, **local)
             check_size(folder, config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
-                local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
                 ignore_mismatched_sizes=True,  # reported below, with the parameter's name
                 output_loading_info=True,
+                **local,
             )
     except UserError:
         raise
@@ -168,7 +163,7 @@ def _load_model(
 
 
 def _load_tokenizer(
-    folder: Path, vocab_size: int, trust_remote_code: bool
+    folder: Path, vocab_size: int, local: dict[str, bool]
 ) -> PreTrainedTokenizerFast:
     if not (folder / TOKENIZER).is_file():
         raise UserError(
@@ -176,9 +171,7 @@ def _load_tokenizer(
             "the run's other checkpoints"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     except Exception as error:  # each damaged file fails in a way of its own
         if "trust_remote_code" in str(error):  # transformers' words for a class it does not have
             reason, fix = "needs code from its own folder", "read it, then add --trust-remote-code"

@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retnet.checkpoints.format import (
@@ -39,7 +33,7 @@ from retnet.checkpoints.weights import read_weights
 from retnet.errors import UserError
 from retnet.files import read_json, remove_folder, replacing, tidy, write_json
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -63,19 +57,18 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; every process must call this, the main one writes.
 
+    An ``OSError`` where it can't be written; nothing has changed then.
+
     Args:
         folder: Its final name; an existing folder there is replaced.
         model: The model that is trained, perhaps wrapped; ``bare_model`` is the one inside.
         optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
         carried: States carried from window to window, where there are any.
-
-    Raises:
-        OSError: It can't be written; nothing has changed then.
     """
-    weights = get_model_state_dict(model, options=WHOLE)
+    weights = states.get_model_state_dict(model, options=WHOLE)
     moments = None
     if optimizer is not None:
-        moments = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        moments = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if not main_process:
         return
     if folder.parent.name == CHECKPOINTS:  # a run folder that was removed stays removed
@@ -110,8 +103,7 @@ def load_checkpoint_state(
 ) -> Progress:
     """Put a checkpoint's weights and moments into model and optimizer.
 
-    Raises:
-        UserError: The folder is no checkpoint to go on from.
+    A ``UserError`` where the folder is no checkpoint to go on from.
     """
     for name in (WEIGHTS, OPTIMIZER, TRAINING_STATE):
         if not (folder / name).is_file():
@@ -121,17 +113,17 @@ def load_checkpoint_state(
             )
     weights: dict[str, Any] = dict(read_weights(folder, tied=True))
     what, fix = f"checkpoint ({folder})", TAKE_OVER
-    own: Any = get_model_state_dict(model)
+    own: Any = states.get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, weights, options=options)
-    moments: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    options = states.StateDictOptions(full_state_dict=True)
+    states.set_model_state_dict(model, weights, options=options)
+    moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     stored = load_file(folder / OPTIMIZER)
     check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]
-    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    states.set_optimizer_state_dict(model, optimizer, moments, options=options)
     return Progress(**read_json(folder / TRAINING_STATE, COPY_AGAIN))
 
 

@@ -30,8 +30,7 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None:
     """The first of a folder's described files, or of ``only`` some, that is missing or changed.
 
-    Returns:
-        Its name and what is wrong with it; None when all is well.
+    Returns its name and what is wrong with it; None when all is well.
     """
     try:
         if not (folder / MANIFEST).exists():
@@ -67,12 +66,10 @@ def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
 
 
 def check_weights_unchanged(folder: Path) -> None:
-    """Compare the weights with the manifest of their folder.
+    """Raise a ``UserError`` when the weights are not what the manifest of their folder describes.
 
     The other files are text that one may want to edit; a folder without a manifest is accepted.
-
-    Raises:
-        UserError: They are not what the manifest describes, or ``weight_files`` refuses them.
+    What ``weight_files`` refuses is refused here too.
     """
     files = weight_files(folder)
     if not (folder / MANIFEST).is_file():

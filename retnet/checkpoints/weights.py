@@ -17,9 +17,7 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the safetensors files with the weights: one, or the shards of the index.
 
     transformers unpickles whatever an index names without the suffix, so such a name is refused.
-
-    Raises:
-        UserError: There are none, or not all, or others.
+    A ``UserError`` where there are none, or not all, or others.
     """
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
@@ -83,8 +81,7 @@ def check_size(folder: Path, config: Any) -> None:
 def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     """The weights in a checkpoint of ours by name; ``tied``: the output layer may be the embedding.
 
-    Raises:
-        SafetensorError: The file is damaged.
+    A ``SafetensorError`` where the file is damaged.
     """
     weights = load_file(folder / WEIGHTS)
     if tied and "lm_head.weight" not in weights:

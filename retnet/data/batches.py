@@ -66,14 +66,9 @@ class _Windows:
 
 
 class StepBatches:
-    """What both kinds of training windows share: the rows of a step, and who gets which.
+    """What both kinds of training windows share: the rows of a step, and who gets which."""
 
-    Attributes:
-        global_batch: Rows of a step: ``batch_size * world_size * accumulation``.
-        windows_per_epoch: Rows after which the text has been seen once.
-    """
-
-    windows_per_epoch: int
+    windows_per_epoch: int  # rows after which the text has been seen once
 
     def __init__(
         self,
@@ -87,7 +82,7 @@ class StepBatches:
         accumulation: int = 1,
     ) -> None:
         """Cut windows of ``seq_len`` tokens; ``batch_size`` is of one micro-step on one process."""
-        self.global_batch = batch_size * world_size * accumulation
+        self.global_batch = batch_size * world_size * accumulation  # rows of a step
         self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
 
@@ -128,10 +123,9 @@ class TrainingBatches(StepBatches):
     def batch(self, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """The rows of this process in one micro-step.
 
-        Returns:
-            ``input_ids`` and ``shift_labels``, int64 [B, T]: the label of a position is the token
-            after it, -100 where that belongs to another document; and ``segment_ids``, int64
-            [B, T], where boundaries matter and some row holds one.
+        Returns ``input_ids`` and ``shift_labels``, int64 [B, T]: the label of a position is the
+        token after it, -100 where that belongs to another document; and ``segment_ids``, int64
+        [B, T], where boundaries matter and some row holds one.
         """
         return self._windows.batch(self._own(self.window_starts(step), micro_step))
 

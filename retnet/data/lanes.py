@@ -46,9 +46,8 @@ class CarriedBatches(StepBatches):
     def batch(self, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """The rows of this process in one micro-step.
 
-        Returns:
-            ``input_ids``, ``shift_labels`` and ``segment_ids``, int64 [B, T]: the segment id of a
-            document is the same in all its windows and another one in the next epoch.
+        Returns ``input_ids``, ``shift_labels`` and ``segment_ids``, int64 [B, T]: the segment id of
+        a document is the same in all its windows and another one in the next epoch.
         """
         epoch = step // self._windows_per_lane
         order, begins = self._documents(epoch)

@@ -26,9 +26,8 @@ BOM = codecs.BOM_UTF8.decode()
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yield the documents of one file in order.
 
-    Raises:
-        UserError: The file is unreadable, damaged, not UTF-8 (with the offset of the first bad
-            byte), or a row lacks ``text_field`` (with the fields there are).
+    A ``UserError`` where it is unreadable, damaged, not UTF-8 (with the offset of the first bad
+    byte), or a row lacks ``text_field`` (with the fields there are).
     """
     with _reading(path):
         try:

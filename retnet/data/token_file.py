@@ -27,19 +27,12 @@ class DamagedTokenFileError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """The documents of one side, as ``<bos>`` text ``<eos>`` one after the other.
+    """The documents of one side, as ``<bos>`` text ``<eos>`` one after the other."""
 
-    Attributes:
-        tokens: uint16 or uint32 [n], memory-mapped.
-        document_starts: int64 [D], the index of each document's first token.
-        document_bytes: int64 [D], UTF-8 bytes of each document's text.
-        manifest: Counts, checksums and where the tokens come from.
-    """
-
-    tokens: np.ndarray
-    document_starts: np.ndarray
-    document_bytes: np.ndarray
-    manifest: dict[str, Any]
+    tokens: np.ndarray  # uint16 or uint32 [n], memory-mapped
+    document_starts: np.ndarray  # int64 [D], the index of each document's first token
+    document_bytes: np.ndarray  # int64 [D], UTF-8 bytes of each document's text
+    manifest: dict[str, Any]  # counts, checksums and where the tokens come from
 
     @property
     def num_tokens(self) -> int:

@@ -167,8 +167,7 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
 def check_writable(path: Path) -> None:
     """Find out before the long work whether the JSON file can be written.
 
-    Raises:
-        UserError: Its folder is missing or cannot be written, or it is no file.
+    A ``UserError`` where its folder is missing or cannot be written, or it is no file.
     """
     kind = kind_of(path, "--json")
     if kind == "folder":
@@ -184,8 +183,7 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file at once or not at all; numbers that JSON cannot hold become null.
 
-    Raises:
-        UserError: It cannot be written.
+    A ``UserError`` where it cannot be written.
     """
     with _writing(path):
         files.write_json(path, content)

@@ -87,6 +87,8 @@ def score_documents(
 ) -> DocumentScores:
     """Score every document on its own, the model in evaluation mode.
 
+    A ``UserError`` where there is no text, or context and stride do not fit.
+
     Args:
         context: Tokens that a window holds.
         stride: Tokens from one window to the next; ``context`` when None (no overlap).
@@ -94,9 +96,6 @@ def score_documents(
         carry_state: Hand the state from each window to the next, so that every target is
             predicted from all that comes before it; retention models only, without stride.
         progress: Title of a progress bar on a terminal; none when None.
-
-    Raises:
-        UserError: There is no text, or context and stride do not fit.
     """
     stride = check_windows(model, context, stride, carry_state)
     sizes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
@@ -123,11 +122,7 @@ def score_documents(
 def check_windows(
     model: DecoderForCausalLM, context: int, stride: int | None, carry_state: bool
 ) -> int:
-    """The stride that these options mean for this model.
-
-    Raises:
-        UserError: They do not fit.
-    """
+    """The stride that these options mean for this model; a ``UserError`` where they do not fit."""
     if context < 1:
         raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
     if carry_state:
@@ -151,12 +146,8 @@ def check_windows(
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each target in nats; the log-softmax is at least float32.
 
-    Args:
-        logits: [B, T, vocab].
-        labels: The target of each position, [B, T], ``IGNORE_INDEX`` where there is none.
-
-    Returns:
-        float64 [B, T], zero where there is no target.
+    Logits are [B, T, vocab], labels [B, T] the targets, ``IGNORE_INDEX`` where there is none;
+    returns float64 [B, T], zero there.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat = F.cross_entropy(
@@ -228,25 +219,17 @@ def evaluate_batches(
 ) -> tuple[float, int]:
     """Total negative log-likelihood of batches that bring their targets along, in evaluation mode.
 
-    Args:
-        batches: ``input_ids`` and ``shift_labels`` [B, T], perhaps ``segment_ids``.
-        cache: Given where each batch continues the rows of the one before; None begins anew.
-
-    Returns:
-        The sum in nats and the number of targets.
+    They hold ``input_ids`` and ``shift_labels`` [B, T], perhaps ``segment_ids``. A cache is given
+    where each continues the rows of the one before; None begins anew. Returns the sum in nats and
+    the number of targets.
     """
     total, targets = torch.zeros((), dtype=torch.float64, device=model.device), 0
     with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             names = batch.keys() & {"input_ids", "segment_ids", "shift_labels"}
             inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in names}
+            inputs |= {"past_key_values": cache, "use_cache": False}
             # divided by 1: the sum; made chunk by chunk, so that no logits of all tokens are held
-            total += model(
-                **inputs,
-                num_items_in_batch=1,
-                return_logits=False,
-                past_key_values=cache,
-                use_cache=False,
-            ).loss
+            total += model(**inputs, num_items_in_batch=1, return_logits=False).loss
             targets += int((batch["shift_labels"] != IGNORE_INDEX).sum())
     return total.item(), targets

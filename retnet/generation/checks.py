@@ -29,10 +29,8 @@ def check_length(
 ) -> None:
     """Warn of a prompt that is longer than a model with a growing state can make sense of.
 
-    A state of constant size reads any length in the same memory.
-
-    Raises:
-        UserError: The tokens, and what the model keeps of each, exceed the machine's memory.
+    A state of constant size reads any length in the same memory. A ``UserError`` where the
+    tokens, and what the model keeps of each, exceed the machine's memory.
     """
     window, mixer = model.config.max_position_embeddings, model.config.mixer_class.name
     if model.grows and prompt_tokens > window:

@@ -16,8 +16,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 def text_output() -> Iterator[None]:
     """Let the block print any character; when the reader goes away, leave the block quietly.
 
-    Raises:
-        UserError: Standard output is closed or takes no more, because its disk is full for example.
+    A ``UserError`` where standard output is closed or takes no more: its disk is full, for example.
     """
     if sys.stdout is None:
         raise UserError("standard output is closed: leave it open, or send it to a file")

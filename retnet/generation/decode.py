@@ -71,8 +71,7 @@ def prefill(
 ) -> Tensor:
     """Read tokens, [B, T] with T >= 1, into the cache; the result does not depend on chunk_size.
 
-    Returns:
-        The logits of the last position, [B, vocab], at least float32.
+    Returns the logits of the last position, [B, vocab], at least float32.
     """
     for piece in input_ids.split(chunk_size, dim=1):
         logits = _last_logits(model, piece, cache)

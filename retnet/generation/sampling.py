@@ -26,8 +26,7 @@ DRAWN_AT_ONCE = 256  # tokens of a row for which there are uniform numbers
 class Sampling:
     """The choice of the next token from the logits, in the order in which it is applied.
 
-    Raises:
-        UserError: A value is out of its range.
+    A ``UserError`` where a value is out of its range.
     """
 
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and text so far are less likely
@@ -78,13 +77,8 @@ def draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     were, the kept ones have to be found, by a sort that takes longer than all the rest. The same
     numbers give the same tokens on every device, and none waits for another.
 
-    Args:
-        probabilities: [B, vocab], rows that sum to 1.
-        top_p: Above 0, up to 1.
-        uniform: float64 [B, ATTEMPTS + 1], from 0 to below 1.
-
-    Returns:
-        int64 [B].
+    The rows of [B, vocab] sum to 1, top_p is above 0 and up to 1, ``uniform`` is float64
+    [B, ATTEMPTS + 1] from 0 to below 1; returns int64 [B].
     """
     drawn = _inverted(probabilities, uniform[:, :ATTEMPTS])
     if top_p == 1:

@@ -115,8 +115,7 @@ def _overlap(text: str, stop: str) -> int:
 def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
     """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
 
-    Raises:
-        UserError: A stop string is empty, or none of them has a token.
+    A ``UserError`` where a stop string is empty, or none of them has a token.
     """
     if "" in stop:
         raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
@@ -147,20 +146,12 @@ def stream_text(
     usage: Usage | None = None,
     compile: bool = False,
 ) -> Iterator[list[str]]:
-    """Continue a prompt and hand out the text as it is made.
+    """Continue a prompt and hand out the text as it is made; the options are as of ``generate``.
 
-    Args:
-        model, max_new_tokens, sampling, num_samples, usage, compile: See ``generate``.
-        prompt: May be empty: the text then starts from ``<bos>``.
-        stop: A sample ends before the first of these in its new text.
-
-    Returns:
-        Yields the new text of each sample, ``num_samples`` strings, after every token and at the
-        end.
-
-    Raises:
-        UserError: At once, before anything is made: a stop string cannot occur, there is no
-            compiler, or so many tokens cannot fit.
+    An empty prompt starts from ``<bos>``. A sample ends before the first ``stop`` in its new text.
+    Yields the new text of each sample, ``num_samples`` strings, after every token and at the end. A
+    ``UserError`` comes at once, before anything is made: a stop string cannot occur, there is no
+    compiler, or so many tokens cannot fit.
     """
     last_tokens = _last_tokens(tokenizer, stop)
     if compile:

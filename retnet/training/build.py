@@ -21,8 +21,7 @@ from retnet.training.spec import NOT_OF_THE_MODEL, Config
 def model_config(config: Config, vocab_size: int, **special_ids: Any) -> DecoderConfig:
     """The model configuration of a run; ``special_ids`` are bos_token_id and the like.
 
-    Raises:
-        UserError: Values that make no model.
+    A ``UserError`` where the values make no model.
     """
     section = vars(config.model)
     keys: dict[str, Any] = {"max_position_embeddings": config.data.seq_len, **special_ids}
@@ -45,8 +44,7 @@ def load_initial_weights(
 ) -> Path:
     """Take the weights of ``model.init_from``; returns the checkpoint's folder.
 
-    Raises:
-        UserError: No such checkpoint, or one of another shape or with another tokenizer.
+    A ``UserError`` where there is none, or one of another shape or with another tokenizer.
     """
     what, folder = f"model.init_from ({init_from})", find_checkpoint(init_from)
     if not (folder / WEIGHTS).is_file():

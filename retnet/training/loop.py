@@ -60,12 +60,9 @@ class Trainer:
     def run(self, stop: StopRequest) -> bool:
         """Train until ``max_steps`` or a request to stop.
 
-        Returns:
-            Whether the run is finished; if not, its newest checkpoint is the last completed step.
-
-        Raises:
-            DivergedError: Loss or gradient are not finite.
-            UserError: The run folder can't be written any more.
+        Returns whether the run is finished; if not, its newest checkpoint is the last completed
+        step. A ``DivergedError`` where loss or gradient are not finite, a ``UserError`` where the
+        run folder can't be written any more.
         """
         if self.accelerator.is_main_process:
             done, total = self.progress.step, self.spec.max_steps
@@ -148,15 +145,10 @@ class Trainer:
 
     def _backward(self, batch: dict[str, Tensor], micro_step: int, targets: Tensor) -> Tensor:
         """Add a micro-batch's gradients; returns its share of the step's loss."""
-        inputs = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+        inputs: dict[str, Any] = {k: v.to(self.accelerator.device) for k, v in batch.items()}
         cache = None if self.carried is None else self.carried.begin(micro_step)
-        loss = self.model(
-            **inputs,
-            past_key_values=cache,
-            num_items_in_batch=targets,
-            return_logits=False,
-            use_cache=False,
-        ).loss
+        inputs |= {"past_key_values": cache, "num_items_in_batch": targets}
+        loss = self.model(**inputs, return_logits=False, use_cache=False).loss
         # DDP averages over processes; the targets were counted over all of them
         self.accelerator.backward(loss * self.accelerator.num_processes)
         if self.carried is not None and cache is not None:
@@ -238,20 +230,14 @@ class Trainer:
         carried = None
         if resumable and self.carried is not None:
             carried = self.carried.gather(self.accelerator)
+        main_process = self.accelerator.is_main_process
+        optimizer = self.optimizer.optimizer if resumable else None
+        state = self.model, self.bare_model, optimizer, self.progress, self.snapshot
         with self._writing():
             if self._metrics is not None:
                 self._metrics.sync()
-            save_checkpoint(
-                folder,
-                self.model,
-                self.bare_model,
-                self.optimizer.optimizer if resumable else None,
-                self.progress,
-                self.snapshot,
-                carried=carried,
-                main_process=self.accelerator.is_main_process,
-            )
-            if self.accelerator.is_main_process and folder.parent.name == CHECKPOINTS:
+            save_checkpoint(folder, *state, carried=carried, main_process=main_process)
+            if main_process and folder.parent.name == CHECKPOINTS:
                 prune_checkpoints(self.run_folder, self.spec.keep)
         self.accelerator.wait_for_everyone()
 

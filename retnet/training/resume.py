@@ -22,8 +22,7 @@ TEXT_HASHES = ("train_sha256", "validation_sha256")
 def plan_start(config: Config) -> Start:
     """Decide from the run folder and ``train.resume``; writes nothing.
 
-    Raises:
-        UserError: The folder belongs to another configuration, or is not to be gone on with.
+    A ``UserError`` where the folder is of another configuration, or not to be gone on with.
     """
     run, resume = config.train.run_folder, config.train.resume
     if run.exists() and not run.is_dir():
@@ -152,9 +151,8 @@ def _check_same_configuration(config: Config, run: Path) -> None:
 def go_on(trainer: Trainer, checkpoint: Path) -> None:
     """Put a checkpoint's state into a fresh trainer.
 
-    Raises:
-        UserError: The checkpoint is of another model, tokenizer or size of a step; or of another
-            text, unless ``train.resume`` names it.
+    A ``UserError`` where it is of another model, tokenizer or size of a step; or of another text,
+    unless ``train.resume`` names it.
     """
     _check_data(trainer, checkpoint)
     progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)

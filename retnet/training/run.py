@@ -38,12 +38,9 @@ T = TypeVar("T")
 def train(config: Config) -> int:
     """Train as configured, from the run folder's newest checkpoint if there is one.
 
-    Returns:
-        The exit code: 0 when finished (also before), 3 when the loss is not finite, 130 or 143
-        when asked to stop by a signal.
-
-    Raises:
-        UserError: The configuration, the data or the run folder don't allow it.
+    Returns the exit code: 0 when finished (also before), 3 when the loss is not finite, 130 or 143
+    when asked to stop by a signal. A ``UserError`` where the configuration, the data or the
+    run folder don't allow it.
     """
     keep_freed_memory()
     check_trackers(config)
@@ -158,14 +155,9 @@ def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData)
         set_up_compiler(accelerator.device, "train.compile (true)")
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, build_optimizer(bare_model, spec))
+    progress = Progress(global_batch=batches.global_batch)
+    micro_steps = spec.gradient_accumulation_steps
+    carried = CarriedState(bare_model, micro_steps) if spec.carry_state else None
     return Trainer(
-        config,
-        accelerator,
-        model,
-        bare_model,
-        optimizer,
-        data,
-        batches,
-        Progress(global_batch=batches.global_batch),
-        CarriedState(bare_model, spec.gradient_accumulation_steps) if spec.carry_state else None,
+        config, accelerator, model, bare_model, optimizer, data, batches, progress, carried
     )

@@ -42,8 +42,7 @@ class Start:
 def lock_run_folder(lock: FileLock) -> None:
     """Keep others out of a run folder if it exists; it is free again when the process ends.
 
-    Raises:
-        UserError: Another process trains there, or the folder can't be written.
+    A ``UserError`` where another process trains there, or the folder can't be written.
     """
     run = Path(lock.lock_file).parent
     if not run.is_dir():
@@ -64,11 +63,8 @@ def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
     Checkpoints that are newer than the start, because they are damaged or of a course that is not
     followed, are set aside under another name; so are the end and the best of such a course.
 
-    Returns:
-        Whether the folder holds the best weights so far.
-
-    Raises:
-        UserError: Another process trains there, or the folder can't be written.
+    Returns whether the folder holds the best weights so far; a ``UserError`` where another process
+    trains there, or the folder can't be written.
     """
     run = config.train.run_folder
     with writing(run):

@@ -44,11 +44,7 @@ class MetricsFile:
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one step.
-
-        Raises:
-            OSError: The line is not in the file, because the disk is full or the file is gone.
-        """
+        """Append one step; an ``OSError`` where it is not in the file (full disk, file gone)."""
         line = json.dumps(values).encode() + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,10 +167,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """Start the trackers of ``train.trackers``; they write into the run folder.
 
     wandb is offline unless the environment variable WANDB_MODE says otherwise: a run neither
-    needs an account nor waits for a network.
-
-    Raises:
-        UserError: One of them can't be started.
+    needs an account nor waits for a network. A ``UserError`` where one can't be started.
     """
     trackers, run = config.train.trackers, config.train.run_folder
     if not trackers:
