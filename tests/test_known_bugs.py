@@ -429,16 +429,16 @@ def test_bug_15_host_synchronisation_and_norms_over_time(monkeypatch: Patch) -> 
         _ = valid.sum().item()
         return real_retain(*args, valid=valid, **options)
 
-    def over_time(x: Tensor, kind: str, eps: float) -> Tensor:
+    def over_time(x: Tensor, gate: Tensor, kind: str, eps: float) -> Tensor:
         x = x.transpose(1, 2)  # [B, H, T, V]
-        return F.layer_norm(x, x.shape[-2:], eps=eps).transpose(1, 2)
+        return F.silu(gate) * F.layer_norm(x, x.shape[-2:], eps=eps).transpose(1, 2)
 
     kind = mixer_module.MultiScaleRetention
     real_retain = kind._retain
     assert waits_for_nothing()
     assert causal()
     assert fails(waits_for_nothing, monkeypatch, kind, "_retain", asks)
-    assert fails(causal, monkeypatch, mixer_module, "head_norm", over_time)
+    assert fails(causal, monkeypatch, mixer_module, "gated_norm", over_time)
 
 
 @pytest.mark.parametrize("tied", [True, False])

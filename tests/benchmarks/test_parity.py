@@ -75,8 +75,8 @@ def test_a_broken_form_fails_the_check(capsys, monkeypatch) -> None:
 
 
 def test_nan_fails_the_check(monkeypatch) -> None:
-    real = retention.head_norm
-    monkeypatch.setattr(retention, "head_norm", lambda *a: real(*a) * float("nan"))
+    real = retention.gated_norm
+    monkeypatch.setattr(retention, "gated_norm", lambda *a: real(*a) * float("nan"))
     rows = [row for row in PROPERTIES if row.unit in ("logits", "gradients")]
     monkeypatch.setattr(parity, "PROPERTIES", rows)
     exact = ("float64", "float32")

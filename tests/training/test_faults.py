@@ -168,7 +168,7 @@ def test_a_file_that_may_not_grow(options, tmp_path: Path, capsys) -> None:
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            fail_at(patch, save, "get_model_state_dict", 3, limit)
+            fail_at(patch, save.states, "get_model_state_dict", 3, limit)
             assert run(options) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -373,7 +373,7 @@ def test_the_step_holds_the_weights_of_its_making(mixer: str) -> None:
         assert step(ids[:, 8], copy.deepcopy(cache)).equal(before)
 
 
-@both_mixers
+@pytest.mark.parametrize("mixer", ["retention", pytest.param("attention", marks=pytest.mark.slow)])
 def test_steps_are_compiled_for_any_number_of_row_counts(
     mixer: str, fast_products: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
