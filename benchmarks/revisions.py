@@ -79,12 +79,18 @@ def training_step(package: Any, model: Any, ids: torch.Tensor) -> Callable[[], N
 
 
 def decode_steps(package: Any, model: Any, rows: int) -> Callable[[], None]:
-    """Some tokens after a short context, by the lean step."""
+    """Some tokens after a short context, by the lean step.
+
+    Commits of before 2026-11-26 took torch's switch for each product that wanted it; their steps
+    run without it, as they did.
+    """
+    switch, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
     name, model = package.__name__, model.eval()
     try:
         weights = importlib.import_module(f"{name}.fast_decode.weights")
         step, _ = importlib.import_module(f"{name}.fast_decode.step").make_decode_step(model)
     except ModuleNotFoundError:
+        before = "none"
         weights = importlib.import_module(f"{name}.step_parts")
         step = importlib.import_module(f"{name}.step").DecodeStep(model)
     weights.lay_out_for_decoding(model)
@@ -96,8 +102,10 @@ def decode_steps(package: Any, model: Any, rows: int) -> Callable[[], None]:
     @torch.inference_mode()
     def work() -> None:
         tokens = torch.zeros(rows, dtype=torch.int64)
+        set_at_start, switch.fp32_precision = switch.fp32_precision, before
         for _ in range(TOKENS):
             tokens = step(tokens, cache).argmax(-1)
+        switch.fp32_precision = set_at_start
 
     return work
 
