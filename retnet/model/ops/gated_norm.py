@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
+FEW = 2**21  # numbers, of which autograd may keep all: that is the faster way by 2 % of a step
 
 
 def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
@@ -39,7 +40,8 @@ def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
     """
     if gate is None:
         return head_norm(x, kind, eps)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    few = x.numel() < FEW or not torch.is_grad_enabled()
+    if few or torch.compiler.is_compiling():
         return _plain(x, gate, kind, eps)
     y: Tensor = _GatedNorm.apply(x, gate, kind, eps)[0]
     return y

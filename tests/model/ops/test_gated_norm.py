@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.model.ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
+from retnet.model.ops.gated_norm import FEW, HEAD_NORMS, _GatedNorm, gated_norm, head_norm
 
 EPS = 1e-6
 kinds = pytest.mark.parametrize("kind", HEAD_NORMS)
@@ -18,6 +18,11 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     shape = (2, 3, 2, 5)
     x, gate = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     return x.to(dtype).requires_grad_(), gate.to(dtype).requires_grad_()
+
+
+def own(x: Tensor, gate: Tensor, kind: str) -> Tensor:
+    """The function that few numbers do not take."""
+    return _GatedNorm.apply(x, gate, kind, EPS)[0]
 
 
 def plain(x: Tensor, gate: Tensor, kind: str) -> Tensor:
@@ -35,20 +40,21 @@ def plain(x: Tensor, gate: Tensor, kind: str) -> Tensor:
 @kinds
 def test_outputs_and_gradients_are_those_of_the_formula(kind: str) -> None:
     x, gate = inputs()
-    mine, expected = gated_norm(x, gate, kind, EPS), plain(x, gate, kind)
+    mine, expected = own(x, gate, kind), plain(x, gate, kind)
+    assert gated_norm(x, gate, kind, EPS).allclose(expected, rtol=1e-12)
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(expected)
-    for own, other in zip(
+    for found, other in zip(
         torch.autograd.grad(mine, (x, gate), weights),
         torch.autograd.grad(expected, (x, gate), weights),
         strict=True,
     ):
-        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found, other, rtol=1e-10, atol=1e-12)
 
 
 @kinds
 def test_second_derivatives(kind: str) -> None:
-    function = partial(gated_norm, kind=kind, eps=EPS)
+    function = partial(own, kind=kind)
     assert torch.autograd.gradcheck(function, inputs())
     assert torch.autograd.gradgradcheck(function, inputs())
 
@@ -64,7 +70,7 @@ def test_without_a_gate_it_is_the_norm(kind: str) -> None:
 
 def test_a_narrow_gate_gives_a_narrow_result_and_gradients_of_each_type() -> None:
     x, gate = inputs(torch.float32)[0], inputs(torch.bfloat16)[1]
-    out = gated_norm(x, gate, "groupnorm", EPS)
+    out = own(x, gate, "groupnorm")
     assert out.dtype == torch.bfloat16
     x_grad, gate_grad = torch.autograd.grad(out.sum(), (x, gate))
     assert x_grad.dtype == torch.float32 and gate_grad.dtype == torch.bfloat16
@@ -77,7 +83,7 @@ def test_it_keeps_its_inputs_and_little_else() -> None:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    x, gate = torch.randn(2, 64, 2, 256, 2).unbind(-1)
+    x, gate = torch.randn(1, FEW // 512, 2, 256, 2).unbind(-1)
     x, gate = x.contiguous().requires_grad_(), gate.contiguous().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         gated_norm(x, gate, "groupnorm", EPS)
