@@ -1,7 +1,5 @@
 """Train, run and understand Retentive Networks (RetNet, arXiv 2307.08621)."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from .model import (
     MultiScaleRetention,
     RetNetConfig,
@@ -9,7 +7,8 @@ from .model import (
     TransformerConfig,
     TransformerForCausalLM,
 )
-from .model.models import PUBLIC, configuration
+from .model.models import PUBLIC, register
+from .versions import warn_of_untried
 
 __version__ = "0.1.0"
 
@@ -22,5 +21,5 @@ __all__ = [
 ]
 
 for _model in PUBLIC:
-    AutoConfig.register(configuration(_model).model_type, configuration(_model), exist_ok=True)
-    AutoModelForCausalLM.register(configuration(_model), _model, exist_ok=True)
+    register(_model)
+warn_of_untried()

@@ -117,6 +117,14 @@ class DecoderCache(Cache):
             layer.mixer, layer.ffn = {}, {}
         self.length = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderCache":
+        """A memory of its own, whatever made this one: with gradients on, part of the same graph."""
+        new = type(self)([layer.growing for layer in self.layers], self.capacity)
+        new.length = self.length
+        for name, x in self.tensors().items():
+            new.put(name, x.clone())
+        return new
+
     def detach(self) -> None:
         """Cut the memory from the graph that made it, to carry it to the next training window."""
         self._map(Tensor.detach)

@@ -53,7 +53,7 @@ class DecoderConfig(PretrainedConfig):
 
     mixer_class: ClassVar[Any]
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
 
     vocab_size: int = 4096

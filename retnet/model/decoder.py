@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .cache import DecoderCache, LayerState, State
 from .configuration import DecoderConfig
 from .documents import TokenInfo, describe_tokens
+from .keywords import one_memory, packed_segments, refuse
 from .layers import FeedForward, make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
 from .mixers.base import Mixer, Part
+from .outputs import MEMORY, NAMES, CausalLMOutput, DecoderOutput
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -73,7 +74,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(NAMES)  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules that have weights of their own, without their names
@@ -86,6 +87,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
 class DecoderModel(DecoderPreTrainedModel):
     """The skeleton without the output layer."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  # a language model's
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -116,8 +119,10 @@ class DecoderModel(DecoderPreTrainedModel):
         segment_ids: Tensor | None = None,
         mode: str | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache: DecoderCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> DecoderOutput | tuple:
         """Run the blocks; arguments as in ``DecoderForCausalLM.forward``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -127,9 +132,10 @@ class DecoderModel(DecoderPreTrainedModel):
                 f"the batch is empty, its shape is {list(hidden.shape[:2])}: give at least one row "
                 "of at least one token"
             )
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions (True) is not available: no form computes them all")
-        cache = self._memory(past_key_values, use_cache)
+        cache = self._memory(one_memory(past_key_values, cache), use_cache, hidden.shape[0])
+        past = 0 if cache is None else cache.length
+        segment_ids = packed_segments(kwargs, segment_ids, hidden.shape[:2], past)
+        refuse(kwargs)
         self._check_mode(mode)
         rows = {} if cache is None else cache.rows
         tokens = describe_tokens(
@@ -138,10 +144,12 @@ class DecoderModel(DecoderPreTrainedModel):
             segment_ids=segment_ids,
             position_ids=position_ids,
             record=rows.get("record"),
-            past=0 if cache is None else cache.length,
+            past=past,
         )
         shared = Shared(self.layers, tokens, rows)
         hidden = self.dropout(hidden)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         all_hidden = [hidden] if output_hidden_states else None
         for index, layer in enumerate(self.layers):
             if cache is None:
@@ -163,11 +171,12 @@ class DecoderModel(DecoderPreTrainedModel):
             cache.length += hidden.shape[1]
         if all_hidden is not None:
             all_hidden[-1] = hidden
-        return BaseModelOutputWithPast(
+        result = DecoderOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=None if all_hidden is None else tuple(all_hidden),
+            **{MEMORY: cache},
         )
+        return _as_wanted(result, return_dict, self.config)
 
     def _begin(self, layer: Any, own: LayerState, hidden: Tensor, capacity: int | None) -> None:
         """Put the states from before the first token."""
@@ -176,7 +185,7 @@ class DecoderModel(DecoderPreTrainedModel):
         own.ffn = layer.ffn.init_state(*given)
 
     def _memory(
-        self, past_key_values: DecoderCache | None, use_cache: bool | None
+        self, past_key_values: DecoderCache | None, use_cache: bool | None, rows: int
     ) -> DecoderCache | None:
         """The cache to read and write: the given one, a new one, or None."""
         checkpointing = self.gradient_checkpointing and self.training
@@ -195,6 +204,11 @@ class DecoderModel(DecoderPreTrainedModel):
                 "past_key_values is of a model with other layers: take the one that this model "
                 "returned, or model.new_cache()"
             )
+        if past_key_values.batch_size not in (-1, rows):
+            raise ValueError(
+                f"past_key_values is of {past_key_values.batch_size} rows and the batch has {rows}:"
+                " take a memory of the same rows (batch_repeat_interleave repeats each of them)"
+            )
         if checkpointing:
             raise ValueError(
                 "past_key_values can't be combined with gradient checkpointing: a layer that is "
@@ -211,6 +225,12 @@ class DecoderModel(DecoderPreTrainedModel):
                 f"mode ({mode!r}) has no meaning for {mixer.name}, which has one form: leave it out"
             )
         raise ValueError(f"mode ({mode!r}) must be one of {', '.join(mixer.modes)}, or None")
+
+
+def _as_wanted(result: Any, return_dict: bool | None, config: DecoderConfig) -> Any:
+    """The output, or the tuple of its values where that is asked for."""
+    wanted = config.return_dict if return_dict is None else return_dict
+    return result if wanted else result.to_tuple()
 
 
 def _repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) -> Tensor:
@@ -275,8 +295,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         return_logits: bool = True,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: DecoderCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutput | tuple:
         """Logits of the next token at each position.
 
         Args:
@@ -303,21 +324,29 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
                 the output's logits are then None.
             output_hidden_states: Also return the T x d activations before and after each block.
             return_dict: False for a tuple.
+            cache: ``past_key_values`` by its newer name in transformers.
             decode_step: (among the keywords) a ``DecodeStep`` that takes these tokens in place of
                 the blocks; ``generate`` gives it.
+            seq_idx, cu_seqlens, ...: (among the keywords) see ``keywords.packed_segments``.
 
         Returns:
             loss (a scalar, when there are labels), logits [B, T, vocab_size], past_key_values.
 
         Raises:
-            ValueError, TypeError: Arguments that do not fit together; the message names them.
+            ValueError, TypeError: Arguments that do not fit together, or that mean nothing here;
+                the message names them.
         """
+        past_key_values = one_memory(past_key_values, cache)
         step = kwargs.pop("decode_step", None)
         if step is not None and input_ids is not None and past_key_values is not None:
             logits = step(input_ids[:, 0], past_key_values)[:, None]
-            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            return CausalLMOutput(logits=logits, **{MEMORY: past_key_values})
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        outputs = self.model(
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            segment_ids = packed_segments(kwargs, segment_ids, given.shape[:2], past)
+        outputs: Any = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -327,6 +356,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             segment_ids=segment_ids,
             mode=mode,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -351,10 +381,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             loss = linear_cross_entropy(hidden, weight, shift_labels, num_items_in_batch)
         else:
             raise ValueError("return_logits (False) leaves nothing to return without labels")
-        result = CausalLMOutputWithPast(
+        result = CausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{MEMORY: outputs.past_key_values},
         )
-        return result.to_tuple() if return_dict is False else result
+        return _as_wanted(result, return_dict, self.config)

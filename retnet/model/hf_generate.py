@@ -1,15 +1,22 @@
-"""What transformers' ``generate`` must know of our models: their memory, positions, documents.
+"""What transformers must know of our models: that they are causal language models, and for its
+``generate`` their memory, positions and documents.
 
 Most of these hooks are private to transformers; a test fails when one of them is renamed.
 """
 
-from typing import Any
+import copy
+import functools
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .cache import DecoderCache
 from .decoder import DecoderForCausalLM
+from .keywords import one_memory
+from .outputs import MEMORY, NAMES
 
 # keywords of forward, and the values with which they change nothing for a token fed to a cache
 _NO_MATTER = {
@@ -26,19 +33,69 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
     # a state can't go back: transformers then refuses assisted decoding
     _is_stateful = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have the class in the table by which libraries tell what a causal language model is.
+
+        The Trainer's label smoothing asks for the class's name and shifts no labels of others,
+        pipelines ask for it too, evaluation tools for the model type.
+        """
+        super().__init_subclass__(**kwargs)
+        names: dict[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        kind = cls.config_class.model_type
+        key = kind if names.get(kind, cls.__name__) == cls.__name__ else f"{kind}/{cls.__name__}"
+        names[key] = cls.__name__
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        memory = one_memory(*(kwargs.pop(name, None) for name in NAMES))
+        if memory is not None:
+            _check_is_prefix(memory, inputs, **kwargs)
+            kwargs[MEMORY] = memory
+        return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """transformers' entrance to ``generate_batch``, which pages keys and values.
+
+        Raises:
+            NotImplementedError: Always: these states have no pages.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} can't batch continuously (generate_batch): pad the prompts on "
+            "the left and call generate"
+        )
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """generate's hook: our own memory instead of a DynamicCache, and the step for one token."""
+        if generation_config.is_assistant:
+            raise ValueError(f"{type(self).__name__} can't assist: its state can't go back")
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation ({generation_config.cache_implementation!r}) must be left "
                 f"out: {type(self).__name__} has its own cache"
             )
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+        cache = model_kwargs.get(MEMORY)
+        if isinstance(cache, DecoderCache):
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            if cache.batch_size not in (-1, batch_size, batch_size * times):
+                raise ValueError(
+                    f"past_key_values is of {cache.batch_size} rows, and {batch_size} are wanted: "
+                    "take a memory of these rows (batch_repeat_interleave repeats each of its own)"
+                )
+            if cache.batch_size == batch_size and times > 1:
+                cache = copy.deepcopy(cache)  # the caller's keeps its rows
+                cache.batch_repeat_interleave(times)
+            cache._is_user_defined = True
+            model_kwargs[MEMORY] = cache
+        elif cache is None and generation_config.use_cache is not False:
+            model_kwargs[MEMORY] = self.new_cache()
         model_kwargs["decode_step"] = _decode_step(self)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -53,7 +110,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        segment_ids, cache = inputs.get("segment_ids"), inputs.get("past_key_values")
+        segment_ids, cache = inputs.get("segment_ids"), inputs.get(MEMORY)
         tokens = inputs["input_ids"]
         if segment_ids is not None and cache is not None:
             tokens = inputs["inputs_embeds"] if tokens is None else tokens
@@ -61,7 +118,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             if segment_ids.shape[1] > tokens.shape[1]:
                 inputs["segment_ids"] = segment_ids[:, columns]
         given = {name: value for name, value in inputs.items() if value is not None}
-        others = set(given) - {"input_ids", "past_key_values", "logits_to_keep"}
+        others = set(given) - {"input_ids", MEMORY, "logits_to_keep"}
         plain = all(given[name] is _NO_MATTER.get(name) for name in others)
         one = tokens is not None and tokens.shape[1] == 1
         if decode_step is not None and plain and one and cache is not None:
@@ -76,13 +133,36 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             outputs, model_kwargs, *args, **kwargs
         )
         segment_ids = updated.pop("segment_ids", None)
-        if segment_ids is not None and updated.get("past_key_values") is None:
+        if segment_ids is not None and updated.get(MEMORY) is None:
             updated["segment_ids"] = torch.cat((segment_ids, segment_ids[:, -1:]), dim=1)
         return updated
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """generate's hook: the cache and the mask know the positions; a user's own ids pass."""
         return None
+
+
+def _check_is_prefix(
+    memory: Any,
+    inputs: Tensor | None,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> None:
+    """Raise where a memory holds as many tokens as a prompt that should begin with them.
+
+    With a mask that is longer than what is given, those are only the tokens after the memory's.
+    """
+    given = next((x for x in (inputs, inputs_embeds, input_ids) if x is not None), None)
+    length = 1 if given is None else given.shape[1]
+    only_new = attention_mask is not None and attention_mask.shape[1] > length
+    if not only_new and memory.get_seq_length() >= length:
+        raise ValueError(
+            f"past_key_values holds {memory.get_seq_length()} tokens, and the prompt that should "
+            f"begin with them has {length}: generate writes into it, so give it a copy.deepcopy of "
+            "a memory that is used more than once"
+        )
 
 
 def _decode_step(model: DecoderForCausalLM) -> Any:

@@ -5,12 +5,12 @@ layer along and never holds the logits of all tokens: it goes chunk by chunk, an
 gradients on the way, while a chunk's probabilities are still in the cache.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .documents import describe_tokens
 from .ops.precision import full_precision, wide_dtype
@@ -56,51 +56,86 @@ def linear_cross_entropy(
         return causal_lm_loss(F.linear(hidden, weight), targets, num_items)
     per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU
     chunk = max(MIN_TOKENS_PER_CHUNK, per_chunk // weight.shape[0])
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk)
-    return total / _divisor(targets, num_items)
+    wanted = hidden.requires_grad, weight.requires_grad
+    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, *wanted)
+    return total[0] / _divisor(targets, num_items)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of [N, d] tokens; the gradients are made in the forward pass."""
+    """Summed cross entropy of [N, d] tokens, and its gradients, made along with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        wide = wide_dtype(hidden.dtype)
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        with full_precision(hidden.device):
-            for begin in range(0, hidden.shape[0], chunk):
-                part, labels = hidden[begin : begin + chunk], targets[begin : begin + chunk, None]
-                counted = labels != IGNORE_INDEX
-                labels = labels.clamp(min=0)
-                logits = F.linear(part, weight).to(wide)
-                chances = logits.softmax(1)
-                total += (_surprise(logits, chances, labels) * counted).sum()
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                # d loss / d logits = softmax - one-hot, of the tokens that are counted
-                chances.scatter_add_(1, labels, chances.new_full((), -1.0).expand_as(labels))
-                counted = counted.to(hidden.dtype)
-                logits_grad = chances.to(hidden.dtype)
-                if hidden_grad is not None:
-                    found = hidden_grad[begin : begin + chunk]
-                    torch.mul(logits_grad @ weight, counted, out=found)
-                if weight_grad is not None:
-                    _add_product(weight_grad, logits_grad.T, part * counted)
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
-        return total
+    def forward(
+        hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, *wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _loss_and_grads(hidden, weight, targets, chunk, *wanted)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad
-        if weight_grad is not None:
-            weight_grad = (weight_grad * grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        hidden, weight, targets, _, *ctx.wanted = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(hidden, weight, targets, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, hidden_grad, weight_grad = ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients of the gradients are wanted
+            plain = partial(_plain_total, targets=targets)
+            hidden_grad, weight_grad = torch.func.vjp(plain, hidden, weight)[1](grad)
+        else:
+            hidden_grad, weight_grad = hidden_grad * grad, (weight_grad * grad).to(weight.dtype)
+        first, second = ctx.wanted
+        return hidden_grad if first else None, weight_grad if second else None, *[None] * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One after the other: the chunks read numbers, which a batch of them does not give."""
+        one = [
+            [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        found = [_LinearCrossEntropy.apply(*own) for own in one]
+        return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0, 0, 0)
+
+
+def _plain_total(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return causal_lm_loss(F.linear(hidden, weight)[None], targets[None], 1)
+
+
+def _loss_and_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    hidden_wanted: bool,
+    weight_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and its gradients in hidden and (in a wide type) in weight; empty where they
+    are not wanted."""
+    wide = wide_dtype(hidden.dtype)
+    hidden_grad = torch.empty_like(hidden) if hidden_wanted else hidden.new_empty(0)
+    weight_grad = torch.zeros_like(weight, dtype=wide) if weight_wanted else weight.new_empty(0)
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    with full_precision(hidden.device):
+        for begin in range(0, hidden.shape[0], chunk):
+            part, labels = hidden[begin : begin + chunk], targets[begin : begin + chunk, None]
+            counted = labels != IGNORE_INDEX
+            labels = labels.clamp(min=0)
+            logits = F.linear(part, weight).to(wide)
+            chances = logits.softmax(1)
+            total += (_surprise(logits, chances, labels) * counted).sum()
+            if not (hidden_wanted or weight_wanted):
+                continue
+            # d loss / d logits = softmax - one-hot, of the tokens that are counted
+            chances.scatter_add_(1, labels, chances.new_full((), -1.0).expand_as(labels))
+            counted = counted.to(hidden.dtype)
+            logits_grad = chances.to(hidden.dtype)
+            if hidden_wanted:
+                found = hidden_grad[begin : begin + chunk]
+                torch.mul(logits_grad @ weight, counted, out=found)
+            if weight_wanted:
+                _add_product(weight_grad, logits_grad.T, part * counted)
+    return total, hidden_grad, weight_grad
 
 
 def _surprise(logits: Tensor, chances: Tensor, labels: Tensor) -> Tensor:

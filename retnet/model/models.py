@@ -6,7 +6,7 @@ Three for each mixer: configuration, model, causal language model.
 import functools
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration import DecoderConfig
 from .decoder import DecoderForCausalLM, DecoderModel
@@ -67,6 +67,13 @@ def _unnamed(kind: Any) -> type[DecoderForCausalLM]:
     model = type(f"{kind.__name__}Model", (DecoderModel,), {"config_class": config})
     both = {"config_class": config, "model_class": model}
     causal = type(f"{kind.__name__}ForCausalLM", (GeneratingDecoder,), both)
-    AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, causal)
+    register(causal)
     return causal
+
+
+def register(causal: type[DecoderForCausalLM]) -> None:
+    """Have transformers' Auto classes know a causal language model and its parts."""
+    config = configuration(causal)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, causal.model_class, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal, exist_ok=True)

@@ -69,6 +69,31 @@ def test_detach_cuts_the_graph() -> None:
     assert not cache.layers[0].mixer["state"].requires_grad
 
 
+def test_a_copy_of_a_memory_in_a_graph(model) -> None:
+    """It is on its own, and in the same graph."""
+    ids, new = random_ids(2, 4), random_ids(2, 3, seed=5)
+    cache = model.new_cache(max_length=9)
+    embeds = model.model.embed_tokens(ids).detach().requires_grad_()
+    model(inputs_embeds=embeds, past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    found = model(new, past_key_values=copied).logits
+    assert (copied.length, cache.length, copied.capacity) == (7, 4, 9)
+    assert torch.equal(model(new, past_key_values=copy.deepcopy(cache)).logits, found)
+    found.sum().backward()
+    assert embeds.grad is not None and embeds.grad.abs().max() > 0
+
+
+def test_a_copy_of_what_inference_mode_made_can_be_written(model) -> None:
+    ids = random_ids(1, 4)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    with torch.no_grad():
+        assert torch.equal(
+            model(ids, past_key_values=copied).logits, model(ids, past_key_values=cache).logits
+        )
+
+
 def test_what_transformers_asks_a_cache(model, prefilled) -> None:
     assert model.new_cache().get_seq_length() == 0
     assert model.new_cache().batch_size == -1

@@ -366,14 +366,3 @@ def test_chunk_size_changes_nothing_but_speed() -> None:
     ids = random_ids(1, 40)
     outs = [logits(make_model("retention", chunk_size=c), ids) for c in (1, 7, 100)]
     assert max((out - outs[0]).abs().max() for out in outs) < TOLERANCE
-
-
-def test_unused_arguments_of_trainers_are_accepted(model) -> None:
-    ids = random_ids(1, 4)
-    extra = {"output_attentions": False, "cache_position": torch.arange(4), "task_ids": None}
-    assert torch.equal(logits(model, ids, **extra), logits(model, ids))
-
-
-def test_attentions_are_refused_not_left_out(model) -> None:
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(random_ids(1, 4), output_attentions=True)

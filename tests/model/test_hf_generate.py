@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from transformers import GenerationMixin, TextIteratorStreamer, TextStreamer, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.model.conftest import PAD, make_model, random_ids
 
@@ -113,10 +114,73 @@ def test_other_caches_are_refused(model) -> None:
         model.generate(random_ids(1, 3), **GREEDY, cache_implementation="static")
 
 
-def test_speculative_decoding_is_refused_clearly() -> None:
-    model = make_model("retention")
+@pytest.mark.parametrize(
+    "how",
+    [{"assistant_early_exit": 1}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": True}],
+    ids=lambda how: next(iter(how)),
+)
+def test_assisted_decoding_is_refused_before_anything_changes(model, mixer: str, how: dict) -> None:
+    """It takes tokens back, which a state can't."""
+    if "assistant_model" in how:
+        how = {"assistant_model": make_model(mixer)}
+    before = model.config.to_dict()
     with pytest.raises(ValueError, match="assisted generation is not supported"):
-        model.generate(random_ids(1, 3), **GREEDY, assistant_model=make_model("retention"))
+        model.generate(random_ids(1, 3), **GREEDY, **how)
+    assert model.config.to_dict() == before
+
+
+def test_assisting_another_model_is_refused(model, mixer: str) -> None:
+    config = copy.deepcopy(model.generation_config)
+    config.is_assistant = True
+    with pytest.raises(ValueError, match="can't assist"):
+        model.generate(random_ids(1, 3), generation_config=config)
+
+
+def test_continuous_batching_is_refused_at_once(model) -> None:
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2, 3]])
+
+
+def test_a_memory_as_long_as_the_prompt_is_refused(model) -> None:
+    """A second generate would go on from the end of the first."""
+    ids = random_ids(1, 6)
+    cache = model.new_cache()
+    model(ids[:, :4], past_key_values=cache)  # with gradients on, as one would
+    kept = copy.deepcopy(cache)
+    whole = model.generate(ids, **GREEDY, past_key_values=cache)
+    for chunk in ({}, {"prefill_chunk_size": 2}):
+        with pytest.raises(ValueError, match=r"past_key_values holds 17 .* has 6: .*deepcopy"):
+            model.generate(ids, **GREEDY, **chunk, past_key_values=cache)
+    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=kept), whole)
+
+
+def test_one_prefix_for_all_beams(model) -> None:
+    ids = random_ids(2, 6)
+    with torch.no_grad():
+        prefix = model(ids[:, :4], use_cache=True).past_key_values
+    for how in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}):
+        whole = model.generate(ids, **GREEDY, **how)
+        assert torch.equal(model.generate(ids, **GREEDY, **how, past_key_values=prefix), whole)
+        assert prefix.batch_size == 2 and prefix.length == 4
+
+
+def test_a_memory_of_other_rows_is_refused(model) -> None:
+    ids = random_ids(3, 6)
+    with torch.no_grad():
+        prefix = model(ids[:1, :4], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values is of 1 rows, and 3 are wanted"):
+        model.generate(ids, **GREEDY, past_key_values=prefix)
+    with pytest.raises(ValueError, match="past_key_values is of 1 rows and the batch has 3"):
+        model(ids[:, 4:], past_key_values=prefix)
+
+
+def test_libraries_take_it_for_a_causal_language_model(model) -> None:
+    class Own(type(model)):
+        pass
+
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert names[model.config.model_type] == type(model).__name__
+    assert "Own" in names.values()
 
 
 def test_the_private_hooks_that_we_override_exist() -> None:

@@ -183,3 +183,10 @@ def test_trl(mixer: str, tmp_path, packing: bool) -> None:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 2
     assert history[-1]["loss"] > 0
+
+
+def test_label_smoothing_shifts_the_labels(mixer: str, tmp_path) -> None:
+    """The Trainer makes that loss itself; close to no smoothing it is the model's own."""
+    plain = losses(trained(mixer, tmp_path))
+    smoothed = losses(trained(mixer, tmp_path, label_smoothing_factor=1e-6))
+    assert smoothed == pytest.approx(plain, abs=1e-3)

@@ -1,0 +1,31 @@
+"""What a pass returns: transformers' outputs, in which the memory answers to both of its names.
+
+transformers 5.24 renamed ``past_key_values`` to ``cache``, in outputs and in what ``generate`` hands
+to a model.
+"""
+
+import dataclasses
+from operator import attrgetter
+
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+NAMES = ("cache", "past_key_values")
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+MEMORY = next(name for name in NAMES if name in _FIELDS)  # what this transformers calls it
+
+
+class _BothNames:
+    """Beside the field the other name, without a word about its age."""
+
+
+for _name in NAMES:
+    if _name != MEMORY:
+        setattr(_BothNames, _name, property(attrgetter(MEMORY)))
+
+
+class DecoderOutput(_BothNames, BaseModelOutputWithPast):
+    """last_hidden_state [B, T, d], past_key_values (or cache), hidden_states."""
+
+
+class CausalLMOutput(_BothNames, CausalLMOutputWithPast):
+    """loss (a scalar), logits [B, T, vocab_size], past_key_values (or cache), hidden_states."""
