@@ -1,30 +1,31 @@
 """The versions of the libraries with which this package was tried."""
 
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-# from the first to before the second; requirements.txt says the same
+# from the first to before the second, as in requirements.txt
 TRIED = {
-    "torch": ("2.12", "2.14"),
+    "torch": ("2.13", "2.14"),
     "transformers": ("5.20", "5.25"),
-    "datasets": ("5.0", "6"),
-    "tokenizers": ("0.23", "0.24"),
-    "accelerate": ("1.14", "2"),
+    "datasets": ("5.0", "5.3"),
+    "tokenizers": ("0.22.2", "0.24"),
+    "accelerate": ("1.14", "1.16"),
 }
 
 
-def warn_of_untried() -> None:
+def warn_of_untried(tried: Mapping[str, tuple[str, str]] = TRIED) -> None:
     """Say once, on import, which libraries are older or newer than all that were tried."""
-    for name, (first, end) in TRIED.items():
+    for name, (first, end) in tried.items():
         try:
             found = version(name)
         except PackageNotFoundError:
             continue
         if not Version(first) <= Version(found) < Version(end):
             warnings.warn(
-                f"{name} {found} was not tried with this package, which was with {first} up to "
-                f"before {end}: results may differ silently, so install one of these",
+                f"{name} {found} was not tried with this package: results may differ silently, "
+                f"take {first} or newer, below {end}",
                 stacklevel=2,
             )

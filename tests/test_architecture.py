@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "machine": {"errors"},
     "paths": {"errors"},
+    "versions": set(),
     "model": set(),
     **{name: LEAVES | set(PACKAGES[:i]) for i, name in enumerate(PACKAGES) if i},
 }

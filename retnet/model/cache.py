@@ -62,6 +62,7 @@ class DecoderCache(Cache):
     """
 
     layers: list[Any]
+    _is_user_defined: bool  # set by transformers
 
     def __init__(self, growing: list[tuple[str, ...]], capacity: int | None = None) -> None:
         super().__init__(layers=[LayerState(names) for names in growing])
@@ -118,7 +119,7 @@ class DecoderCache(Cache):
         self.length = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderCache":
-        """A memory of its own, whatever made this one: with gradients on, part of the same graph."""
+        """A memory of its own, whatever made this one; with gradients on, in the same graph."""
         new = type(self)([layer.growing for layer in self.layers], self.capacity)
         new.length = self.length
         for name, x in self.tensors().items():

@@ -18,7 +18,7 @@ from .keywords import one_memory, packed_segments, refuse
 from .layers import FeedForward, make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
 from .mixers.base import Mixer, Part
-from .outputs import MEMORY, NAMES, CausalLMOutput, DecoderOutput
+from .outputs import NAMES, CausalLMOutput, DecoderOutput, named
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -75,6 +75,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = list(NAMES)  # noqa: RUF012
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers < 5.23
+
+        def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+            self.gradient_checkpointing_enable(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules that have weights of their own, without their names
@@ -174,7 +179,7 @@ class DecoderModel(DecoderPreTrainedModel):
         result = DecoderOutput(
             last_hidden_state=hidden,
             hidden_states=None if all_hidden is None else tuple(all_hidden),
-            **{MEMORY: cache},
+            **named(cache),
         )
         return _as_wanted(result, return_dict, self.config)
 
@@ -340,7 +345,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         step = kwargs.pop("decode_step", None)
         if step is not None and input_ids is not None and past_key_values is not None:
             logits = step(input_ids[:, 0], past_key_values)[:, None]
-            return CausalLMOutput(logits=logits, **{MEMORY: past_key_values})
+            return CausalLMOutput(logits=logits, **named(past_key_values))
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None:
@@ -385,6 +390,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{MEMORY: outputs.past_key_values},
+            **named(outputs.past_key_values),
         )
         return _as_wanted(result, return_dict, self.config)

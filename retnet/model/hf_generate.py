@@ -41,17 +41,19 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
         """
         super().__init_subclass__(**kwargs)
         names: dict[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        kind = cls.config_class.model_type
+        kind = cls.config_class.model_type  # type: ignore[union-attr]
         key = kind if names.get(kind, cls.__name__) == cls.__name__ else f"{kind}/{cls.__name__}"
         names[key] = cls.__name__
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         memory = one_memory(*(kwargs.pop(name, None) for name in NAMES))
         if memory is not None:
             _check_is_prefix(memory, inputs, **kwargs)
             kwargs[MEMORY] = memory
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """transformers' entrance to ``generate_batch``, which pages keys and values.
@@ -64,7 +66,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],

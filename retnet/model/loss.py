@@ -57,7 +57,9 @@ def linear_cross_entropy(
     per_chunk = LOGITS_PER_CHUNK if device == "cpu" else LOGITS_PER_CHUNK_GPU
     chunk = max(MIN_TOKENS_PER_CHUNK, per_chunk // weight.shape[0])
     wanted = hidden.requires_grad, weight.requires_grad
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, *wanted)
+    total = _LinearCrossEntropy.apply(
+        hidden.flatten(0, 1), weight, targets.flatten(), chunk, *wanted
+    )
     return total[0] / _divisor(targets, num_items)
 
 

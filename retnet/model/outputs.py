@@ -1,11 +1,12 @@
 """What a pass returns: transformers' outputs, in which the memory answers to both of its names.
 
-transformers 5.24 renamed ``past_key_values`` to ``cache``, in outputs and in what ``generate`` hands
-to a model.
+transformers 5.24 renamed ``past_key_values`` to ``cache``, in outputs and in what ``generate``
+hands to a model.
 """
 
 import dataclasses
 from operator import attrgetter
+from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -29,3 +30,8 @@ class DecoderOutput(_BothNames, BaseModelOutputWithPast):
 
 class CausalLMOutput(_BothNames, CausalLMOutputWithPast):
     """loss (a scalar), logits [B, T, vocab_size], past_key_values (or cache), hidden_states."""
+
+
+def named(cache: Any) -> dict[str, Any]:
+    """The memory as this transformers' keyword."""
+    return {MEMORY: cache}

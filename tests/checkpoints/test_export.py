@@ -20,6 +20,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 out, ids = {}, torch.arange(60).view(2, 30)
 for name in ("retention", "attention"):
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
@@ -29,6 +30,7 @@ for name in ("retention", "attention"):
     out[name + " text"] = model.generate(ids, **greedy)
     assert model.generate(ids, **greedy, use_cache=False).equal(out[name + " text"])
     assert AutoModel.from_pretrained(name, trust_remote_code=True)(ids).last_hidden_state.dim() == 3
+    assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 assert "retnet" not in sys.modules
 save_file(out, "out.safetensors")
 """

@@ -110,7 +110,7 @@ def test_the_loss_has_no_target_across_them(model, packed, name: str) -> None:
 
 
 def test_the_collator_that_packs(model, packed) -> None:
-    row, documents = packed
+    _, documents = packed
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = collator([{"input_ids": x[0].tolist()} for x in documents])
     for left_out in ({"position_ids"}, {"position_ids", "seq_idx"}, {"cu_seq_lens_q", "seq_idx"}):
@@ -133,7 +133,7 @@ def test_columns_are_not_counted_from_an_earlier_call(model, packed) -> None:
     row, _ = packed
     cache = model.new_cache()
     model(row, cache=cache)
-    with pytest.raises(ValueError, match="cu_seqlens counts this call's columns.*holds 11"):
+    with pytest.raises(ValueError, match=r"cu_seqlens counts this call's columns.*holds 11"):
         model(row, cache=cache, cu_seqlens=boundaries("cu_seqlens"))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from tests.model.conftest import make_model, random_ids
@@ -39,6 +39,20 @@ def test_exact_in_a_fresh_process(tmp_path) -> None:
         [sys.executable, "-c", SCRIPT, *folders], capture_output=True, text=True, check=False
     )
     assert result.stdout == "equal\n", result.stderr
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_automodel_is_the_network_without_its_output_layer(
+    mixer: str, tied: bool, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_model(mixer, torch.float32, tie_word_embeddings=tied)
+    whole.save_pretrained(tmp_path)
+    network = AutoModel.from_pretrained(tmp_path, dtype="auto").eval()
+    assert type(network) is whole.model_class
+    ids = random_ids(2, 9)
+    expected = whole.model(ids).last_hidden_state
+    assert torch.equal(network(ids).last_hidden_state, expected)
+    assert not caplog.records, "as if the output layer's weights were a mistake"
 
 
 @pytest.mark.parametrize(

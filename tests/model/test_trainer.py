@@ -74,7 +74,7 @@ def test_trainer_with_accumulation_is_trainer_with_the_large_batch(
         tmp_path,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
-        activation_checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
     )
     assert losses(parts) == pytest.approx(losses(large), abs=2e-4)
     for a, b in zip(parts.model.parameters(), large.model.parameters(), strict=True):
@@ -122,7 +122,7 @@ def test_lora(mixer: str, tmp_path, merged: bool) -> None:
     assert torch.equal(adapted(input_ids=ids).logits, plain)
     trainer = Trainer(
         model=adapted,
-        args=arguments(tmp_path, activation_checkpointing=True),
+        args=arguments(tmp_path, gradient_checkpointing=True),
         train_dataset=ragged(),
         data_collator=collate,
     )

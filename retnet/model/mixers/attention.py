@@ -101,7 +101,7 @@ class CausalAttention(Mixer):
             state = append(state, k, v, shared.past)
             end = shared.past + k.shape[2]
             k, v = state["keys"][:, :, :end], state["values"][:, :, :end]
-        causal = shared.mask is None and q.shape[2] > 1
+        causal = bool(shared.mask is None and q.shape[2] > 1)  # of a traced size too
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), state
 
