@@ -3,67 +3,20 @@
 Embedding, N pre-norm blocks of mixer and feed-forward network, final norm, output layer.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import DecoderCache, LayerState, State
+from .block import DecoderLayer, Shared
+from .cache import DecoderCache, LayerState
 from .configuration import DecoderConfig
-from .documents import TokenInfo, describe_tokens
+from .documents import describe_tokens, repeat_at_padding
 from .keywords import one_memory, packed_segments, refuse
-from .layers import FeedForward, make_norm
+from .layers import make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
-from .mixers.base import Mixer, Part
 from .outputs import NAMES, CausalLMOutput, DecoderOutput, named
-
-
-class DecoderLayer(GradientCheckpointingLayer):
-    """A pre-norm block: x + mixer(norm(x)), then x + ffn(norm(x))."""
-
-    def __init__(self, config: DecoderConfig, mixer: Mixer) -> None:
-        super().__init__()
-        self.mixer_norm = make_norm(config)
-        self.mixer = mixer
-        self.ffn_norm = make_norm(config)
-        self.ffn = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        shared: "Shared",
-        mixer_state: State | None = None,
-        ffn_state: State | None = None,
-        mode: str | None = None,
-    ) -> tuple[Tensor, State, State]:
-        """[B, T, d] -> [B, T, d] and the new states of the two parts."""
-        mode = mode if mode in self.mixer.modes else None
-        x = self.mixer_norm(hidden)
-        x, mixer_state = self.mixer(x, shared.of(self.mixer), mixer_state, mode)
-        hidden = hidden + self.dropout(x)
-        x = self.ffn_norm(hidden)
-        x, ffn_state = self.ffn(x, shared.of(self.ffn), ffn_state, None)
-        return hidden + self.dropout(x), mixer_state, ffn_state
-
-
-class Shared:
-    """What the parts of a pass share, by class, and what is kept by row (see ``DecoderCache``)."""
-
-    def __init__(self, layers: Iterable[Any], tokens: TokenInfo, rows: State) -> None:
-        self.rows: State = {"record": tokens.record}
-        self.by_class: dict[type[Part], Any] = {}
-        for layer in layers:
-            for part in (layer.mixer, layer.ffn):
-                if type(part) not in self.by_class:
-                    self.by_class[type(part)], kept = part.shared(tokens, rows)
-                    self.rows |= kept
-
-    def of(self, part: Part) -> Any:
-        return self.by_class[type(part)]
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -168,7 +121,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 all_hidden.append(hidden)
         hidden = self.norm(hidden)
         if tokens.latest is not None:
-            hidden = _repeat_at_padding(hidden, tokens.latest, rows.get("last_hidden"))
+            hidden = repeat_at_padding(hidden, tokens.latest, rows.get("last_hidden"))
         if cache is not None:
             if tokens.latest is not None:
                 shared.rows["last_hidden"] = hidden[:, -1].clone()
@@ -236,18 +189,6 @@ def _as_wanted(result: Any, return_dict: bool | None, config: DecoderConfig) -> 
     """The output, or the tuple of its values where that is asked for."""
     wanted = config.return_dict if return_dict is None else return_dict
     return result if wanted else result.to_tuple()
-
-
-def _repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) -> Tensor:
-    """Outputs at padding are those of the token before it: generate reads on from the last column.
-
-    hidden [B, T, d]; before [B, d] is each row's last output in an earlier call.
-    """
-    if hidden.shape[1] > 1:
-        hidden = hidden.gather(1, latest.clamp(min=0)[..., None].expand_as(hidden))
-    if before is None:
-        return hidden
-    return torch.where(latest[..., None] < 0, before[:, None], hidden)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel):

@@ -120,6 +120,18 @@ def describe_tokens(
     return TokenInfo(positions, past, hidden.dtype, valid, resets, known, latest_valid)
 
 
+def repeat_at_padding(hidden: Tensor, latest: Tensor, before: Tensor | None) -> Tensor:
+    """Outputs at padding are those of the token before it: generate reads on from the last column.
+
+    hidden [B, T, d]; before [B, d] is each row's last output in an earlier call.
+    """
+    if hidden.shape[1] > 1:
+        hidden = hidden.gather(1, latest.clamp(min=0)[..., None].expand_as(hidden))
+    if before is None:
+        return hidden
+    return torch.where(latest[..., None] < 0, before[:, None], hidden)
+
+
 def _last_columns(mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
     if mask is None:
         return None

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from retnet.model.block import Shared
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import Shared
 from retnet.model.documents import describe_tokens
 from tests.model.conftest import PAD, VOCAB, make_model, random_ids
 

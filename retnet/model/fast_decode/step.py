@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..block import DecoderLayer
 from ..cache import DecoderCache, State, is_locked
-from ..decoder import DecoderForCausalLM, DecoderLayer, DecoderModel
+from ..decoder import DecoderForCausalLM, DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part
 from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
