@@ -1,9 +1,9 @@
 """What the configurations of all models share; each mixer's file adds its own keys.
 
 A layer has 12 d^2 matrix parameters whatever its mixer and feed-forward network, because
-``intermediate_size: null`` is resolved to what the mixer leaves over. Switching off a part of the
-mixer (its gate, say) therefore makes the feed-forward network wider; give ``intermediate_size`` to
-keep that fixed instead.
+``intermediate_size: null`` is resolved to what the mixer leaves over, a layer's share of a table of
+positions counted too. Switching off a part of the mixer (its gate, say) therefore makes the
+feed-forward network wider; give ``intermediate_size`` to keep that fixed instead.
 """
 
 import difflib
@@ -19,7 +19,8 @@ from .ops.rotary import ROTARY_FREQUENCIES, ROTARY_LAYOUTS
 logger = logging.getLogger(__name__)
 
 NORMS = ("layernorm", "rmsnorm")
-FEED_FORWARDS = ("gelu", "swiglu")
+FEED_FORWARDS = {"gelu": 2, "swiglu": 3}  # and how many matrices of d x intermediate_size
+POSITIONS = ("rotary", "learned", "none")
 
 # Keyword arguments that transformers handles itself, beside its dataclass fields.
 _TRANSFORMERS_KEYS = {
@@ -65,7 +66,9 @@ class DecoderConfig(PretrainedConfig):
     )
     norm: str = option("layernorm", "layernorm or rmsnorm")
     norm_eps: float = 1e-6
-    ffn: str = option("gelu", "gelu or swiglu")
+    ffn: str = option(None, "gelu or swiglu, or one that the mixer brings; null: the mixer's own")
+    positions: str = option(None, "rotary, learned or none; null: the mixer's own", meaning=True)
+    embedding_norm: bool = option(None, "a norm after the embedding; null: the mixer's own")
     dropout: float = option(0.0, "after embedding, mixers, feed-forward networks")
     rotary_layout: str = option("interleaved", "interleaved or half", meaning=True)
     rotary_frequencies: str = option("linspace", "linspace or standard", meaning=True)
@@ -83,10 +86,11 @@ class DecoderConfig(PretrainedConfig):
         problems = self.problems()
         if not problems and self.intermediate_size is None:
             self.intermediate_size = self._balanced_intermediate_size()
-            if self.intermediate_size < 1:
+            if self.intermediate_size < self.hidden_size:
                 problems.append(
-                    "intermediate_size (None) leaves nothing for the feed-forward network beside "
-                    "this mixer: give it a number"
+                    "intermediate_size (None) leaves less than hidden_size "
+                    f"({self.hidden_size}) for the feed-forward network beside this mixer"
+                    f"{self._position_hint()}: give it a number"
                 )
         if problems:
             raise ValueError("; ".join(problems))
@@ -98,6 +102,18 @@ class DecoderConfig(PretrainedConfig):
 
     def resolve(self) -> None:
         """Put the mixer's own values for what is None; called on construction, before checks."""
+        if self.ffn is None:
+            self.ffn = self.mixer_class.ffn
+        if self.positions is None:
+            self.positions = self.mixer_class.positions
+        if self.embedding_norm is None:
+            self.embedding_norm = self.mixer_class.embedding_norm
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest document that is defined: T_max of what is indexed by position."""
+        bounded = self.positions == "learned" or self.mixer_class.bounded(self)
+        return self.max_position_embeddings if bounded else None
 
     @property
     def head_dim(self) -> int:
@@ -110,10 +126,21 @@ class DecoderConfig(PretrainedConfig):
         count: int = self.mixer_class.matrix_parameters(self)
         return count
 
+    @property
+    def position_parameters(self) -> int:
+        """Of the table of learned positions."""
+        return self.max_position_embeddings * self.hidden_size * (self.positions == "learned")
+
     def _balanced_intermediate_size(self) -> int:
-        matrices = 3 if self.ffn == "swiglu" else 2
-        left = 12 * self.hidden_size**2 - self.mixer_parameters
+        own = self.mixer_class.feed_forwards.get(self.ffn)
+        squares, matrices = (own.squares, own.matrices) if own else (0, FEED_FORWARDS[self.ffn])
+        taken = self.mixer_parameters + self.position_parameters / self.num_hidden_layers
+        left = (12 - squares) * self.hidden_size**2 - taken
         return math.floor(left / (matrices * self.hidden_size) + 0.5)
+
+    def _position_hint(self) -> str:
+        longest = self.longest
+        return "" if longest is None else f" and max_position_embeddings ({longest})"
 
     def _warn_of_unknown(self, kwargs: dict[str, Any]) -> None:
         known = {*self.__dataclass_fields__, *self.attribute_map}
@@ -131,7 +158,13 @@ class DecoderConfig(PretrainedConfig):
         if self.intermediate_size is not None:
             problems += self.check_size("intermediate_size")
         problems += self.check_choice("norm", NORMS)
-        problems += self.check_choice("ffn", FEED_FORWARDS)
+        problems += self.check_choice("ffn", (*FEED_FORWARDS, *self.mixer_class.feed_forwards))
+        problems += self.check_choice("positions", POSITIONS)
+        if self.positions == "rotary" and not self.mixer_class.rotates:
+            problems.append(
+                f"positions ('rotary') has no meaning for {self.mixer_class.name}, which has no "
+                "queries and keys to rotate: take learned or none"
+            )
         problems += self.check_choice("rotary_layout", ROTARY_LAYOUTS)
         problems += self.check_choice("rotary_frequencies", ROTARY_FREQUENCIES)
         problems += self.check_number("norm_eps", 0, 1)
@@ -141,7 +174,7 @@ class DecoderConfig(PretrainedConfig):
             problems.append("rotary_base (0) must be above 0: the usual value is 10000.0")
         if self.dropout == 1:
             problems.append("dropout (1) drops everything: use a value below 1")
-        for key in ("tie_word_embeddings", "use_cache"):
+        for key in ("tie_word_embeddings", "use_cache", "embedding_norm"):
             if not isinstance(getattr(self, key), bool):
                 problems.append(f"{key} ({getattr(self, key)!r}) must be true or false")
         if not problems and self.hidden_size % self.num_heads:
@@ -149,7 +182,7 @@ class DecoderConfig(PretrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be divisible by num_heads "
                 f"({self.num_heads}): take {nearest_multiple(self.hidden_size, self.num_heads)}"
             )
-        elif not problems and self.head_dim % 2:
+        elif not problems and self.head_dim % 2 and self.mixer_class.rotates:
             problems.append(
                 f"hidden_size ({self.hidden_size}) / num_heads ({self.num_heads}) is "
                 f"{self.head_dim}, but rotation turns pairs of channels: change one of them so "

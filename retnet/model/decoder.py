@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .block import DecoderLayer, Shared
 from .cache import DecoderCache, LayerState
 from .configuration import DecoderConfig
-from .documents import describe_tokens, repeat_at_padding
+from .documents import TokenInfo, describe_tokens, repeat_at_padding
 from .keywords import one_memory, packed_segments, refuse
 from .layers import make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
@@ -51,6 +51,10 @@ class DecoderModel(DecoderPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList(
             DecoderLayer(config, config.mixer_of(i)(config, i))
             for i in range(config.num_hidden_layers)
@@ -104,7 +108,12 @@ class DecoderModel(DecoderPreTrainedModel):
             record=rows.get("record"),
             past=past,
         )
+        self._check_length(tokens, position_ids is not None)
         shared = Shared(self.layers, tokens, rows)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(tokens.positions.clamp(min=0))
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
         hidden = self.dropout(hidden)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -135,6 +144,21 @@ class DecoderModel(DecoderPreTrainedModel):
             **named(cache),
         )
         return _as_wanted(result, return_dict, self.config)
+
+    def _check_length(self, tokens: TokenInfo, given: bool) -> None:
+        """Raise where a document is longer than what is indexed by position.
+
+        Nothing is read back from a device where the tokens are few enough however they lie.
+        """
+        longest = self.config.longest
+        if longest is None or (tokens.past + tokens.shape[1] <= longest and not given):
+            return
+        length = int(tokens.positions.amax()) + 1
+        if length > longest:
+            raise ValueError(
+                f"a document of {length} tokens is longer than max_position_embeddings "
+                f"({longest}), beyond which this model is not defined: give it a shorter text"
+            )
 
     def _begin(self, layer: Any, own: LayerState, hidden: Tensor, capacity: int | None) -> None:
         """Put the states from before the first token."""

@@ -115,6 +115,9 @@ class DecodeStep:
         self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
         self.grows = model.grows
         self.embedding = model.model.embed_tokens.weight.detach()
+        first, table = model.model.embed_norm, model.model.embed_positions
+        self.positions = None if table is None else table.weight.detach()
+        self.embedding_norm = None if first is None else step_norm(first)
         self.norm = step_norm(model.model.norm)
         self.output = Product(model.lm_head.weight.detach())
         kinds: list[type] = []
@@ -188,6 +191,10 @@ class DecodeStep:
     ) -> Tensor:
         assert self.number >= 0  # looked at, so that each step is compiled for itself
         hidden = F.embedding(tokens, self.embedding)
+        if self.positions is not None:
+            hidden = hidden + F.embedding(positions, self.positions)
+        if self.embedding_norm is not None:
+            hidden = self.embedding_norm(hidden)
         shared = [part.core.shared(positions, length) for part in self.first]
         for (norm, part, kind), state in zip(self.parts, states, strict=True):
             hidden = hidden + part(norm(hidden), shared[kind], state)

@@ -55,6 +55,8 @@ class CausalAttention(Mixer):
 
     name = "attention"
     options = AttentionOptions
+    positions = "rotary"
+    rotates = True
     joint = ("q_proj", "k_proj", "v_proj")
     step = AttentionStep
 

@@ -103,11 +103,20 @@ class Mixer(Part):
         name: Of ``model.mixer``.
         options: Its configuration: the shared keys with the mixer's own defaults, and its own.
         modes: Names of its forms, for ``mode``; empty for one that has a single form.
+        ffn, positions, embedding_norm: Its own value of the configuration's key of that name.
+        feed_forwards: Feed-forward networks that it brings, by their value of ``ffn``: classes with
+            ``squares`` and ``matrices``, how many they have of d x d and d x intermediate_size.
+        rotates: Whether it has queries and keys to rotate.
     """
 
     name: ClassVar[str]
     options: ClassVar[type[DecoderConfig]]
     modes: ClassVar[tuple[str, ...]] = ()
+    ffn: ClassVar[str] = "gelu"
+    positions: ClassVar[str] = "none"
+    embedding_norm: ClassVar[bool] = False
+    feed_forwards: ClassVar[dict[str, Any]] = {}
+    rotates: ClassVar[bool] = False
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__()
@@ -120,6 +129,11 @@ class Mixer(Part):
         config may also be a ``model`` section with its keys.
         """
         return ()
+
+    @classmethod
+    def bounded(cls, config: Any) -> bool:
+        """Whether it is undefined beyond ``max_position_embeddings`` tokens of a document."""
+        return False
 
     @classmethod
     def matrix_parameters(cls, config: Any) -> int:
@@ -142,6 +156,7 @@ class Mixer(Part):
         """
         if isinstance(module, nn.Embedding):
             std = output_std(config) if config.tie_word_embeddings else cls.embedding_std(config)
+            std = 0.02 if role == "embed_positions" else std
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             init.ones_(module.weight)
@@ -177,9 +192,10 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:
-    """The rotation of a pass's positions, in at least float32."""
+    """The rotation of a pass's positions, in at least float32; by nothing where none is wanted."""
+    turned = config.positions == "rotary"
     angles = rotary_angles(
-        tokens.positions,
+        tokens.positions if turned else tokens.positions.new_zeros(1, 1),
         config.head_dim,
         frequencies=config.rotary_frequencies,
         base=config.rotary_base,
@@ -200,6 +216,8 @@ class RotaryStep(Step):
             base=config.rotary_base,
             device=weight.device,
         )
+        if config.positions != "rotary":
+            self.theta = torch.zeros_like(self.theta)
         ones = weight.new_ones(config.num_heads, 1, 1, dtype=wide_dtype(weight.dtype))
         self.scale = torch.cat((ones, ones * key_scale))
 

@@ -43,6 +43,7 @@ class RetentionOptions(DecoderConfig):
     )
 
     def resolve(self) -> None:
+        super().resolve()
         if self.value_size is None and isinstance(self.hidden_size, int):
             self.value_size = 2 * self.hidden_size
 
@@ -138,6 +139,8 @@ class MultiScaleRetention(Mixer):
     name = "retention"
     options = RetentionOptions
     modes = ("parallel", "chunkwise", "recurrent")
+    positions = "rotary"
+    rotates = True
     joint = ("q_proj", "k_proj", "v_proj", "g_proj")
     step = RetentionStep
 
