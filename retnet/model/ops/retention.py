@@ -27,6 +27,7 @@ from torch import Tensor
 from .chunkwise import ChunkRetention, mix_chunks
 from .decay import chunk_decays, clock, decay_between, decay_matrix
 from .precision import in_full_precision, wide_dtype
+from .token_decay import token_chunk_decays
 
 CHUNKS_PER_SPAN, MOST_CHUNKS_PER_SPAN = 8, 32
 TOKENS_PER_SPAN = 2048  # of all rows
@@ -48,7 +49,8 @@ def retention_recurrent(
     Args:
         q, k: [B, H, T, K].
         v: [B, H, T, V].
-        log_decay: ln g [H].
+        log_decay: ln g [H]; or [B, H, T], of each token its own, which applies to the state before
+            it (gated retention).
         initial_state: [B, H, K, V]; zeros when None.
         valid, resets: bool [B, T], see above; no padding, no new document when None.
 
@@ -60,7 +62,7 @@ def retention_recurrent(
         ValueError: Shapes that do not fit together.
     """
     q, k, v, log_decay, state, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
-    decay = log_decay.exp()[None, :, None]  # [1, H, 1]
+    decay = log_decay.exp() if log_decay.dim() == 3 else log_decay.exp()[None, :, None]
     if valid is not None:
         decay = torch.where(valid[:, None], decay, 1.0)
     if resets is not None:
@@ -89,6 +91,10 @@ def retention_parallel(
     Arguments, results and errors as in ``retention_recurrent``.
     """
     q, k, v, log_decay, carried, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    if log_decay.dim() == 3:  # one chunk
+        decays = token_chunk_decays(log_decay, q.shape[2], valid, resets)
+        out, state, _ = mix_chunks(*(x[:, :, None] for x in (q, k, v)), carried, decays)
+        return out[:, :, 0], state
     time, document = clock(q.shape[2], q.device, valid, resets)
     out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
     last_time = time[:, -1:]
@@ -133,8 +139,10 @@ def retention_chunkwise(
     spans = zip(*(x.transpose(1, 2).split(size, dim=1) for x in (q, k, v)), strict=True)
     for index, parts in enumerate(spans):
         cut = slice(index * size, index * size + parts[0].shape[1])
-        if valid is not None or resets is not None or decays is None or cut.stop == length:
-            flags = (None if x is None else x[:, cut] for x in (valid, resets))
+        flags = [None if x is None else x[:, cut] for x in (valid, resets)]
+        if log_decay.dim() == 3:
+            decays = token_chunk_decays(log_decay[:, :, cut], chunk_size, *flags)
+        elif valid is not None or resets is not None or decays is None or cut.stop == length:
             decays = chunk_decays(log_decay, cut.stop - cut.start, chunk_size, *flags)
         own_q, own_k, own_v = (_chunks(x.transpose(1, 2), chunk_size) for x in parts)
         if log_decay.requires_grad or torch.compiler.is_compiling():  # autograd, or the compiler
@@ -183,8 +191,11 @@ def _promote(
         )
     if length == 0:
         raise ValueError(f"q {tuple(q.shape)} has no tokens: T must be at least 1")
-    if log_decay.shape != (heads,):
-        raise ValueError(f"log_decay {tuple(log_decay.shape)} must be [H], here [{heads}]")
+    if log_decay.shape not in ((heads,), (batch, heads, length)):
+        raise ValueError(
+            f"log_decay {tuple(log_decay.shape)} must be [H] or [B, H, T], here [{heads}] or "
+            f"{[batch, heads, length]}"
+        )
     state_shape = (batch, heads, key_dim, v.shape[3])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state {tuple(initial_state.shape)} must be {state_shape}")
