@@ -13,6 +13,7 @@ from .decoder import DecoderForCausalLM, DecoderModel
 from .hf_generate import GeneratingDecoder
 from .mixers import MIXERS
 from .mixers.attention import AttentionOptions, CausalAttention
+from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
 
 
@@ -44,7 +45,25 @@ class TransformerForCausalLM(GeneratingDecoder):
     config_class, model_class = TransformerConfig, TransformerModel
 
 
-PUBLIC: tuple[type[DecoderForCausalLM], ...] = (RetNetForCausalLM, TransformerForCausalLM)
+class GatedRetNetConfig(GatedRetentionOptions):
+    """A RetNet with gated retention (arXiv 2405.05254)."""
+
+    mixer_class, model_type = GatedRetention, "gated_retnet_lm"
+
+
+class GatedRetNetModel(DecoderModel):
+    config_class = GatedRetNetConfig
+
+
+class GatedRetNetForCausalLM(GeneratingDecoder):
+    config_class, model_class = GatedRetNetConfig, GatedRetNetModel
+
+
+PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
+    RetNetForCausalLM,
+    TransformerForCausalLM,
+    GatedRetNetForCausalLM,
+)
 
 
 def model_class(mixer: str) -> type[DecoderForCausalLM]:

@@ -5,6 +5,11 @@ Everything that lists mixers reads this table when it is asked.
 
 from .attention import CausalAttention
 from .base import Mixer
+from .gated_retention import GatedRetention
 from .retention import MultiScaleRetention
 
-MIXERS: dict[str, type[Mixer]] = {"retention": MultiScaleRetention, "attention": CausalAttention}
+MIXERS: dict[str, type[Mixer]] = {
+    "retention": MultiScaleRetention,
+    "attention": CausalAttention,
+    "gated_retention": GatedRetention,
+}

@@ -5,7 +5,7 @@
 Each head rotates its queries and keys by their position and retains with a decay of its own.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +22,20 @@ from ..ops.rotary import Rotation
 from .base import Mixer, RotaryStep, State, make_rotation, split_heads
 
 
-class RetentionOptions(DecoderConfig):
-    """Retention's keys.
+class HeadOptions(DecoderConfig):
+    """Keys of all retention.
 
     The head norm has no learned parameters; its eps is small, because retention outputs are small
-    at a text's first tokens. A decay of 1 is none, one number for all heads is single-scale
-    retention. The default chunk is what was measured to be fastest (benchmarks/RESULTS.md): 64,
-    for heads of width 128 and more 128.
+    at a text's first tokens. The default chunk is what was measured to be fastest
+    (benchmarks/RESULTS.md): 64, for heads of width 128 and more 128.
     """
 
-    value_size: int = option(None, "width of all values together; null: 2 d")
+    value_share: ClassVar[int] = 2  # value_size / d where that is null
+
+    value_size: int = option(None, "width of all values together; null: retention 2 d, gated d")
     head_norm: str = option("groupnorm", "groupnorm, rmsnorm or none")
     head_norm_eps: float = 1e-6
     gate: bool = option(True, "the swish gate")
-    decay: str | int | float = option(
-        "paper", "paper, log_linear, or one number in (0, 1] for all heads", meaning=True
-    )
     chunk_size: int = option(
         None, "chunk of the chunkwise form, changes speed only; null: by head width"
     )
@@ -45,7 +43,7 @@ class RetentionOptions(DecoderConfig):
     def resolve(self) -> None:
         super().resolve()
         if self.value_size is None and isinstance(self.hidden_size, int):
-            self.value_size = 2 * self.hidden_size
+            self.value_size = self.value_share * self.hidden_size
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -62,6 +60,23 @@ class RetentionOptions(DecoderConfig):
             problems += self.check_size("value_size")
         if not isinstance(self.gate, bool):
             problems.append(f"gate ({self.gate!r}) must be true or false")
+        if not problems and self.value_size % self.num_heads:
+            problems.append(
+                f"value_size ({self.value_size}) must be divisible by num_heads "
+                f"({self.num_heads}): take {nearest_multiple(self.value_size, self.num_heads)}"
+            )
+        return problems
+
+
+class RetentionOptions(HeadOptions):
+    """And retention's own: a decay of 1 is none, one number for all heads is single-scale."""
+
+    decay: str | int | float = option(
+        "paper", "paper, log_linear, or one number in (0, 1] for all heads", meaning=True
+    )
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
         if isinstance(self.decay, str):
             problems += [
                 f"{problem}, or a number in (0, 1]"
@@ -71,11 +86,6 @@ class RetentionOptions(DecoderConfig):
             problems.append(f"decay ({self.decay!r}) must be a name or a number in (0, 1]")
         elif not 0 < self.decay <= 1:
             problems.append(f"decay ({self.decay!r}) must be above 0 and at most 1")
-        if not problems and self.value_size % self.num_heads:
-            problems.append(
-                f"value_size ({self.value_size}) must be divisible by num_heads "
-                f"({self.num_heads}): take {nearest_multiple(self.value_size, self.num_heads)}"
-            )
         return problems
 
 
@@ -84,7 +94,7 @@ class RetentionShared(NamedTuple):
 
     turn_queries: Rotation
     turn_keys: Rotation  # also scales them
-    log_decay: Tensor  # ln g [H]
+    log_decay: Tensor | None  # ln g [H]; None where each token has its own
     tokens: TokenInfo
 
 
@@ -95,29 +105,38 @@ class RetentionStep(RotaryStep):
         config = mixer.config
         super().__init__(mixer, key_scale=config.head_dim**-0.5)
         self.norm = (config.head_norm, config.head_norm_eps)
-        log_decay = head_log_decay(config.decay, config.num_heads, self.theta.device)
-        self.decay = log_decay.to(self.scale.dtype).exp()[:, None, None]
         self.parts = [2 * config.hidden_size, config.value_size]
         self.parts += [config.value_size] if config.gate else []
+        self.set_decay(config)
         self.odd = sum(self.parts) % 2 == 1
+
+    def set_decay(self, config: Any) -> None:
+        """What decays need; where they are computed, they are the last of ``parts``."""
+        log_decay = head_log_decay(config.decay, config.num_heads, self.theta.device)
+        self.decay = log_decay.to(self.scale.dtype).exp()[:, None, None]
+
+    def take_decay(self, others: list[Tensor]) -> Tensor:
+        """g [B or 1, H, 1, 1], taken out of the parts after the values."""
+        return self.decay
 
     def __call__(self, joined: Tensor, shared: Rotation, state: State) -> Tensor:
         rows, heads, memory = joined.shape[0], self.num_heads, state["state"]
-        qk, v, *gate = joined.split_with_sizes(self.parts, dim=1)
+        qk, v, *others = joined.split_with_sizes(self.parts, dim=1)
         if self.odd:  # pairs must begin at even places
             qk = qk.contiguous()
         with full_precision(joined.device):
             q, k = shared(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
             v = v.view(rows, heads, 1, -1).to(memory.dtype)
+            decay = self.take_decay(others)
             if torch.compiler.is_compiling():  # so the new state is written once, and not read
-                out = _read(q, memory) * self.decay + (q * k).sum(-1, keepdim=True) * v
-                memory.mul_(self.decay).addcmul_(k.mT, v)
+                out = _read(q, memory) * decay + (q * k).sum(-1, keepdim=True) * v
+                memory.mul_(decay).addcmul_(k.mT, v)
             else:
-                memory.mul_(self.decay).addcmul_(k.mT, v)
+                memory.mul_(decay).addcmul_(k.mT, v)
                 out = _read(q, memory)
             out = head_norm(out.view(rows, heads, -1), *self.norm).view(rows, -1)
         out = out.to(joined.dtype)
-        return F.silu(gate[0]) * out if gate else out
+        return F.silu(others[0]) * out if others else out
 
 
 def _read(q: Tensor, state: Tensor) -> Tensor:
@@ -137,11 +156,11 @@ class MultiScaleRetention(Mixer):
     """
 
     name = "retention"
-    options = RetentionOptions
+    options: ClassVar[type[DecoderConfig]] = RetentionOptions
     modes = ("parallel", "chunkwise", "recurrent")
     positions = "rotary"
     rotates = True
-    joint = ("q_proj", "k_proj", "v_proj", "g_proj")
+    joint: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "g_proj")
     step = RetentionStep
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
@@ -211,7 +230,7 @@ class MultiScaleRetention(Mixer):
                 shared.turn_queries(q),
                 shared.turn_keys(k),
                 v,
-                shared.log_decay,
+                self.log_decay(hidden, shared),
                 mode or self.choose_mode(hidden.shape[1]),
                 initial_state=None if state is None else state["state"],
                 valid=shared.tokens.valid,
@@ -223,6 +242,11 @@ class MultiScaleRetention(Mixer):
         with full_precision(hidden.device):
             out = gated_norm(out.transpose(1, 2), gate, config.head_norm, config.head_norm_eps)
         return self.o_proj(out.flatten(2).to(hidden.dtype)), {"state": last}
+
+    def log_decay(self, hidden: Tensor, shared: RetentionShared) -> Tensor:
+        """ln g [H], or [B, H, T]."""
+        assert shared.log_decay is not None
+        return shared.log_decay
 
     def _retain(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mode: str, **options: Any

@@ -93,7 +93,8 @@ def retention_parallel(
     q, k, v, log_decay, carried, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
     if log_decay.dim() == 3:  # one chunk
         decays = token_chunk_decays(log_decay, q.shape[2], valid, resets)
-        out, state, _ = mix_chunks(*(x[:, :, None] for x in (q, k, v)), carried, decays)
+        q, k, v = (x[:, :, None] for x in (q, k, v))
+        out, state, _ = mix_chunks(q, k, v, carried, decays)
         return out[:, :, 0], state
     time, document = clock(q.shape[2], q.device, valid, resets)
     out = (q @ k.mT * decay_matrix(log_decay, time, document)) @ v
