@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.model import MIXERS
+from retnet.model.models import model_class
 
 VOCAB = 61
 PAD, BOS, EOS = 60, 59, 58
@@ -15,11 +16,10 @@ def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
     """A fresh two-layer model in eval mode, its weights large enough to matter."""
     torch.manual_seed(seed)
     keys = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
-    keys |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS} | values
-    if mixer == "retention":
-        model = RetNetForCausalLM(RetNetConfig(**{"chunk_size": 5} | keys))
-    else:
-        model = TransformerForCausalLM(TransformerConfig(**keys))
+    keys |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    keys |= {"chunk_size": 5} if "chunk_size" in MIXERS[mixer].options.__dataclass_fields__ else {}
+    kind: Any = model_class(mixer)
+    model = kind(kind.config_class(**keys | values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -32,7 +32,7 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, EOS, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["retention", "attention"])
+@pytest.fixture(params=list(MIXERS))
 def mixer(request: pytest.FixtureRequest) -> str:
     return request.param
 
