@@ -8,23 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retnet import RetNetForCausalLM, TransformerForCausalLM
+from retnet.model import MIXERS
 from retnet.model.loss import causal_lm_loss
 from tests.model.conftest import PAD, VOCAB, make_model, random_ids
-from tests.model.test_decoder import MODELS, MODES, TOLERANCE, batches, cut, kept_rows, logits
+from tests.model.test_decoder import (
+    MODELS,
+    TOLERANCE,
+    batches,
+    cut,
+    kept_rows,
+    logits,
+    modes_of,
+)
 
 CHUNK = MODELS["retention"].config.chunk_size
-both = pytest.mark.parametrize("mixer", ["retention", "attention"])
+each = pytest.mark.parametrize("mixer", MIXERS)
 
 
-def own_modes(mixer: str) -> tuple[str | None, ...]:
-    return MODES if mixer == "retention" else (None,)
+HAND_OVERS = [
+    (mixer, *pair) for mixer in MIXERS for pair in itertools.product(modes_of(mixer), repeat=2)
+]
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(MODES, MODES)))
-def test_hand_over_at_every_split_with_gradients_through_the_state(first: str, second: str) -> None:
+@pytest.mark.parametrize(("mixer", "first", "second"), HAND_OVERS)
+def test_hand_over_at_every_split_with_gradients_through_the_state(
+    mixer: str, first: str | None, second: str | None
+) -> None:
     """One batch with padding and documents; the state's gradient reaches the first part."""
-    model = MODELS["retention"]
+    model = MODELS[mixer]
     ids = random_ids(2, 12)
     batch = {
         "attention_mask": torch.ones(2, 12, dtype=torch.int64),
@@ -38,7 +49,7 @@ def test_hand_over_at_every_split_with_gradients_through_the_state(first: str, s
         weights = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
         return torch.autograd.grad((out[:, -1] * weights).sum(), embedded)[0]
 
-    whole = model(inputs_embeds=embedded, **batch, mode="recurrent").logits
+    whole = model(inputs_embeds=embedded, **batch, mode=modes_of(mixer)[-1]).logits
     expected = gradient(whole)
     assert expected[1, 3].abs().max() > 0
     assert expected[0, :5].abs().max() == 0  # another document
@@ -59,7 +70,7 @@ def test_hand_over_at_every_split_with_gradients_through_the_state(first: str, s
         assert (gradient(out) - expected).abs().max() < TOLERANCE
 
 
-@both
+@each
 @pytest.mark.parametrize(
     "lengths",
     [[CHUNK, CHUNK], [CHUNK, 2 * CHUNK, 1], [2 * CHUNK, 3], [1] * 7, [1, CHUNK - 1, 1, CHUNK + 1]],
@@ -71,21 +82,21 @@ def test_documents_that_end_at_a_chunks_edge_or_at_once(mixer: str, lengths: lis
     segments = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = torch.cat([logits(model, part) for part in ids.split(lengths, dim=1)], dim=1)
-    for mode in own_modes(mixer):
+    for mode in modes_of(mixer):
         packed = logits(model, ids, segment_ids=segments, mode=mode)
         assert (packed - alone).abs().max() < TOLERANCE
         by_position = logits(model, ids, position_ids=positions, mode=mode)
         assert (by_position - alone).abs().max() < TOLERANCE
 
 
-@both
+@each
 @pytest.mark.parametrize("split", [1, 3, CHUNK, CHUNK + 2])
 def test_a_document_goes_on_from_a_cache(mixer: str, split: int) -> None:
     """Its id decides: the same id goes on, another one begins anew, none goes on."""
     model = MODELS[mixer]
     ids = random_ids(2, 16)
     first = torch.full((2, split), 7)
-    for mode in own_modes(mixer):
+    for mode in modes_of(mixer):
         for then, fresh in ((7, False), (None, False), (8, True), (0, True)):
             cache = model.new_cache()
             logits(model, ids[:, :split], segment_ids=first, past_key_values=cache, mode=mode)
@@ -96,7 +107,7 @@ def test_a_document_goes_on_from_a_cache(mixer: str, split: int) -> None:
             assert (out - expected).abs().max() < TOLERANCE
 
 
-@both
+@each
 @settings(max_examples=25, deadline=None)
 @given(batch=batches(), data=st.data())
 def test_losses_of_a_packed_and_padded_batch(mixer: str, batch: dict, data: st.DataObject) -> None:
@@ -129,7 +140,7 @@ def test_losses_of_a_packed_and_padded_batch(mixer: str, batch: dict, data: st.D
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
 
 
-@both
+@each
 def test_position_ids_of_left_padding_say_what_the_mask_says(mixer: str) -> None:
     """transformers' own: cumsum of the mask - 1, and 0 or 1 at the padding."""
     model = MODELS[mixer]
@@ -138,12 +149,12 @@ def test_position_ids_of_left_padding_say_what_the_mask_says(mixer: str) -> None
     expected = logits(model, ids, attention_mask=mask)[mask.bool()]
     for fill in (0, 1):
         positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
-        for mode in own_modes(mixer):
+        for mode in modes_of(mixer):
             out = logits(model, ids, attention_mask=mask, position_ids=positions, mode=mode)
             assert (out[mask.bool()] - expected).abs().max() < TOLERANCE
 
 
-@both
+@each
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32, torch.uint8])
 def test_masks_of_any_type(mixer: str, dtype: torch.dtype) -> None:
     model, mask = MODELS[mixer], torch.tensor([[0, 0, 1, 1, 1]])
@@ -152,7 +163,7 @@ def test_masks_of_any_type(mixer: str, dtype: torch.dtype) -> None:
     assert (out[:, 2:] - logits(model, ids[:, 2:])).abs().max() < TOLERANCE
 
 
-@both
+@each
 def test_padding_repeats_the_logits_of_the_token_before(mixer: str) -> None:
     """So the last column is what generation reads on from, on whichever side the padding is."""
     model = MODELS[mixer]
@@ -165,11 +176,11 @@ def test_padding_repeats_the_logits_of_the_token_before(mixer: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@both
+@each
 def test_from_pretrained_in_any_dtype(mixer: str, dtype: torch.dtype, tmp_path) -> None:
     model = make_model(mixer, torch.float32)
     model.save_pretrained(tmp_path)
-    kind = RetNetForCausalLM if mixer == "retention" else TransformerForCausalLM
+    kind = type(model)
     loaded = kind.from_pretrained(tmp_path, dtype=dtype).eval()
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     ids = random_ids(2, 40)
@@ -183,7 +194,7 @@ def test_from_pretrained_in_any_dtype(mixer: str, dtype: torch.dtype, tmp_path) 
     assert torch.equal(logits(again.eval(), ids), out)
 
 
-@both
+@each
 @pytest.mark.parametrize("kind", ["weights", "autocast"])
 def test_bfloat16_with_a_cache_padding_and_documents(mixer: str, kind: str) -> None:
     """The float64 logits within the tolerance of bfloat16, in pieces too."""
@@ -206,11 +217,11 @@ def test_bfloat16_with_a_cache_padding_and_documents(mixer: str, kind: str) -> N
     assert error.pow(2).mean().sqrt() / expected.std() <= 0.04
 
 
-@both
+@each
 def test_gradients_are_finite_for_rows_of_nothing_but_padding(mixer: str) -> None:
     model = make_model(mixer)
     ids, mask = random_ids(2, 7), torch.tensor([[0] * 7, [1] * 7])
-    for mode in own_modes(mixer):
+    for mode in modes_of(mixer):
         model.zero_grad()
         model(ids, attention_mask=mask, labels=ids, mode=mode).loss.backward()
         mine = [p.grad.clone() for p in model.parameters()]
