@@ -1,12 +1,18 @@
 """What the entry points share: argument errors, logging, exit codes, how torch is set up."""
 
 import argparse
+import functools
 import logging
+import math
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
 
 from transformers.utils import logging as transformers_logging
 
@@ -15,6 +21,8 @@ from retnet.machine import use_fast_products
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+BURST_S = 1.0  # Ctrl-C that comes again within this time is the same one
+F = TypeVar("F", bound=Callable[..., int])
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -50,6 +58,38 @@ def configure_logging() -> None:
     transformers_logging.disable_progress_bar()  # of weights being written and loaded
 
 
+class _Interrupt:
+    """SIGINT's handler: one KeyboardInterrupt of a burst, so that nothing interrupts its answer."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._last > BURST_S:
+            self._last = now
+            raise KeyboardInterrupt
+
+
+def _interrupted_once(run: F) -> F:
+    """Have ``run`` see one KeyboardInterrupt of many Ctrl-C; after a process's own it just ends."""
+
+    @functools.wraps(run)
+    def guarded(main: Any, argv: Sequence[str] | None = None) -> int:
+        usual = signal.default_int_handler
+        main_thread = threading.current_thread() is threading.main_thread()
+        if not main_thread or signal.getsignal(signal.SIGINT) != usual:
+            return run(main, argv)
+        signal.signal(signal.SIGINT, _Interrupt())
+        try:
+            return run(main, argv)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if argv is None else usual)
+
+    return cast(F, guarded)
+
+
+@_interrupted_once
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Set torch up, call an entry point's body, turn what the user did wrong into exit code 2.
 
