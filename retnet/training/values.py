@@ -156,7 +156,7 @@ def _converted(kind: Any, value: Any) -> tuple[bool, Any]:
     if get_origin(kind) is list:
         if not isinstance(value, list):
             return False, None
-        parts = [_converted(*get_args(kind), part) for part in value]
+        parts = [_converted(get_args(kind)[0], part) for part in value]
         return all(fits for fits, _ in parts), [part for _, part in parts]
     if kind is bool and type(value) is int and value in (0, 1):
         return True, bool(value)
