@@ -117,22 +117,30 @@ def load_checkpoint_state(
             )
     what, fix = f"checkpoint ({folder})", TAKE_OVER
     progress = read_progress(folder)
-    try:
+    with _readable(what):
         weights: dict[str, Any] = dict(read_weights(folder, tied=True))
-        stored = load_file(folder / OPTIMIZER)
-    except SafetensorError as error:
-        raise UserError(f"{what} can't be read: {error}; {COPY_AGAIN}") from error
     own: Any = states.get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
     options = states.StateDictOptions(full_state_dict=True)
     states.set_model_state_dict(model, weights, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
+    with _readable(what):
+        stored = load_file(folder / OPTIMIZER)
     check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]
     states.set_optimizer_state_dict(model, optimizer, moments, options=options)
     return progress
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """A ``UserError`` for a file that is none of safetensors."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{what} can't be read: {error}; {COPY_AGAIN}") from error
 
 
 def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:

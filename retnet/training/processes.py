@@ -70,6 +70,12 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
             "process: start several processes with torchrun"
         )
+    if accelerator.device.type != ("cpu" if cpu else "cuda"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE ({accelerator.device}) is not train.device ({spec.device}), "
+            f"which is {'cpu' if cpu else 'cuda'} here: unset it"
+        )
     return accelerator
 
 

@@ -49,9 +49,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         logger.info("outside of the main thread: signals and Ctrl-C do not stop and save this run")
         yield request
         return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    numbers, hang_up = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:  # Windows has none
+        numbers.append(hang_up)
     previous = {number: signal.getsignal(number) for number in numbers}
     if callable(previous[signal.SIGINT]):
         request._hurry = previous[signal.SIGINT]

@@ -109,7 +109,7 @@ def test_states_of_another_kind(options, tmp_path: Path, capsys, damage: str) ->
     states = load_file(file)
     name = "layers.0.mixer.state"
     if damage == "names":
-        states["layers.7.mixer.state"] = states[name]
+        states["layers.7.mixer.state"] = states[name].clone()
     else:
         states[name] = states[name].long() if damage == "kind" else states[name][:1].clone()
     save_file(states, file)

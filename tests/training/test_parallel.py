@@ -160,6 +160,7 @@ def test_world_size_without_torchrun(
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "(4) is not train.gradient_accumulation"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION (fp16) is not poss"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION (fp8) is not possible"),
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE (meta) is not train.device"),
         ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP (true) needs a GPU"),
     ],
 )

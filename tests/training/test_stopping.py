@@ -95,25 +95,28 @@ def test_a_terminal_that_is_closed(options, tmp_path: Path, capsys) -> None:
         signal.signal(signal.SIGHUP, previous)
 
 
-def burst() -> threading.Thread:
-    """Twenty Ctrl-C within 10 ms, from outside."""
+class Burst(threading.Thread):
+    """Twenty Ctrl-C within 10 ms, from outside, after ``go``. Join it while they do no harm."""
 
-    def send() -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        self.go.wait()
         for _ in range(20):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.0005)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
 
 
 def test_a_burst_of_ctrl_c_is_one(capsys) -> None:
     """Whatever happens on the way out is not interrupted again."""
 
     def waits(argv: Sequence[str]) -> None:
-        sending = burst()
+        sending = Burst()
         try:
+            sending.go.set()
             time.sleep(5)
         finally:
             sending.join()
@@ -135,17 +138,16 @@ def test_nothing_raises_after_the_end_of_a_process(monkeypatch) -> None:
 
 
 def test_a_burst_of_ctrl_c_in_training(options, whole: Path, tmp_path: Path, capsys) -> None:
-    sending: list[threading.Thread] = []
+    sending, real = Burst(), module.end_training
 
     def interrupt() -> None:
-        sending.append(burst())
+        sending.go.set()
         time.sleep(1)
 
     def end(*args: object) -> None:
-        sending[0].join()
+        sending.join()
         real(*args)
 
-    real = module.end_training
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, loop.Trainer, "_seed", 4, interrupt)
         patch.setattr(module, "end_training", end)
