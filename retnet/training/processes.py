@@ -70,11 +70,12 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
             "process: start several processes with torchrun"
         )
-    if accelerator.device.type != ("cpu" if cpu else "cuda"):
+    device, wanted = accelerator.device, "cpu" if cpu else "cuda"
+    if device.type != wanted:
         AcceleratorState._reset_state(reset_partial_state=True)
         raise UserError(
-            f"ACCELERATE_TORCH_DEVICE ({accelerator.device}) is not train.device ({spec.device}), "
-            f"which is {'cpu' if cpu else 'cuda'} here: unset it"
+            f"ACCELERATE_TORCH_DEVICE ({device}) is not train.device ({spec.device}), which is "
+            f"{wanted} here: unset it"
         )
     return accelerator
 
