@@ -1,6 +1,7 @@
 """What the entry points share: argument errors, logging, exit codes, how torch is set up."""
 
 import argparse
+import atexit
 import functools
 import logging
 import math
@@ -59,20 +60,27 @@ def configure_logging() -> None:
 
 
 class _Interrupt:
-    """SIGINT's handler: one KeyboardInterrupt of a burst, so that nothing interrupts its answer."""
+    """SIGINT's handler: one KeyboardInterrupt of a burst, so that nothing interrupts its answer.
+
+    When all has ``ended`` but the interpreter, the signal ends that too, without a traceback.
+    """
 
     def __init__(self) -> None:
-        self._last = -math.inf
+        self._last, self.ended = -math.inf, False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self._last > BURST_S:
-            self._last = now
-            raise KeyboardInterrupt
+        if now - self._last < BURST_S:
+            return
+        self._last = now
+        if self.ended:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise KeyboardInterrupt
 
 
 def _interrupted_once(run: F) -> F:
-    """Have ``run`` see one KeyboardInterrupt of many Ctrl-C; after a process's own it just ends."""
+    """Have ``run`` see one KeyboardInterrupt of many Ctrl-C, and a process none after it."""
 
     @functools.wraps(run)
     def guarded(main: Any, argv: Sequence[str] | None = None) -> int:
@@ -80,11 +88,16 @@ def _interrupted_once(run: F) -> F:
         main_thread = threading.current_thread() is threading.main_thread()
         if not main_thread or signal.getsignal(signal.SIGINT) != usual:
             return run(main, argv)
-        signal.signal(signal.SIGINT, _Interrupt())
+        interrupt = _Interrupt()
+        signal.signal(signal.SIGINT, interrupt)
         try:
             return run(main, argv)
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_DFL if argv is None else usual)
+            interrupt.ended = True
+            if argv is not None:  # this is not the end of the process
+                signal.signal(signal.SIGINT, usual)
+            else:  # the interpreter takes handlers away before it is gone
+                atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     return cast(F, guarded)
 

@@ -129,10 +129,22 @@ def test_a_burst_of_ctrl_c_is_one(capsys) -> None:
 
 
 def test_nothing_raises_after_the_end_of_a_process(monkeypatch) -> None:
+    """The rest of a burst does nothing, and a later Ctrl-C does what it does without Python."""
+
+    def interrupted(argv: Sequence[str]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    ends: list[object] = []
     monkeypatch.setattr("sys.argv", ["train.py"])
     try:
-        assert cli.run(lambda argv: None) == 0
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert cli.run(interrupted) == 130
+        handler = signal.getsignal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr("retnet.cli.BURST_S", 0)
+        monkeypatch.setattr(signal, "raise_signal", lambda number: ends.append(number))
+        with pytest.raises(KeyboardInterrupt):  # where the default had ended the process
+            handler(signal.SIGINT, None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL and ends == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
