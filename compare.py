@@ -5,6 +5,7 @@ to the first model with a 95 % interval, and how fast and in how much memory it 
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ try:  # the imports take seconds
     )
     from retnet.generation import add_loading_options, loading_arguments, text_output
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 

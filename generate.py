@@ -8,6 +8,7 @@ about tokens, speed and memory goes to standard error at the end.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ try:  # the imports take seconds
         text_output,
     )
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 

@@ -11,11 +11,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from retnet.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 UNFINISHED = ".unfinished-"
 REPLACED = ".unfinished-old-"
 
@@ -85,6 +90,28 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold an object: {fix}")
     return content
+
+
+def read_record(path: Path, kind: type[Record], fix: str) -> Record:
+    """The dataclass ``kind`` that a JSON file describes: all of its fields, each of its type.
+
+    Fields may be int, float, str, bool, and None beside one of them.
+
+    Raises:
+        UserError: It does not; names the key and its value, the message ends with ``fix``.
+    """
+    content = read_json(path, fix)
+    types = {option.name: option.type for option in fields(kind)}
+    for key in sorted(content.keys() ^ types.keys()):
+        what = "is missing" if key in types else "is no key of it"
+        raise UserError(f"{path}: {key} {what}: {fix}")
+    for key, value in content.items():
+        options = get_args(types[key]) or (types[key],)
+        whole_as_float = type(value) is int and float in options
+        if type(value) not in options and not whole_as_float:
+            names = " or ".join(option.__name__ for option in options).replace("NoneType", "null")
+            raise UserError(f"{path}: {key} ({json.dumps(value)[:40]}) must be {names}: {fix}")
+    return kind(**content)
 
 
 @contextmanager

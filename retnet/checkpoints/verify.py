@@ -13,6 +13,7 @@ from retnet.checkpoints.format import (
     TOKENIZER,
     TRAINING_STATE,
     WEIGHTS,
+    read_progress,
 )
 from retnet.checkpoints.weights import weight_files
 from retnet.errors import UserError
@@ -62,6 +63,11 @@ def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
         needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
         lacking = [name for name in needed if name not in described]
         damage = f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
+    if damage is None:
+        try:
+            read_progress(folder)
+        except UserError as error:
+            damage = str(error)
     return damage
 
 

@@ -79,11 +79,14 @@ def check_size(folder: Path, config: Any) -> None:
 
 
 def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
-    """The weights in a checkpoint of ours by name; ``tied``: the output layer may be the embedding.
+    """A checkpoint's weights by name, from all its files.
 
-    A ``SafetensorError`` where the file is damaged.
+    ``tied``: the output layer may be the embedding. A ``SafetensorError`` where a file is damaged,
+    a ``UserError`` as ``weight_files`` has it.
     """
-    weights = load_file(folder / WEIGHTS)
-    if tied and "lm_head.weight" not in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights: dict[str, Tensor] = {}
+    for name in weight_files(folder):
+        weights |= load_file(folder / name)
+    if tied and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return weights

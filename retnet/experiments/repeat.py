@@ -19,7 +19,7 @@ from pathlib import Path
 from retnet.cli import ArgumentParser, run
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
-from retnet.training import load_config, train
+from retnet.training import key_of, load_config, train
 from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def repeat(
             folder = out / name
             arguments = [*overrides, *setting, f"train.seed={seed}", f"train.out_dir={folder}"]
             logger.info("== %s", name)
-            if train(load_config(recipe, arguments)) != 0:
+            if train(load_config(recipe, arguments), [*map(key_of, arguments)]) != 0:
                 raise UserError(f"run ({folder}) did not finish: see its messages above")
             losses.append(final_loss(folder))
         rows.append(Row(", ".join(s.split(".")[-1] for s in setting), losses))
