@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from retnet.data import DataSpec
 from retnet.data.spec import BPE
 from retnet.errors import UserError
-from retnet.paths import kind_of
+from retnet.paths import expand, kind_of
 from retnet.training.limits import problems
 from retnet.training.spec import Config, config_schema, settled
 
@@ -27,7 +27,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         UserError: Names the key or file, its value and the fix.
     """
-    layers = [] if path is None else [_read_yaml(Path(path))]
+    layers = [] if path is None else [_read_yaml(expand(path, "configuration"))]
     layers += [_read_override(override) for override in overrides]
     try:
         merged = OmegaConf.structured(config_schema())
@@ -53,6 +53,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     if train.out_dir is None:
         name = "default" if path is None else Path(path).stem
         train = replace(train, out_dir=f"runs/{name}-{model.mixer}")
+    _ = train.run_folder  # which out_dir must be able to name
     data.validate()
     config = replace(config, model=model, data=data, train=train)
     if found := [*problems(config)]:

@@ -34,7 +34,7 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             cpu=cpu,
             mixed_precision="bf16" if bf16 else "no",
             log_with=list(spec.trackers) or None,
-            project_dir=spec.out_dir,
+            project_dir=str(spec.run_folder),
             # ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides the loss where the plugin is left out
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )

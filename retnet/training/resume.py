@@ -9,6 +9,7 @@ from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
 from retnet.checkpoints.verify import checkpoint_damage
 from retnet.errors import UserError
 from retnet.files import missing_folders, read_json
+from retnet.paths import expand
 from retnet.training.config import load_config
 from retnet.training.loop import Trainer
 from retnet.training.run_folder import CONFIG, Start, step_of, writing
@@ -35,7 +36,7 @@ def plan_start(config: Config) -> Start:
     if resume == "auto":
         return _automatic_start(config, run)
     if resume != "never":
-        return _named_start(Path(resume), run, config.train.max_steps)
+        return _named_start(expand(resume, "train.resume"), run, config.train.max_steps)
     if _holds_run(run):
         raise UserError(
             f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
