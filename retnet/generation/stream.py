@@ -1,7 +1,7 @@
 """Text as it is made: whole characters only, and nothing from a stop string on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerFast
 
@@ -133,19 +133,19 @@ def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set
 
 
 def _can_occur(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
-    """Whether a text may be made: it has tokens, or each of its letters is in some token's text.
+    """Whether a text may be made: each of its letters is in some token's text.
 
-    A tokenizer that knows "。" only at the end of words has no token for it alone.
+    Whether it has tokens of its own says nothing: a tokenizer may know "。" at the end of words
+    only, and one that changes letters to small ones makes tokens of what it never writes.
     """
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which is in no text
         return False
-    with suppress(UserError), naming(tokenizer):
-        if set(tokenizer(text, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-            return True
     ids = [[token] for token in tokenizer.get_vocab().values()]
-    letters = set("".join(tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)))
+    with naming(tokenizer):
+        texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    letters = set("".join(texts))  # with the replacement character where a token is a part of one
     return REPLACEMENT in letters or set("".join(text.split())) <= letters
 
 
