@@ -33,7 +33,7 @@ def as_data_set(folder: Path) -> None:
     [(".", "runs/tiny"), (".", "."), ("./**/*.[tj]*", "runs/tiny"), ("data set", "runs/tiny")],
 )
 def test_a_run_below_its_source_goes_on_and_can_be_compared(
-    options, corpus: Path, tmp_path: Path, monkeypatch, source: str, out_dir: str
+    options, corpus: Path, tmp_path: Path, monkeypatch, capsys, source: str, out_dir: str
 ) -> None:
     recipe = str(Path("configs/tiny.yaml").absolute())
     shutil.copytree(corpus, tmp_path / "text")
@@ -51,7 +51,11 @@ def test_a_run_below_its_source_goes_on_and_can_be_compared(
     assert cli.run(train.main, [*options, "train.max_steps=3"]) == 0
     after = json.loads((Path(out_dir) / FINAL / DATA_RECORD).read_text())
     assert after == before
-    assert cli.run(compare.main, [out_dir, f"{out_dir}/final", "--no-speed"]) == 0
+    models = [out_dir, f"{out_dir}/final", "--no-speed"]
+    assert cli.run(compare.main, models) == 0
+    capsys.readouterr()
+    assert cli.run(compare.main, [*models, "--text", "."]) == 0
+    assert f"{30 if source == 'data set' else 40} documents" in capsys.readouterr().out
     assert len(list(Path("data/cache").iterdir())) == 1
 
 
