@@ -75,7 +75,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     configure_logging()
     use_fast_products()
     try:
-        return main([*map(_as_utf8, sys.argv[1:] if argv is None else argv)]) or 0
+        return main([*map(_as_utf8, sys.argv[1:])] if argv is None else argv) or 0
     except UserError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:

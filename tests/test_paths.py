@@ -121,15 +121,18 @@ IN_ASCII = """
 import sys, generate, train
 from retnet import cli
 from retnet.data.sources import open_location
+def call(main, *argv):
+    sys.argv[1:] = argv
+    print(cli.run(main.main))
 recipe, text, model, tiny = sys.argv[1:]
 assert sys.getfilesystemencoding() == "ascii"
-print(cli.run(train.main, [recipe]))
-print(cli.run(train.main, [tiny, "train.sample_prompt=\\udcc3\\udca9", "--print-config"]))
+call(train, recipe)
+call(train, tiny, "train.sample_prompt=\\udcc3\\udca9", "--print-config")
 (document,) = open_location("\\xe9.txt", "data.source", "text", None, "train").documents()
 assert document == "\\xe9"
-print(cli.run(generate.main, [model, "--prompt", "\\udcc3\\udca9", "--max-new-tokens", "1"]))
-print(cli.run(generate.main, [model, "-", "--max-new-tokens", "1"]))
-print(cli.run(generate.main, [model, "--prompt", "a\\udcff", "--max-new-tokens", "1"]))
+call(generate, model, "--prompt", "\\udcc3\\udca9", "--stop=\\udcc3\\udca9", "--max-new-tokens=1")
+call(generate, model, "-", "--max-new-tokens", "1")
+call(generate, model, "--prompt", "a\\udcff", "--max-new-tokens", "1")
 """
 
 
