@@ -4,6 +4,7 @@ Inside the package a ``str`` is text as it was typed and a ``Path`` has been thr
 Every path of every command goes through it once, so ``~`` means the same everywhere.
 """
 
+import errno
 import os
 import stat
 import sys
@@ -13,6 +14,7 @@ from typing import Literal
 from retnet.errors import UserError
 
 Kind = Literal["file", "folder", "other"]
+NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the last: a link that leads to itself
 
 
 def expand(path: str | Path, key: str, *, for_libraries: bool = False) -> Path:
@@ -62,9 +64,9 @@ def kind_of(path: Path, key: str) -> Kind | None:
     """
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError) as error:  # ValueError: a null byte, or no file name's encoding
+        if getattr(error, "errno", None) in NOTHING:
+            return None
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{key} ({path}) cannot be reached ({reason}): name another path, or change its "

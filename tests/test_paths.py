@@ -19,6 +19,7 @@ def test_kinds(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
     kinds = {
         "file": "file",
         "pipe": "other",
@@ -26,6 +27,7 @@ def test_kinds(tmp_path: Path) -> None:
         "no": None,
         "file/x": None,
         "link": None,
+        "loop": None,
     }
     assert {name: kind_of(tmp_path / name, "key") for name in kinds} == kinds
 

@@ -9,12 +9,13 @@ by itself is the caller's affair.
 import fnmatch
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from retnet.errors import UserError
-from retnet.paths import expand, kind_of
+from retnet.paths import Kind, expand, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,30 +54,34 @@ class Listing:
 
     def __init__(self, key: str) -> None:
         self._key = key
-        self._names: dict[Path, list[str]] = {}  # of folders that were read
-        self._reals: dict[Path, Path] = {}  # and their real paths
+        self._kinds: dict[Path, dict[str, Kind | None]] = {}  # of the names in folders
+        self._reals: dict[Path, Path] = {}  # the folders' real paths
         self._lost: list[Path] = []  # links to nothing
 
-    def names(self, folder: Path) -> list[str]:
-        """What is in a folder and was not written there by the project, sorted.
+    def names(self, folder: Path) -> dict[str, Kind | None]:
+        """What is in a folder and was not written there by the project, sorted: names and kinds.
 
-        A ``UserError`` where the folder can't be read.
+        A link has none, since it takes a look to tell. A ``UserError`` where the folder can't be
+        read.
         """
-        if folder not in self._names:
+        if folder not in self._kinds:
             try:
-                found = sorted(path.name for path in folder.iterdir())
+                with os.scandir(folder) as found:
+                    kinds = {entry.name: _plain_kind(entry) for entry in found}
             except FileNotFoundError:  # it has gone since it was seen
-                found = []
+                kinds = {}
             except OSError as error:
                 raise UserError(
                     f"{self._key}: {folder} cannot be read ({error.strerror}): make it readable, "
                     "or name a source without it"
                 ) from error
-            ours = written_here(folder, found)
-            self._names[folder] = [
-                name for name in found if not any(fnmatch.fnmatchcase(name, own) for own in ours)
-            ]
-        return self._names[folder]
+            ours = written_here(folder, kinds)
+            self._kinds[folder] = {
+                name: kinds[name]
+                for name in sorted(kinds)
+                if not any(fnmatch.fnmatchcase(name, own) for own in ours)
+            }
+        return self._kinds[folder]
 
     def folders(self, root: Path) -> Iterator[Path]:
         """``root`` and the folders below it, each once; hidden ones are left out.
@@ -92,16 +97,16 @@ class Listing:
                     continue
                 seen.add(self._real(folder))
                 yield folder
-                below = [folder / name for name in self.names(folder) if not name.startswith(".")]
-                found = [path for path in below if self._is_folder(path)]
-                linked += [path for path in found if path.is_symlink()]
-                waiting += [path for path in reversed(found) if not path.is_symlink()]
+                shown = [item for item in self.names(folder).items() if item[0][0] != "."]
+                links = [folder / name for name, kind in shown if kind is None]
+                linked += [path for path in links if self._leads_to_folder(path)]
+                waiting += [folder / name for name, kind in reversed(shown) if kind == "folder"]
             waiting = sorted(linked, reverse=True)
 
-    def _is_folder(self, path: Path) -> bool:
-        kind = kind_of(path, self._key)
-        if kind is None and path.is_symlink():
-            self._lost.append(path)
+    def _leads_to_folder(self, link: Path) -> bool:
+        kind = kind_of(link, self._key)
+        if kind is None:
+            self._lost.append(link)
         return kind == "folder"
 
     def files(self, paths: Iterable[Path]) -> list[Path]:
@@ -112,8 +117,9 @@ class Listing:
         """
         found: dict[Path, tuple[bool, str, Path]] = {}
         for path in paths:
-            linked = path.is_symlink()
-            kind = kind_of(path, self._key)
+            kind, linked = self._kinds.get(path.parent, {}).get(path.name), False
+            if kind is None:
+                kind, linked = kind_of(path, self._key), path.is_symlink()
             if kind is None and linked:
                 raise UserError(
                     f"{self._key}: {path} is a link to nothing: restore what it leads to, or "
@@ -192,11 +198,20 @@ def files_of_glob(base: Path, parts: list[str], key: str) -> list[Path]:
     return listing.files(paths)
 
 
+def _plain_kind(entry: os.DirEntry[str]) -> Kind | None:
+    """What an entry is without following it; None for a link."""
+    if entry.is_symlink():
+        return None
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return "file" if entry.is_file(follow_symlinks=False) else "other"
+
+
 def _matches(listing: Listing, folder: Path, part: str) -> list[str]:
     """The names in a folder that a part of a glob matches; hidden ones only where it says so."""
     if part == "..":
         return [part]
-    names = listing.names(folder)
+    names: Iterable[str] = listing.names(folder)
     if not part.startswith("."):
         names = [name for name in names if not name.startswith(".")]
     return fnmatch.filter(names, part)
