@@ -7,7 +7,6 @@ about tokens, speed and memory goes to standard error at the end.
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -80,7 +79,8 @@ def prompt_of(arguments: argparse.Namespace) -> str:
         return read_prompt(None)
     if arguments.prompt_file:
         return read_prompt(arguments.prompt_file)
-    return decode_utf8(os.fsencode(arguments.prompt or ""), "--prompt")
+    typed = arguments.prompt or ""  # with escapes for bytes that are no UTF-8
+    return decode_utf8(typed.encode("utf-8", "surrogateescape"), "--prompt")
 
 
 def main(argv: Sequence[str]) -> int:

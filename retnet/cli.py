@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from retnet.errors import UserError, is_out_of_memory
 from retnet.machine import use_fast_products
+from retnet.paths import expand
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -45,7 +46,21 @@ def file_path(text: str) -> Path:
     """An argparse type: a path; an empty one would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("'' must be the path of a file")
-    return Path(text)
+    try:
+        return expand(text, "the path")
+    except UserError as error:  # a ValueError, of which argparse would not say more
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _as_utf8(argument: str) -> str:
+    """An argument as the UTF-8 it is, also where the locale's encoding is another.
+
+    Bytes that are no UTF-8, as a file's name may have, stay escaped.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
 
 
 def configure_logging() -> None:
@@ -113,7 +128,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     configure_logging()
     use_fast_products()
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        return main([*map(_as_utf8, sys.argv[1:])] if argv is None else argv) or 0
     except UserError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:

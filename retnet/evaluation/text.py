@@ -36,7 +36,7 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
     if kind_of(path, "--text") is None:
         raise UserError(f"--text ({path}) does not exist: correct the path")
     try:
-        source = open_location(str(path), "--text", text_field, None, "train")
+        source = open_location(path, "--text", text_field, None, "train")
         documents = [text for text in source.documents() if text]
     except UserError as error:  # readers know the option under its name in configurations
         raise UserError(str(error).replace("data.text_field", "--text-field")) from error

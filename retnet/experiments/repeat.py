@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, run
+from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
 from retnet.training import key_of, load_config, train
@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="settings")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the run folders")
+    add = parser.add_argument
+    add("--out", type=file_path, default=Path("runs"), help="folder of the run folders")
     arguments = parser.parse_intermixed_args(argv)
     rows = repeat(
         arguments.recipe,

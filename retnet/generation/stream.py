@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.tokenizer import naming
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
 from retnet.generation.decode import ENDED, Usage, generate
@@ -34,7 +35,7 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
     ) -> None:
-        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._silent = {token for token, entry in added.items() if entry.special}
         self._stop = tuple(stop)
@@ -51,7 +52,8 @@ class TextStream:
         return token not in self._silent and self._backend.id_to_token(token) is not None
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        with naming(self._tokenizer):
+            text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
     def push(self, token: int) -> str:
@@ -115,15 +117,11 @@ def _overlap(text: str, stop: str) -> int:
 def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
     """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
 
-    A ``UserError`` where a stop string is empty, or none of them has a token.
+    A ``UserError`` where a stop string is empty, or none of them can occur.
     """
     if "" in stop:
         raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
-    try:
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop]
-    except TypeError:  # half of a surrogate pair, which is in no text
-        ids = []
-    if stop and not any(set(own) - {tokenizer.unk_token_id} for own in ids):
+    if stop and not any(_can_occur(tokenizer, text) for text in stop):
         raise UserError(
             f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
             "use other text"
@@ -132,6 +130,23 @@ def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set
     silent = {token: entry.content for token, entry in added.items() if entry.special}
     named = {token for token, name in silent.items() if any(text in name for text in stop)}
     return {tokenizer.eos_token_id, *named}
+
+
+def _can_occur(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether a text may be made: each of its letters is in some token's text.
+
+    Whether it has tokens of its own says nothing: a tokenizer may know "。" at the end of words
+    only, and one that changes letters to small ones makes tokens of what it never writes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which is in no text
+        return False
+    ids = [[token] for token in tokenizer.get_vocab().values()]
+    with naming(tokenizer):
+        texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    letters = set("".join(texts))  # with the replacement character where a token is a part of one
+    return REPLACEMENT in letters or set("".join(text.split())) <= letters
 
 
 def stream_text(

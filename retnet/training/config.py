@@ -36,7 +36,7 @@ def load_config(
     Raises:
         UserError: Names the key or file, its value and the fix.
     """
-    file = None if path is None else expand(str(path), "configuration")
+    file = None if path is None else expand(path, "configuration")
     in_file = {} if file is None else _read_file(file)
     given = dict(_read_override(text) for text in overrides)
     if not recorded:
@@ -53,6 +53,7 @@ def load_config(
     if train.out_dir is None:
         name = "default" if file is None else file.stem
         train = replace(train, out_dir=f"runs/{name}-{model.mixer}")
+    _ = train.run_folder  # which out_dir must be able to name
     data.validate()
     config = replace(config, model=model, data=data, train=train)
     if found := [*problems(config)]:

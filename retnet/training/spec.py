@@ -123,8 +123,8 @@ class TrainSpec:
 
     @property
     def run_folder(self) -> Path:
-        """The folder ``out_dir``."""
-        return expand(str(self.out_dir), "train.out_dir")
+        """The folder ``out_dir``; a ``UserError`` where that is no path."""
+        return expand(str(self.out_dir), "train.out_dir", for_libraries=True)
 
     @property
     def command_to_go_on(self) -> str:
