@@ -65,7 +65,7 @@ class RunLock:
             for left in reversed(range(ATTEMPTS)):
                 try:
                     return self._try()
-                except FileNotFoundError:  # it is gone again, or can't be there
+                except (FileNotFoundError, FileExistsError):  # it is gone again, or can't be there
                     if not left:
                         raise
 

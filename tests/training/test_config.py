@@ -67,7 +67,7 @@ def test_every_key_is_described() -> None:
         ("--train.learning_rate=3", "without dashes, as in train.learning_rate=3"),
         ("--train.learning_rate", "as in train.learning_rate=VALUE"),
         ("train.resume=", "train.resume ('') must not be empty: set it or leave it out"),
-        ("train.out_dir= ", "train.out_dir (' ') must not be empty"),
+        ("train.out_dir= ", "train.out_dir (' ') is empty"),
         ("model.init_from=", "model.init_from ('') must not be empty"),
         ("train.learning_rate=1" + "0" * 400, "train.learning_rate (a number of hundreds of"),
         ("train.max_steps=0x1" + "0" * 5000, "train.max_steps (a number of hundreds of digits) m"),
