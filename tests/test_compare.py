@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_table(main, tmp_path: Path, m
     real, calls = Path.write_text, []
 
     def full(path: Path, text: str, **options) -> int:
-        if path.name == ".unfinished-out.json" and text:
+        if path.name.endswith("-out.json"):
             calls.append(real(path, "half", **options))
             raise OSError(28, "No space left on device")
         return real(path, text, **options)

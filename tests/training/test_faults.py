@@ -217,11 +217,11 @@ def test_a_read_only_folder(options, finished: Path, capsys, lock: bool) -> None
 
 def test_a_replaced_folder_comes_back(tmp_path: Path) -> None:
     """Killed between the two renames, best/ is only there under its temporary name."""
-    old = tmp_path / ".unfinished-old-best"
+    old = tmp_path / ".unfinished-old-0123456789abcdef-best"
     old.mkdir()
     (old / "config.json").write_text("{}")
-    (tmp_path / ".unfinished-best").mkdir()
-    (tmp_path / ".unfinished-config.yaml").write_text("half")
+    (tmp_path / ".unfinished-0123456789abcdef-best").mkdir()
+    (tmp_path / ".unfinished-0123456789abcdef-config.yaml").write_text("half")
     save.remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
