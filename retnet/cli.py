@@ -18,6 +18,7 @@ from retnet.machine import use_fast_products
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 MOST = 2**63 - 1  # of a whole number, which tensors' sizes can hold
+LONGEST = 4000  # characters of an error line
 SHOWN = 40  # characters of a long value in a message
 
 # What a terminal obeys instead of showing it (C0 but for tab and newline, DEL, C1), and what turns
@@ -182,5 +183,8 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(shown(f"error: {' '.join(message.split())}", sys.stderr), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST:  # there is a long value in it
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(shown(f"error: {line}", sys.stderr), file=sys.stderr)
     return EXIT_USER_ERROR

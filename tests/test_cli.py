@@ -76,6 +76,16 @@ def test_a_value_that_begins_with_a_dash() -> None:
         parser.parse_args(["--pair", "-x"])
 
 
+def test_a_long_value_leaves_a_line_that_can_be_read(capsys) -> None:
+    def main(argv) -> None:
+        raise UserError(f"key ({'x' * 100_000}): the fix")
+
+    assert cli.run(main, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: key (xxx") and error.endswith("xxx): the fix\n")
+    assert len(error) < 5000
+
+
 def test_results_do_not_depend_on_each_other() -> None:
     done = []
 

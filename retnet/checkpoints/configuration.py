@@ -12,10 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
+from retnet.checkpoints.weights import NUMBERS
 from retnet.cli import MOST, shortened
 from retnet.errors import UserError
 from retnet.files import read_json
@@ -30,6 +30,7 @@ CORRECT = "correct it, or copy the checkpoint again"
 # What says where a file comes from, and nothing about the model.
 NOTES = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype",
          "transformers_version"}  # fmt: skip
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in NUMBERS)
 OWN_KERNELS = (None, "eager", "sdpa")  # what transformers has in itself
 
 
@@ -62,8 +63,10 @@ def _dtype_name(stored: dict[str, Any]) -> Any:
 def _check_values(file: Path, stored: dict[str, Any]) -> None:
     """Raise a ``UserError`` for what no model's configuration may say."""
     dtype = _dtype_name(stored)
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise UserError(f"{file}: dtype ({dtype}) is none of torch's: {COPY_AGAIN}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(
+            f"{file}: dtype ({shortened(dtype)}) is none of {', '.join(DTYPES)}: {CORRECT}"
+        )
     weights = stored.get("transformers_weights")
     if weights is not None:
         raise UserError(
@@ -127,4 +130,11 @@ def _keys_of(own: type[DecoderConfig], file: Path, stored: dict[str, Any]) -> di
         logger.warning(
             "%s: %s is no field of %s and has no effect%s", file, key, own.__name__, hint
         )
-    return {key: value for key, value in stored.items() if key in known}
+    keys: dict[str, Any] = {}
+    for key in sorted(stored.keys() & known, key=lambda key: key in own.attribute_map):
+        name = own.attribute_map.get(key, key)
+        if name in keys and keys[name] != stored[key]:
+            both = f"{name} ({shortened(keys[name])}) and {key} ({shortened(stored[key])})"
+            raise UserError(f"{file}: {both} are one key: leave one of them out")
+        keys[name] = stored[key]
+    return keys

@@ -129,11 +129,8 @@ def _converted(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The weights in memory of their own; numbers of ``dtype``, or of the first one's."""
     weights = {}
     for name, tensor in stored_tensors(folder):
-        if tensor.is_floating_point():
-            dtype = dtype or tensor.dtype
-            weights[name] = tensor.to(dtype, copy=True)
-        else:
-            weights[name] = tensor.clone()
+        dtype = dtype or tensor.dtype
+        weights[name] = tensor.to(dtype, copy=True)
     return weights
 
 

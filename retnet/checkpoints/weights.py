@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -12,6 +13,8 @@ from retnet.checkpoints.format import ADAPTER, COPY_AGAIN, WEIGHTS, WEIGHTS_INDE
 from retnet.errors import UserError
 from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
+
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that weights may be
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -74,12 +77,18 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A folder's weights one after the other; like ``stored_shapes``."""
+    """A folder's weights one after the other, floating-point numbers; like ``stored_shapes``."""
     for name in weight_files(folder):
         with _opened(folder / name) as file:
             names = file.keys()
             for key in names:
-                yield key, file.get_tensor(key)
+                tensor = file.get_tensor(key)
+                if tensor.dtype not in NUMBERS:
+                    raise UserError(
+                        f"{folder / name}: {key} is of type {tensor.dtype}, in which nothing is "
+                        "computed here: save the weights as floating-point numbers"
+                    )
+                yield key, tensor
 
 
 def _opened(path: Path) -> Any:

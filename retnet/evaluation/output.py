@@ -1,6 +1,7 @@
 """The file that a comparison is written to: never one that is read, or belongs to a checkpoint."""
 
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -17,8 +18,8 @@ PARTS_OF_A_RUN = (CHECKPOINTS, BEST, FINAL)
 def check_writable(path: Path) -> None:
     """Find out before the long work whether the JSON file can be written.
 
-    A ``UserError`` where its folder is missing or cannot be written, it is no file, or it lies
-    among the files of a checkpoint or run.
+    A ``UserError`` where its folder is missing or cannot be written, it is no file, it lies
+    among the files of a checkpoint or run, or it is where standard output goes.
     """
     kind = kind_of(path, "--json")
     if kind == "folder":
@@ -34,6 +35,10 @@ def check_writable(path: Path) -> None:
                 f"--json ({path}) lies among the files of a checkpoint or run ({folder}): name a "
                 "file elsewhere"
             )
+    for stream, name in ((sys.stdout, "output"), (sys.stderr, "error")):
+        with suppress(OSError, AttributeError):  # closed, without a descriptor; or no such file yet
+            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                raise UserError(f"--json ({path}) is where standard {name} goes: name another file")
     with _writing(path):
         files.try_to_write(path)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from retnet.errors import UserError
 
 MAX_SEED = 2**63 - 1
+MOST_PENALTY = 1e6  # with which no logit becomes infinite
 LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
 SHIFT_BELOW = 1e-3  # the temperature below which logits are shifted before they are divided by it
 ATTEMPTS = 3  # to draw a token of the top p without a sort
@@ -48,9 +49,10 @@ class Sampling:
             raise UserError(f"top_k ({self.top_k}) must be at least 1: leave it out to keep all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p ({self.top_p}) must be above 0 and at most 1: 1 keeps all")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UserError(
-                f"repetition_penalty ({self.repetition_penalty}) must be above 0: 1 changes nothing"
+                f"repetition_penalty ({self.repetition_penalty}) must be from {1 / MOST_PENALTY} to "
+                f"{MOST_PENALTY}: 1 changes nothing"
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed ({self.seed}) must be a whole number from 0 to {MAX_SEED}")

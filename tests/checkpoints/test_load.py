@@ -56,7 +56,13 @@ def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
         ({"num_hidden_layers": 3}, "missing from the weights"),
         ({"num_hidden_layers": 1}, "in the weights but not in the model"),
         ({"vocab_size": 258}, "of another shape"),
-        ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
+        (
+            {"dtype": "float7"},
+            r"config\.json: dtype \('float7'\) is none of float32, bfloat16, flo",
+        ),
+        ({"dtype": "float8_e4m3fn"}, r"dtype \('float8_e4m3fn'\) is none of float32, bfloat16"),
+        ({"dtype": ["int8"]}, r"dtype \(\['int8'\]\) is none of float32, bfloat16"),
+        ({"num_attention_heads": 3}, r"num_heads \(2\) and num_attention_heads \(3\) are one key"),
         ({"hidden_size": "wide"}, r"config\.json: "),
         ({"vocab_size": 10**12}, "config.json describes a model of 16,000,0.* parameters at least"),
         ({"num_hidden_layers": 10**9}, "config.json describes a model of .* parameters at least"),
@@ -269,3 +275,23 @@ def test_a_file_that_may_not_be_read_is_not_damaged(copy: Path, name: str, manif
         load_checkpoint(copy)
     file = copy / name
     assert str(caught.value) == f"{file} cannot be read (Permission denied): change its permissions"
+
+
+def test_weights_that_are_no_floating_point_numbers(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        changed = weights | {"lm_head.weight": weights["lm_head.weight"].to(dtype)}
+        save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=rf"lm_head\.weight is of type {dtype}, in which the"):
+            load_checkpoint(copy)
+
+
+def test_a_keys_other_name(copy: Path) -> None:
+    file = copy / "config.json"
+    content = json.loads(file.read_text())
+    content["num_attention_heads"] = content.pop("num_heads")
+    file.write_text(json.dumps(content))
+    assert load_checkpoint(copy).model.config.num_heads == 2
+    change_config(copy, num_attention_heads=3)
+    with pytest.raises(UserError, match=r"must be divisible by num_heads \(3\)"):
+        load_checkpoint(copy)

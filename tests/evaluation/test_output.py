@@ -72,3 +72,14 @@ def test_files_that_the_text_is_read_from(tmp_path: Path) -> None:
         ):
             check_not_read(tmp_path / name, [other, text])
     check_not_read(tmp_path / "new.json", [other, text])
+
+
+@pytest.mark.parametrize(("stream", "name"), [("stdout", "output"), ("stderr", "error")])
+def test_the_file_that_a_stream_goes_to(
+    tmp_path: Path, monkeypatch, stream: str, name: str
+) -> None:
+    """As in ``--json out.txt > out.txt``, or with /dev/stdout."""
+    with (tmp_path / "out.txt").open("w") as file:
+        monkeypatch.setattr(f"sys.{stream}", file)
+        with pytest.raises(UserError, match=rf"is where standard {name} goes: name another file"):
+            check_writable(tmp_path / "out.txt")
