@@ -136,17 +136,17 @@ def discard(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record), sys.stderr)
+class _Handler(logging.Handler):
+    """Log lines as plain text, to what is standard error at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(shown(self.format(record), sys.stderr), file=sys.stderr)
 
 
 def configure_logging() -> None:
     """Send the package's log lines to stderr as plain text, of several processes the first's."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("retnet")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [_Handler()]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     logger.propagate = False
     transformers_logging.disable_progress_bar()  # of weights being written and loaded

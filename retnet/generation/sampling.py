@@ -51,8 +51,8 @@ class Sampling:
             raise UserError(f"top_p ({self.top_p}) must be above 0 and at most 1: 1 keeps all")
         if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UserError(
-                f"repetition_penalty ({self.repetition_penalty}) must be from {1 / MOST_PENALTY} to "
-                f"{MOST_PENALTY}: 1 changes nothing"
+                f"repetition_penalty ({self.repetition_penalty}) must be from "
+                f"{1 / MOST_PENALTY} to {MOST_PENALTY}: 1 changes nothing"
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed ({self.seed}) must be a whole number from 0 to {MAX_SEED}")
