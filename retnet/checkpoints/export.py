@@ -47,7 +47,8 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
         replacing(folder) as new,
     ):
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in FOR_TRAINING:
+            left = file.name in FOR_TRAINING or file.name.startswith("adapter_")  # see ``verify``
+            if file.is_file() and not left:
                 shutil.copyfile(file, new / file.name)
         write_json(new / CONFIG, config)
         for name, text in flat_code(MODELS):

@@ -3,7 +3,15 @@
 import difflib
 from pathlib import Path
 
-from retnet.checkpoints.format import BEST, CHECKPOINTS, CONFIG, FINAL, in_order
+from retnet.checkpoints.format import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    FINAL,
+    in_order,
+    only_an_adapter,
+)
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 
@@ -30,6 +38,8 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in (path, path / FINAL, path / BEST, *reversed(steps)):
         if kind_of(folder / CONFIG, "checkpoint") == "file":
             return folder
+    if kind_of(path / ADAPTER, "checkpoint") == "file":
+        raise UserError(only_an_adapter(path))
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 
 

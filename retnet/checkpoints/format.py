@@ -40,12 +40,21 @@ TRAINING_STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_config.json"  # of peft
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
 MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
+
+
+def only_an_adapter(folder: Path) -> str:
+    """The message for a folder that has an adapter in place of a model."""
+    return (
+        f"checkpoint ({folder}) is an adapter ({ADAPTER}), which needs its base model: "
+        "merge the two with peft's merge_and_unload, save the result, and name its folder"
+    )
 
 
 @dataclass

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data.tokenizer import naming
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
-from retnet.generation.decode import ENDED, Usage, generate
+from retnet.generation.decode import ENDED, NotFiniteError, Usage, generate
 from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.machine import set_up_compiler
@@ -166,7 +166,7 @@ def stream_text(
     An empty prompt starts from ``<bos>``. A sample ends before the first ``stop`` in its new text.
     Yields the new text of each sample, ``num_samples`` strings, after every token and at the end. A
     ``UserError`` comes at once, before anything is made: a stop string cannot occur, there is no
-    compiler, or so many tokens cannot fit.
+    compiler, or so many tokens cannot fit. A ``NotFiniteError`` comes after the text made so far.
     """
     last_tokens = _last_tokens(tokenizer, stop)
     if compile:
@@ -189,12 +189,18 @@ def stream_text(
 
 
 def _as_text(made: Iterator[list[int]], streams: list[TextStream]) -> Iterator[list[str]]:
-    for tokens in made:
-        yield [
-            "" if token == ENDED else stream.push(token)
-            for stream, token in zip(streams, tokens, strict=True)
-        ]
+    problem = None
+    try:
+        for tokens in made:
+            yield [
+                "" if token == ENDED else stream.push(token)
+                for stream, token in zip(streams, tokens, strict=True)
+            ]
+    except NotFiniteError as error:
+        problem = error
     yield [stream.finish() for stream in streams]
+    if problem is not None:
+        raise problem
 
 
 def sample_text(
@@ -205,12 +211,20 @@ def sample_text(
     max_new_tokens: int,
     sampling: Sampling | None = None,
 ) -> str:
-    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone."""
+    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone.
+
+    It ends with a note where the logits are no numbers any more.
+    """
     with evaluation_mode(model):
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
         )
-        return "".join(piece for (piece,) in pieces)
+        text: list[str] = []
+        try:
+            text += (piece for (piece,) in pieces)
+        except NotFiniteError as error:
+            text.append(f" [{error}]")
+        return "".join(text)
 
 
 @contextmanager

@@ -85,8 +85,8 @@ class DecoderConfig(PretrainedConfig):
             self.intermediate_size = self._balanced_intermediate_size()
             if self.intermediate_size < 1:
                 problems.append(
-                    "intermediate_size (None) leaves nothing for the feed-forward network beside "
-                    "this mixer: give it a number"
+                    f"{self._large_keys()} leaves nothing of a layer's 12 d^2 parameters for the "
+                    "feed-forward network: make it smaller, or give intermediate_size a number"
                 )
         if problems:
             raise ValueError("; ".join(problems))
@@ -109,6 +109,17 @@ class DecoderConfig(PretrainedConfig):
         """Matrix parameters of one mixer."""
         count: int = self.mixer_class.matrix_parameters(self)
         return count
+
+    def _large_keys(self) -> str:
+        """For messages: the mixer's own keys, with values, that its parameters grow with."""
+        shared, whole, found = DecoderConfig.__dataclass_fields__, self.mixer_parameters, []
+        for key in self.__dataclass_fields__.keys() - shared.keys():
+            value = getattr(self, key)
+            if type(value) is int:
+                setattr(self, key, 1)
+                found += [f"{key} ({value})"] if self.mixer_parameters < whole else []
+                setattr(self, key, value)
+        return ", ".join(sorted(found)) or "this mixer"
 
     def _balanced_intermediate_size(self) -> int:
         matrices = 3 if self.ffn == "swiglu" else 2
