@@ -5,15 +5,18 @@ to the first model with a 95 % interval, and how fast and in how much memory it 
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
 try:  # the imports take seconds
     from retnet.checkpoints import load_checkpoint
-    from retnet.cli import ArgumentParser, file_path, positive_int, run
+    from retnet.cli import ArgumentParser, deliver, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
         CONTEXTS,
+        Comparison,
+        check_not_read,
         check_writable,
         compare_checkpoints,
         format_comparison,
@@ -24,6 +27,7 @@ try:  # the imports take seconds
     )
     from retnet.generation import add_loading_options, loading_arguments, text_output
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
@@ -65,19 +69,27 @@ def main(argv: Sequence[str]) -> None:
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
     loading = loading_arguments(arguments)
     checkpoints = [load_checkpoint(path, **loading) for path in arguments.checkpoints]
+    text = validation_text(checkpoints) if text is None else text
+    if arguments.json:
+        check_not_read(arguments.json, text.files)
     comparison = compare_checkpoints(
         checkpoints,
-        validation_text(checkpoints) if text is None else text,
+        text,
         context=arguments.context,
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         carry_state=arguments.carry_state,
         speed_contexts=() if arguments.no_speed else arguments.contexts or CONTEXTS,
     )
+    content = to_json(comparison, ["compare.py", *argv])
+    outputs = [lambda: print_table(comparison)]
+    outputs += [lambda: write_json(arguments.json, content)] if arguments.json else []
+    deliver(*outputs)
+
+
+def print_table(comparison: Comparison) -> None:
     with text_output():
         print(format_comparison(comparison))
-    if arguments.json:
-        write_json(arguments.json, to_json(comparison, ["compare.py", *argv]))
 
 
 if __name__ == "__main__":

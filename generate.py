@@ -7,14 +7,22 @@ about tokens, speed and memory goes to standard error at the end.
 """
 
 import argparse
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 try:  # the imports take seconds
     from retnet.checkpoints import load_checkpoint
-    from retnet.cli import EXIT_INTERRUPTED, ArgumentParser, file_path, positive_int, run
+    from retnet.cli import (
+        EXIT_INTERRUPTED,
+        ArgumentParser,
+        file_path,
+        number,
+        positive_int,
+        run,
+        whole_number,
+    )
     from retnet.errors import UserError
     from retnet.generation import (
         Sampling,
@@ -29,6 +37,7 @@ try:  # the imports take seconds
         text_output,
     )
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
@@ -46,12 +55,12 @@ def build_parser() -> ArgumentParser:
     )
     add("--max-new-tokens", type=positive_int, default=200, help="the most to make (200)")
     temperature = f"above 0, lower is more cautious ({Sampling.temperature})"
-    add("--temperature", type=float, help=temperature)
-    add("--top-k", type=int, help="keep the k most likely tokens (all)")
-    add("--top-p", type=float, help=f"keep the likely ones up to this sum ({Sampling.top_p})")
-    add("--repetition-penalty", type=float, help="above 1: repeat less (1)")
+    add("--temperature", type=number, help=temperature)
+    add("--top-k", type=whole_number, help="keep the k most likely tokens (all)")
+    add("--top-p", type=number, help=f"keep the likely ones up to this sum ({Sampling.top_p})")
+    add("--repetition-penalty", type=number, help="above 1: repeat less (1)")
     add("--greedy", action="store_true", help="always take the most likely token")
-    add("--seed", type=int, help="sample i draws with seed + i - 1 (0)")
+    add("--seed", type=whole_number, help="sample i draws with seed + i - 1 (0)")
     add("--num-samples", type=positive_int, default=1, help="continuations, made as one batch (1)")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
     add("--compile", action="store_true", help="compile the step first: for thousands of tokens")
@@ -78,7 +87,8 @@ def prompt_of(arguments: argparse.Namespace) -> str:
         return read_prompt(None)
     if arguments.prompt_file:
         return read_prompt(arguments.prompt_file)
-    return decode_utf8(os.fsencode(arguments.prompt or ""), "--prompt")
+    typed = arguments.prompt or ""  # with escapes for bytes that are no UTF-8
+    return decode_utf8(typed.encode("utf-8", "surrogateescape"), "--prompt")
 
 
 def main(argv: Sequence[str]) -> int:

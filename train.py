@@ -1,6 +1,7 @@
 """Train a RetNet or the same-size Transformer: python train.py configs/tiny.yaml [key=value ...]"""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -8,8 +9,9 @@ try:  # the imports take seconds
     from retnet.cli import ArgumentParser, run
     from retnet.errors import UserError
     from retnet.generation import text_output
-    from retnet.training import describe_keys, load_config, to_yaml, train
+    from retnet.training import describe_keys, key_of, load_config, to_yaml, train
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
@@ -28,12 +30,13 @@ def main(argv: Sequence[str]) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.config.find("=") > 0:
         raise UserError(f"configuration ({arguments.config}) comes first: a YAML file, then keys")
-    config = load_config(arguments.config, [*arguments.overrides, *unknown])
+    overrides = [*arguments.overrides, *unknown]
+    config = load_config(arguments.config, overrides)
     if arguments.print_config:
         with text_output():
             print(to_yaml(config), end="")
         return 0
-    return train(config)
+    return train(config, [*map(key_of, overrides)])
 
 
 if __name__ == "__main__":

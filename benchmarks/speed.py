@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,7 @@ from benchmarks.measure import DECODE, FORMS, MEMORY, PREFILL, TRAIN, Plan, Resu
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
 from benchmarks.training import prefill, train
-from retnet.cli import ArgumentParser, positive_int, run
+from retnet.cli import ArgumentParser, file_path, positive_int, run
 from retnet.evaluation import check_writable, write_json
 from retnet.generation import loading_arguments
 from retnet.machine import keep_freed_memory
@@ -59,7 +58,7 @@ def build_parser() -> ArgumentParser:
     )
     add("--no-compile", action="store_true", help="leave out what torch.compile makes")
     add("--quick", action="store_true", help="tiny sizes, one round: only to see that it works")
-    add("--json", type=Path, metavar="FILE", help="also write everything to this file")
+    add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     return parser
 
 

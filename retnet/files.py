@@ -2,22 +2,38 @@
 
 What is written goes under a temporary name beside its place, to the disk, and only then takes the
 place. So a reader finds the old or the new, also after a power cut, and ``tidy`` knows what to do
-with everything that an interruption leaves.
+with everything that an interruption leaves. Temporary names are drawn by chance, so that no two
+writers meet and no file of a user's is hit; while a process works under one it holds a lock, which
+the system takes back however the process ends.
 """
 
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from retnet.errors import UserError
 
+if sys.platform != "win32":
+    import fcntl
+
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 UNFINISHED = ".unfinished-"
 REPLACED = ".unfinished-old-"
+OURS = re.compile(r"\.unfinished-(?P<old>old-)?[0-9a-f]{16}-(?P<name>.+)", re.DOTALL)
 
 
 def sync(path: Path) -> None:
@@ -29,31 +45,76 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(UNFINISHED + path.name)
+def _beside(path: Path, prefix: str = UNFINISHED) -> Path:
+    """A temporary name that nothing has."""
+    return path.with_name(f"{prefix}{secrets.token_hex(8)}-{path.name}")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep every process's ``tidy`` away from a file or folder, also when that is renamed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform != "win32":
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process is at work on a file or folder; False where there are no locks."""
+    if sys.platform == "win32":
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # gone, or not ours
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[tuple[Path, Path]]:
+    """A file to write beside the one that ``path`` leads to, with its permissions; and that one."""
+    place = Path(os.path.realpath(path))  # of a link the file that it names
+    new = _beside(place)
+    new.open("x").close()
+    try:
+        with held(new):
+            with suppress(FileNotFoundError):
+                new.chmod(stat.S_IMODE(place.stat().st_mode))
+            yield new, place
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
+        raise
 
 
 def try_to_write(path: Path) -> None:
     """Raise the ``OSError`` that ``write_text`` would; leaves nothing."""
-    _beside(path).write_text("", encoding="utf-8")
-    _beside(path).unlink()
+    with _new_file(path) as (new, _):
+        new.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole; half a surrogate pair becomes an escape, as JSON has it.
 
+    A file that is there keeps its permissions; a link stays one, and its file is written.
+
     Raises:
         OSError: It can't be written; nothing has changed then.
     """
-    new = _beside(path)
-    try:
+    with _new_file(path) as (new, place):
         new.write_text(text, encoding="utf-8", errors="backslashreplace")
         sync(new)
-        new.replace(path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
+        new.replace(place)
 
 
 def write_json(
@@ -80,11 +141,40 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:  # nothing is wrong with what is in it
+        raise UserError(unreadable(path)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): {fix}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold an object: {fix}")
     return content
+
+
+def read_record(path: Path, kind: type[Record], fix: str) -> Record:
+    """The dataclass ``kind`` that a JSON file describes: all of its fields, each of its type.
+
+    Fields may be int, float, str, bool, and None beside one of them.
+
+    Raises:
+        UserError: It does not; names the key and its value, the message ends with ``fix``.
+    """
+    content = read_json(path, fix)
+    types = {option.name: option.type for option in fields(kind)}
+    for key in sorted(content.keys() ^ types.keys()):
+        what = "is missing" if key in types else "is no key of it"
+        raise UserError(f"{path}: {key} {what}: {fix}")
+    for key, value in content.items():
+        options = get_args(types[key]) or (types[key],)
+        whole_as_float = type(value) is int and float in options
+        if type(value) not in options and not whole_as_float:
+            names = " or ".join(option.__name__ for option in options).replace("NoneType", "null")
+            raise UserError(f"{path}: {key} ({json.dumps(value)[:40]}) must be {names}: {fix}")
+    return kind(**content)
+
+
+def unreadable(path: Path) -> str:
+    """The message for a file that permissions keep from being read."""
+    return f"{path} cannot be read (Permission denied): change its permissions"
 
 
 @contextmanager
@@ -95,44 +185,51 @@ def replacing(folder: Path) -> Iterator[Path]:
         OSError: It can't be written; nothing has changed then.
     """
     new = _beside(folder)
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        yield new
-        for file in new.iterdir():
-            sync(file)
-        sync(new)
-    except Exception:
-        shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
-        raise
-    old = folder.with_name(REPLACED + folder.name)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    new.mkdir()
+    with held(new):
+        try:
+            yield new
+            for file in new.iterdir():
+                sync(file)
+            sync(new)
+        except Exception:
+            shutil.rmtree(new, ignore_errors=True)  # a full disk needs the space
+            raise
+        if folder.exists():
+            old = _beside(folder, REPLACED)
+            with held(folder):
+                folder.rename(old)
+                new.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            new.rename(folder)
     sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; one half removed is never seen under its name."""
-    rest = _beside(folder.with_name(f"removed-{folder.name}"))
-    shutil.rmtree(rest, ignore_errors=True)
-    folder.rename(rest)
-    shutil.rmtree(rest)
+    rest = _beside(folder)
+    with held(folder):
+        folder.rename(rest)
+        shutil.rmtree(rest)
 
 
 def tidy(parent: Path) -> None:
-    """Remove what interrupted writes left in a folder, and put back what they were replacing."""
-    for old in parent.glob(f"{REPLACED}*"):
-        folder = parent / old.name.removeprefix(REPLACED)
-        if not folder.exists():
-            old.rename(folder)
-    for rest in parent.glob(f"{UNFINISHED}*"):
-        if rest.is_dir():
-            shutil.rmtree(rest, ignore_errors=True)
+    """Remove what interrupted writes left in a folder, and put back what they were replacing.
+
+    What a living process is at work on stays, and so does what has no name of ours.
+    """
+    for path in list(parent.glob(f"{UNFINISHED}*")):
+        name = OURS.fullmatch(path.name)
+        if name is None or is_held(path):
+            continue
+        place = parent / name["name"]
+        if name["old"] and not place.exists():
+            path.rename(place)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            rest.unlink()
+            path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> bytes:

@@ -1,22 +1,54 @@
-"""Paths that a user wrote: what is there, and one line where even that cannot be told."""
+"""Paths that a user wrote: one way to read them, what is there, and one line where neither works.
 
+Inside the package a ``str`` is text as it was typed and a ``Path`` has been through ``expand``.
+Every path of every command goes through it once, so ``~`` means the same everywhere.
+"""
+
+import errno
+import os
 import stat
+import sys
 from pathlib import Path
 from typing import Literal
 
 from retnet.errors import UserError
 
 Kind = Literal["file", "folder", "other"]
+NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the last: a link that leads to itself
 
 
-def expand(path: str, key: str) -> Path:
-    """The path with the home folder in place of ``~``; ``key`` says in messages whose value it is.
+def expand(path: str | Path, key: str, *, for_libraries: bool = False) -> Path:
+    """The path in a text, with the home folder in place of ``~``; ``key`` is named in messages.
+
+    A ``Path`` comes back as it is: ``./~x`` stays a file of that name. Names are UTF-8 on disk
+    whatever the locale is. ``for_libraries``: tokenizers will write there, which knows only names
+    that are text here.
 
     Raises:
-        UserError: It begins with the name of a user that there is not.
+        UserError: It is empty, no name that a file can have, or begins with the name of a user
+            that there is not.
     """
+    if isinstance(path, Path):
+        return path
+    if not path.strip():
+        raise UserError(f"{key} ({path!r}) is empty: name a path, . for the current folder")
+    if "\0" in path:
+        raise UserError(f"{key} ({path}) cannot be a path, it has a null byte: remove that")
+    try:  # the escapes are bytes that were no text when they were typed
+        name = os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key} ({path!r}) cannot be a path, it has half a surrogate pair: correct it"
+        ) from error
+    if for_libraries and any("\udc80" <= letter <= "\udcff" for letter in name):
+        raise UserError(
+            f"{key} ({path}) cannot be written where names are {sys.getfilesystemencoding()}: set "
+            "PYTHONUTF8=1 or a UTF-8 locale, or use another name"
+        )
+    if not name.startswith("~"):
+        return Path(name)
     try:
-        return Path(path).expanduser()
+        return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(f"{key} ({path}) has no home folder: write the path in full") from error
 
@@ -32,9 +64,9 @@ def kind_of(path: Path, key: str) -> Kind | None:
     """
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError) as error:  # ValueError: a null byte, or no file name's encoding
+        if getattr(error, "errno", None) in NOTHING:
+            return None
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{key} ({path}) cannot be reached ({reason}): name another path, or change its "

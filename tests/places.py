@@ -32,7 +32,8 @@ def make_bad_files(folder: Path) -> None:
         "unknown.yaml": b"model:\n  hiden_size: 3\n", "empty.txt": b"", "short.txt": b"abc",
         "binary.txt": bytes(range(256)), "latin.txt": "é".encode("latin-1"), "image.png": b"\x89",
         "broken.jsonl": b'{"text": "a"}\n{"text"', "broken.parquet": b"PAR1",
-        "null.yaml": b'data: {source: "a\\0b"}', "denied.yaml": b"",
+        "null.yaml": b'data: {source: "a\\0b"}', "nowhere.yaml": b'train: {out_dir: "a\\0b"}',
+        "denied.yaml": b"",
         "deep.yaml": b"[" * 3000, "deep.jsonl": b"[" * 100_000,
         "broken.jsonl.gz": b"\x1f\x8b\x08",
     }  # fmt: skip

@@ -17,7 +17,7 @@ LEAVES = {"cli", "errors", "files", "machine", "paths"}
 PACKAGES = ("model", "data", "checkpoints", "generation", "evaluation", "training", "experiments")
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "cli": {"errors", "machine"},
+    "cli": {"errors", "machine", "paths"},
     "files": {"errors"},
     "machine": {"errors"},
     "paths": {"errors"},

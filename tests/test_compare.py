@@ -1,9 +1,11 @@
 """The entry point: options reach the comparison, and mistakes end with exit code 2."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import compare
 from retnet.cli import run
@@ -59,7 +61,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_table(main, tmp_path: Path, m
     real, calls = Path.write_text, []
 
     def full(path: Path, text: str, **options) -> int:
-        if path.name == ".unfinished-out.json" and text:
+        if path.name.endswith("-out.json"):
             calls.append(real(path, "half", **options))
             raise OSError(28, "No space left on device")
         return real(path, text, **options)
@@ -75,6 +77,48 @@ def test_a_disk_that_fills_up_meanwhile_leaves_the_table(main, tmp_path: Path, m
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert file.read_text() == "the one before"
+
+
+def test_a_closed_output_costs_no_file(main, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "out.json"
+    monkeypatch.setattr("sys.stdout", None)
+    code, _, err = main("--no-speed", "--json", str(file))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: standard output is closed: leave it open")
+    assert len(json.loads(file.read_text())["models"]) == 2
+
+
+def test_a_file_that_is_read_is_not_replaced(main, runs: Path, tmp_path: Path) -> None:
+    """Neither the text nor, where that is made from its record, the corpus; nor a checkpoint."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some text"}')
+    corpus, weights = runs / "corpus.jsonl", runs / "retention/final/model.safetensors"
+    for file, options, words in (
+        (text, ["--text", str(text)], "is a file that the text is read from"),
+        (text, ["--text", str(tmp_path)], "is a file that the text is read from"),
+        (corpus, [], "is a file that the text is read from"),
+        (weights, [], "lies among the files of a checkpoint or run"),
+    ):
+        before = file.read_bytes()
+        code, out, err = main("--no-speed", *options, "--json", str(file))
+        assert (code, out) == (2, ""), err
+        assert err.splitlines()[-1].startswith(f"error: --json ({file}) {words}")
+        assert file.read_bytes() == before
+
+
+def test_a_loss_beyond_what_exp_can_hold(runs: Path, tmp_path: Path, capsys) -> None:
+    """More than 709 nats per token."""
+    for name in ("retention", "second"):
+        shutil.copytree(runs / name / "final", tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["lm_head.weight"] *= 1e5
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    argv = [str(tmp_path / "retention"), str(tmp_path / "second"), "--no-speed"]
+    argv += ["--text", str(runs / "corpus.jsonl"), "--json", str(tmp_path / "out.json")]
+    assert run(compare.main, argv) == 0
+    assert " inf " in capsys.readouterr().out
+    model = json.loads((tmp_path / "out.json").read_text())["models"][0]
+    assert model["nats_per_token"] > 709 and model["perplexity"] is None
 
 
 def test_speed_is_measured_after_128_and_4096_tokens_unless_told_otherwise(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,11 +69,16 @@ def test_what_is_written_is_on_disk_before_it_takes_its_place(old: Path, monkeyp
         Path, "rename", lambda path, to: (done.append("rename"), real_rename(path, to))
     )
     files.write_text(old / "file.json", "new")
-    assert done == [".unfinished-file.json", "replace"]
+    assert names(done) == [".unfinished-file.json", "replace"]
     done.clear()
     with files.replacing(old / "final") as new:
         (new / "a").write_text("new")
-    assert done == ["a", ".unfinished-final", "rename", old.name]
+    assert names(done) == ["a", ".unfinished-final", "rename", old.name]
+
+
+def names(done: list[str]) -> list[str]:
+    """Temporary names without what was drawn by chance."""
+    return [files.OURS.sub(r".unfinished-\g<name>", name) for name in done]
 
 
 @pytest.mark.parametrize("error", [NO_SPACE, RuntimeError("a bug"), PowerCut()])
@@ -81,8 +87,8 @@ def test_a_folder_is_the_old_one_until_it_is_complete(old: Path, error: BaseExce
         (new / "a").write_text("half")
         raise error
     assert content(old / "best") == {"a": "old"}
-    left = (old / ".unfinished-best").exists()
-    assert left == isinstance(error, PowerCut)  # else the space is given back
+    left = list(old.glob(".unfinished-*"))
+    assert len(left) == isinstance(error, PowerCut)  # else the space is given back
     files.tidy(old)
     assert sorted(path.name for path in old.iterdir()) == ["best", "file.json"]
     with files.replacing(old / "best") as new:
@@ -138,6 +144,68 @@ def test_trying_leaves_nothing(old: Path) -> None:
     assert content(old) == {"file.json": "old"}
     with pytest.raises(OSError):
         files.try_to_write(old / "none/other.json")
+
+
+def test_what_a_user_made_is_neither_overwritten_nor_removed(old: Path) -> None:
+    """Temporary names were made from the file's name alone."""
+    for name in (
+        ".unfinished-file.json",
+        ".unfinished-best",
+        ".file.json.tmp",
+        ".unfinished-old-x",
+    ):
+        (old / name).write_text("a user's")
+    before = content(old)
+    files.try_to_write(old / "file.json")
+    files.write_text(old / "file.json", "new")
+    with files.replacing(old / "best") as new:
+        (new / "a").write_text("new")
+    files.tidy(old)
+    assert content(old) == before | {"file.json": "new"}
+
+
+def test_what_a_living_process_writes_is_not_removed(old: Path) -> None:
+    with files.replacing(old / "best") as new:
+        (new / "a").write_text("new")
+        files.tidy(old)
+        with files.replacing(old / "best") as other:  # two at once have places of their own
+            (other / "a").write_text("other")
+    assert content(old / "best") == {"a": "new"}
+    left = old / ".unfinished-0123456789abcdef-final"
+    left.mkdir()
+    with files.held(left):
+        files.tidy(old)
+        assert left.exists()
+    files.tidy(old)
+    assert sorted(path.name for path in old.iterdir()) == ["best", "file.json"]
+
+
+def test_a_process_that_was_killed_holds_nothing(old: Path) -> None:
+    left = old / ".unfinished-0123456789abcdef-file.json"
+    left.write_text("half")
+    child = os.fork()
+    if child == 0:
+        with files.held(left):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    files.tidy(old)
+    assert content(old) == {"file.json": "old"}
+
+
+def test_a_link_stays_and_its_file_is_written(old: Path) -> None:
+    target = old / "best/real.json"
+    target.write_text("old")
+    target.chmod(0o600)
+    link = old / "link.json"
+    link.symlink_to(target)
+    files.try_to_write(link)
+    files.write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    files.write_text(old / "best/fresh.json", "")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (old / "best/fresh.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import builtins
 import runpy
+import signal
 from types import ModuleType
 
 import pytest
@@ -19,7 +20,11 @@ def test_interrupted_imports_are_one_line(entry: str, capsys, monkeypatch) -> No
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(MAINS[entry].__code__.co_filename, run_name="__main__")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(MAINS[entry].__code__.co_filename, run_name="__main__")
+        signal.raise_signal(signal.SIGINT)  # it came again; nothing is left to interrupt
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -19,7 +19,7 @@ import retnet.model
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, MANIFEST, OPTIMIZER, TRAINING_STATE
 from retnet.checkpoints.verify import check_weights_unchanged, write_manifest
-from retnet.cli import ArgumentParser, run
+from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError, os_errors
 from retnet.files import read_json, replacing, write_json, write_text
 from retnet.model.models import PUBLIC, configuration
@@ -47,7 +47,8 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
         replacing(folder) as new,
     ):
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in FOR_TRAINING:
+            left = file.name in FOR_TRAINING or file.name.startswith("adapter_")  # see ``verify``
+            if file.is_file() and not left:
                 shutil.copyfile(file, new / file.name)
         write_json(new / CONFIG, config)
         for name, text in flat_code(MODELS):
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m retnet.checkpoints.export", description=__doc__, formatter_class=raw
     )
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run folder")
-    parser.add_argument("folder", type=Path, help="to write; must not be there yet")
+    parser.add_argument("folder", type=file_path, help="to write; must not be there yet")
     arguments = parser.parse_args(argv)
     source = export_checkpoint(arguments.checkpoint, arguments.folder)
     print(f"{source} with the model's code: {arguments.folder}")

@@ -3,9 +3,17 @@
 import difflib
 from pathlib import Path
 
-from retnet.checkpoints.format import BEST, CHECKPOINTS, CONFIG, FINAL, in_order
+from retnet.checkpoints.format import (
+    ADAPTER,
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    FINAL,
+    in_order,
+    only_an_adapter,
+)
 from retnet.errors import UserError
-from retnet.paths import kind_of
+from retnet.paths import expand, kind_of
 
 MAX_SUGGESTIONS = 5
 # Where checkpoints lie below the folder of runs, a run, or the folder above the runs.
@@ -20,7 +28,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     if not str(path):
         raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
-    path = Path(path)
+    path = expand(path, "checkpoint")
     kind = kind_of(path, "checkpoint")
     if kind is None:
         raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
@@ -30,6 +38,8 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in (path, path / FINAL, path / BEST, *reversed(steps)):
         if kind_of(folder / CONFIG, "checkpoint") == "file":
             return folder
+    if kind_of(path / ADAPTER, "checkpoint") == "file":
+        raise UserError(only_an_adapter(path))
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 
 

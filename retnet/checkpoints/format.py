@@ -22,12 +22,14 @@ A folder with one of these names is complete: it was filled under another name, 
 ``retnet.files``.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from retnet.errors import UserError
+from retnet.files import read_record
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -38,11 +40,21 @@ TRAINING_STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
 MANIFEST = "manifest.json"
+ADAPTER = "adapter_config.json"  # of peft
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
+MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
+
+
+def only_an_adapter(folder: Path) -> str:
+    """The message for a folder that has an adapter in place of a model."""
+    return (
+        f"checkpoint ({folder}) is an adapter ({ADAPTER}), which needs its base model: "
+        "merge the two with peft's merge_and_unload, save the result, and name its folder"
+    )
 
 
 @dataclass
@@ -55,9 +67,30 @@ class Progress:
     best_step: int | None = None
     seconds: float = 0.0  # spent in training
 
+    def problem(self) -> str | None:
+        """What can't be, with key and value; the types are right."""
+        for key, value in vars(self).items():
+            if value is not None and key != "best_loss" and not 0 <= value < MOST:
+                return f"{key} ({value}) must be at least 0"
+        if (self.best_loss is None) != (self.best_step is None):
+            return f"best_loss ({self.best_loss}) and best_step ({self.best_step}) belong together"
+        if self.best_step is not None and self.best_step > self.step:
+            return f"best_step ({self.best_step}) comes after step ({self.step})"
+        if self.best_loss is not None and not math.isfinite(self.best_loss):
+            return f"best_loss ({self.best_loss}) must be finite"
+        return None
+
     def forget_best(self) -> None:
         """The weights of the best evaluation are no longer there to be found."""
         self.best_loss = self.best_step = None
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood when a checkpoint was written; a ``UserError`` if that is not told."""
+    progress = read_record(folder / TRAINING_STATE, Progress, COPY_AGAIN)
+    if problem := progress.problem():
+        raise UserError(f"{folder / TRAINING_STATE}: {problem}: {COPY_AGAIN}")
+    return progress
 
 
 def step_folder(run: Path, step: int) -> Path:

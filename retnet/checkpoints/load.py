@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from retnet.checkpoints.configuration import CORRECT, read_config
 from retnet.checkpoints.find import find_checkpoint
-from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER, WEIGHTS
+from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
 from retnet.checkpoints.verify import check_weights_unchanged
-from retnet.checkpoints.weights import check_size
+from retnet.checkpoints.weights import check_size, stored_shapes, stored_tensors
 from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError, is_out_of_memory
-from retnet.files import read_json
+from retnet.files import read_json, unreadable
+from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
-from retnet.model.mixers import MIXERS
-from retnet.model.models import configuration, model_class
-
-FLA_MODEL_TYPE = "retnet"  # flash-linear-attention's
+from retnet.model.models import model_class
 
 
 @dataclass(frozen=True)
@@ -50,62 +50,30 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint without a network; its own code runs with ``trust_remote_code`` only.
 
-    The weights keep the dtype they were saved in when ``dtype`` is None. A ``UserError`` where
-    there is no such checkpoint, or something in it is missing or does not fit.
+    The weights keep the dtype they were saved in when ``dtype`` is None. An adapter beside them is
+    not applied. A ``UserError`` where there is no such checkpoint, or something in it is missing or
+    does not fit.
     """
     folder = find_checkpoint(path)
-    _check_config(folder, trust_remote_code)
-    check_weights_unchanged(folder)
-    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    model = _load_model(folder, dtype, local)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    lay_out_for_decoding(model)
-    tokenizer = _load_tokenizer(folder, model.config.vocab_size, local)
+    with _quiet_transformers():
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        check_weights_unchanged(folder)
+        model = _load_model(folder, config, dtype)
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        lay_out_for_decoding(model)
+        tokenizer = _load_tokenizer(folder, model.config, trust_remote_code)
     record_file = folder / DATA_RECORD
     record = read_json(record_file, COPY_AGAIN) if record_file.is_file() else None
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
-def _check_config(folder: Path, trust_remote_code: bool) -> None:
-    file = folder / CONFIG
-    config = read_json(file, COPY_AGAIN)
-    dtype = config.get("dtype", config.get("torch_dtype"))
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        raise UserError(f"{file}: dtype ({dtype}) is none of torch's: {COPY_AGAIN}")
-    weights = config.get("transformers_weights")
-    if weights is not None:
-        raise UserError(
-            f"{file}: transformers_weights ({weights}) names a file of weights: remove it, they "
-            f"are in {WEIGHTS}"
-        )
-    model_type = config.get("model_type")
-    if model_type == FLA_MODEL_TYPE:
-        raise UserError(
-            f"{file}: model_type ({model_type}) is flash-linear-attention's format: it needs a "
-            "converter to ours, its weights have other names"
-        )
-    known = [configuration(model_class(mixer)).model_type for mixer in MIXERS]
-    if model_type in known:
-        return
-    if "auto_map" not in config:
-        raise UserError(
-            f"{file}: model_type ({model_type}) is none of {', '.join(known)}: name a checkpoint "
-            "made by train.py"
-        )
-    if not trust_remote_code:
-        raise UserError(
-            f"{file}: model_type ({model_type}) needs code from the checkpoint's own folder: read "
-            "that code, then add --trust-remote-code"
-        )
-
-
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bar, which loading takes no time for, and no table of what does not fit."""
+    """No progress bar, which loading takes no time for, and no lines of transformers' own."""
     log = transformers_logging
     shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
-    log.set_verbosity_error()
+    log.set_verbosity(log.CRITICAL)
     try:
         yield
     finally:
@@ -114,22 +82,24 @@ def _quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load_model(
-    folder: Path, dtype: torch.dtype | None, local: dict[str, bool]
-) -> DecoderForCausalLM:
+def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> DecoderForCausalLM:
+    """Build the model of a configuration and fill it.
+
+    First without memory, so that what does not fit is found before anything is allocated.
+    """
     try:
-        with _quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, **local)
-            check_size(folder, config)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with the parameter's name
-                output_loading_info=True,
-                **local,
-            )
+        check_size(folder, config)
+        with torch.device("meta"):
+            model = _build(config)
+        stored = stored_shapes(folder)
+        _check_fits(folder, model, stored)
+        names = model.state_dict().keys()
+        if any(name not in names for name, _ in model.named_buffers()):
+            model = _build(config)  # which fills what is not stored
+        weights = _converted(folder, dtype or config.dtype)
+        _check_tied(folder, model, weights)
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
     except UserError:
         raise
     except SafetensorError as error:
@@ -140,20 +110,7 @@ def _load_model(
         if is_out_of_memory(error):
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise UserError(
-            f"{folder / CONFIG}: {kind}{error}: correct it, or copy the checkpoint again"
-        ) from error
-    model, info = loaded
-    for names, problem in (
-        (info["missing_keys"], "missing from the weights"),
-        ([entry[0] for entry in info["mismatched_keys"]], f"of another shape than {CONFIG} says"),
-        (info["unexpected_keys"], "in the weights but not in the model"),
-    ):
-        if names:
-            raise UserError(
-                f"checkpoint ({folder}) is incomplete, {min(names)} is {problem} "
-                f"({len(names)} such): copy it again"
-            )
+        raise UserError(f"{folder / CONFIG}: {kind}{error}: {CORRECT}") from error
     if not hasattr(model, "new_cache"):
         raise UserError(
             f"checkpoint ({folder}) holds a {type(model).__name__}, which has no new_cache(): "
@@ -162,16 +119,69 @@ def _load_model(
     return model
 
 
-def _load_tokenizer(
-    folder: Path, vocab_size: int, local: dict[str, bool]
-) -> PreTrainedTokenizerFast:
+def _build(config: Any) -> Any:
+    if isinstance(config, DecoderConfig) and not hasattr(config, "auto_map"):
+        return model_class(config.mixer_class.name)(config)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+
+
+def _converted(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights in memory of their own; numbers of ``dtype``, or of the first one's."""
+    weights = {}
+    for name, tensor in stored_tensors(folder):
+        dtype = dtype or tensor.dtype
+        weights[name] = tensor.to(dtype, copy=True)
+    return weights
+
+
+def _check_fits(folder: Path, model: Any, stored: dict[str, tuple[int, ...]]) -> None:
+    """Raise a ``UserError`` where stored weights are not exactly those of a model."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys.keys() if model.config.tie_word_embeddings else ()
+    missing = own.keys() - stored.keys() - set(tied)
+    mismatched = {name for name in own.keys() & stored.keys() if own[name] != stored[name]}
+    for names, problem in (
+        (missing, "missing from the weights"),
+        (mismatched, f"of another shape than {CONFIG} says"),
+        (stored.keys() - own.keys(), "in the weights but not in the model"),
+    ):
+        if names:
+            raise UserError(
+                f"checkpoint ({folder}) is incomplete, {min(names)} is {problem} "
+                f"({len(names)} such): copy it again"
+            )
+
+
+def _check_tied(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
+    """Raise a ``UserError`` where two weights are one by the configuration, and stored as two."""
+    if not model.config.tie_word_embeddings:
+        return
+    for one, other in model.all_tied_weights_keys.items():
+        if one in weights and other in weights and not torch.equal(weights[one], weights[other]):
+            raise UserError(
+                f"{folder / CONFIG}: tie_word_embeddings (true) makes {one} and {other} one, "
+                "and the weights hold two: set it to false"
+            )
+
+
+def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     if not (folder / TOKENIZER).is_file():
         raise UserError(
             f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
             "the run's other checkpoints"
         )
+    for file in (folder / TOKENIZER, *folder.glob("*token*.json")):
+        try:
+            file.open("rb").close()
+        except PermissionError as error:
+            raise UserError(unreadable(file)) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            config=config,  # else it reads config.json in its own way
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
     except Exception as error:  # each damaged file fails in a way of its own
         if "trust_remote_code" in str(error):  # transformers' words for a class it does not have
             reason, fix = "needs code from its own folder", "read it, then add --trust-remote-code"
@@ -186,10 +196,10 @@ def _load_tokenizer(
             "that the tokenizers library can run"
         )
     largest = max_token_id(tokenizer)
-    if largest >= vocab_size:
+    if largest >= config.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER}: its largest id ({largest}) is beyond the model's vocab_size "
-            f"({vocab_size}): use the tokenizer the model was trained with"
+            f"({config.vocab_size}): use the tokenizer the model was trained with"
         )
     if tokenizer.bos_token_id is None:
         raise UserError(

@@ -4,6 +4,7 @@ States are gathered by ``torch.distributed.checkpoint``, which gives the same na
 tensors for a plain, a DDP and a sharded model.
 """
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
@@ -26,12 +28,13 @@ from retnet.checkpoints.format import (
     WEIGHTS,
     Progress,
     list_checkpoints,
+    read_progress,
 )
 from retnet.checkpoints.match import TAKE_OVER, check_same_model
 from retnet.checkpoints.verify import write_manifest
 from retnet.checkpoints.weights import read_weights
 from retnet.errors import UserError
-from retnet.files import read_json, remove_folder, replacing, tidy, write_json
+from retnet.files import remove_folder, replacing, tidy, write_json
 
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -83,8 +86,9 @@ def save_checkpoint(
             if carried is not None:
                 save_file(carried, new / CARRIED)
         write_manifest(new)
+        ordinary = stat.S_IMODE((new / DATA_RECORD).stat().st_mode)
         for file in new.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            file.chmod(ordinary)  # safetensors writes files that only their owner can read
 
 
 @contextmanager
@@ -111,20 +115,32 @@ def load_checkpoint_state(
                 f"checkpoint ({folder}) has no {name}: go on from one in {CHECKPOINTS}/, or use "
                 "its weights alone with model.init_from"
             )
-    weights: dict[str, Any] = dict(read_weights(folder, tied=True))
     what, fix = f"checkpoint ({folder})", TAKE_OVER
+    progress = read_progress(folder)
+    with _readable(what):
+        weights: dict[str, Any] = dict(read_weights(folder, tied=True))
     own: Any = states.get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
     options = states.StateDictOptions(full_state_dict=True)
     states.set_model_state_dict(model, weights, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
-    stored = load_file(folder / OPTIMIZER)
+    with _readable(what):
+        stored = load_file(folder / OPTIMIZER)
     check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]
     states.set_optimizer_state_dict(model, optimizer, moments, options=options)
-    return Progress(**read_json(folder / TRAINING_STATE, COPY_AGAIN))
+    return progress
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """A ``UserError`` for a file that is none of safetensors."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"{what} can't be read: {error}; {COPY_AGAIN}") from error
 
 
 def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """The manifest of a checkpoint: the size and checksum of each file, and whether they still hold."""
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from retnet.checkpoints.format import (
+    ADAPTER,
     CONFIG,
     COPY_AGAIN,
     DATA_RECORD,
@@ -13,10 +15,13 @@ from retnet.checkpoints.format import (
     TOKENIZER,
     TRAINING_STATE,
     WEIGHTS,
+    read_progress,
 )
 from retnet.checkpoints.weights import weight_files
 from retnet.errors import UserError
-from retnet.files import read_json, sha256, write_json
+from retnet.files import read_json, sha256, unreadable, write_json
+
+logger = logging.getLogger(__name__)
 
 ALWAYS_THERE = (CONFIG, WEIGHTS, TOKENIZER, DATA_RECORD, TRAINING_STATE)
 
@@ -30,24 +35,34 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None:
     """The first of a folder's described files, or of ``only`` some, that is missing or changed.
 
-    Returns its name and what is wrong with it; None when all is well.
+    Returns its name and what is wrong with it; None when all is well. A ``UserError`` where
+    permissions keep a file from being read, which is no damage.
     """
+    if not (folder / MANIFEST).exists():
+        return f"{MANIFEST} is missing"
     try:
-        if not (folder / MANIFEST).exists():
-            return f"{MANIFEST} is missing"
-        for name, written in _described(folder).items():
-            if only is not None and name not in only:
-                continue
-            path = folder / name
+        described = {
+            name: (written["bytes"], written["sha256"])
+            for name, written in _described(folder).items()
+            if only is None or name in only
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
+        return f"{MANIFEST} cannot be read"
+    for name, (size, checksum) in described.items():
+        path = folder / name
+        try:
             if not path.is_file():
                 return f"{name} is missing"
-            size = path.stat().st_size
-            if size != written["bytes"]:
-                return f"{name} has {size:,} bytes, {written['bytes']:,} were written"
-            if _describe(path) != written:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
+            if sha256(path).hex() != checksum:
                 return f"{name} is not what was written, its checksum differs"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"{MANIFEST} cannot be read"
+        except PermissionError as error:
+            raise UserError(unreadable(path)) from error
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
     return None
 
 
@@ -62,6 +77,11 @@ def checkpoint_damage(folder: Path, *, resumable: bool) -> str | None:
         needed = (*ALWAYS_THERE, OPTIMIZER) if resumable else ALWAYS_THERE
         lacking = [name for name in needed if name not in described]
         damage = f"{MANIFEST} says nothing of {', '.join(lacking)}" if lacking else None
+    if damage is None:
+        try:
+            read_progress(folder)
+        except UserError as error:
+            damage = str(error)
     return damage
 
 
@@ -69,9 +89,15 @@ def check_weights_unchanged(folder: Path) -> None:
     """Raise a ``UserError`` when the weights are not what the manifest of their folder describes.
 
     The other files are text that one may want to edit; a folder without a manifest is accepted.
-    What ``weight_files`` refuses is refused here too.
+    What ``weight_files`` refuses is refused here too. One line says that an adapter beside the
+    weights is not applied.
     """
     files = weight_files(folder)
+    if (folder / ADAPTER).is_file():
+        logger.warning(
+            "%s: the adapter beside the weights is not applied: merge it into them, or remove it",
+            folder / ADAPTER,
+        )
     if not (folder / MANIFEST).is_file():
         return
     damage = find_damage(folder, only=(WEIGHTS, *files))

@@ -1,16 +1,20 @@
 """The weights of a checkpoint folder: which files they are, and whether they may be loaded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retnet.checkpoints.format import COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX
+from retnet.checkpoints.format import ADAPTER, COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX, only_an_adapter
 from retnet.errors import UserError
-from retnet.files import read_json
+from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
+
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that weights may be
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -24,6 +28,8 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS_INDEX).is_file():
         return _shards(folder)
     pickled = next((file.name for file in folder.glob("*.bin")), None)
+    if (folder / ADAPTER).is_file():
+        raise UserError(only_an_adapter(folder))
     if pickled:
         raise UserError(
             f"checkpoint ({folder}) has pickled weights ({pickled}), which can run code: save them "
@@ -57,33 +63,72 @@ def _is_path(name: str) -> bool:
     return any(sign in name for sign in ("/", "\\", ":", "\0"))
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a folder's weights, read from the heads of their files.
+
+    A ``SafetensorError`` where a file is cut off or none of the format.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in weight_files(folder):
+        with _opened(folder / name) as file:
+            names = file.keys()
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
+    return shapes
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A folder's weights one after the other, floating-point numbers; like ``stored_shapes``."""
+    for name in weight_files(folder):
+        with _opened(folder / name) as file:
+            names = file.keys()
+            for key in names:
+                tensor = file.get_tensor(key)
+                if tensor.dtype not in NUMBERS:
+                    raise UserError(
+                        f"{folder / name}: {key} is of type {tensor.dtype}, in which nothing is "
+                        "computed here: save the weights as floating-point numbers"
+                    )
+                yield key, tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        path.open("rb").close()  # safetensors says of a file it may not read that there is none
+    except PermissionError as error:
+        raise UserError(unreadable(path)) from error
+    return safe_open(path, framework="pt")
+
+
 def check_size(folder: Path, config: Any) -> None:
     """Find out before a model is built from ``config`` whether its weights are far too few.
 
     Raises:
-        UserError: The files have fewer bytes than the model has parameters.
+        UserError: The files have fewer bytes than the model has parameters, or fewer tensors than
+            it has layers.
         SafetensorError: A file is cut off or none of the format.
     """
-    stored = 0
-    for name in weight_files(folder):
-        with safe_open(folder / name, framework="pt"):
-            stored += (folder / name).stat().st_size
+    number = len(stored_shapes(folder))
+    stored = sum((folder / name).stat().st_size for name in weight_files(folder))
     width, layers = config.hidden_size, config.num_hidden_layers
     block = getattr(config, "mixer_parameters", 0) + 2 * width * config.intermediate_size
     least = config.vocab_size * width + layers * block
-    if least > stored:
+    described = f"{least:,} parameters" if least > stored else f"{layers:,} layers"
+    if least > stored or layers > number:
         raise UserError(
-            f"checkpoint ({folder}) is incomplete, its weights have {stored:,} bytes and "
-            f"config.json describes a model of {least:,} parameters at least: copy it again"
+            f"checkpoint ({folder}) is incomplete, its weights have {stored:,} bytes in {number:,} "
+            f"tensors and config.json describes a model of {described} at least: copy it again"
         )
 
 
 def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
-    """The weights in a checkpoint of ours by name; ``tied``: the output layer may be the embedding.
+    """A checkpoint's weights by name, from all its files.
 
-    A ``SafetensorError`` where the file is damaged.
+    ``tied``: the output layer may be the embedding. A ``SafetensorError`` where a file is damaged,
+    a ``UserError`` as ``weight_files`` has it.
     """
-    weights = load_file(folder / WEIGHTS)
-    if tied and "lm_head.weight" not in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights: dict[str, Tensor] = {}
+    for name in weight_files(folder):
+        weights |= load_file(folder / name)
+    if tied and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return weights

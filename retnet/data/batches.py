@@ -90,10 +90,31 @@ class StepBatches:
         """How often the training text has been seen before ``step``."""
         return step * self.global_batch / self.windows_per_epoch
 
-    def _own(self, starts: list[int], micro_step: int) -> np.ndarray:
-        """Of a step's rows those of this process in a micro-step."""
+    def window_starts(self, step: int) -> list[int]:
+        """The first token of every row of a step, over all processes and micro-steps."""
+        found: list[int] = self._starts(step, np.arange(self.global_batch)).tolist()
+        return found
+
+    def num_targets(self, step: int) -> int:
+        """Labels that count in a step, over all processes and micro-steps; no batch is built."""
+        starts = self._starts(step, np.arange(self.global_batch))
+        begins = self._document_begins(step)  # a document's first token is no target
+        last = np.searchsorted(begins, starts + self._seq_len, side="right")
+        inside = last - np.searchsorted(begins, starts, side="right")
+        return self.global_batch * self._seq_len - int(inside.sum())
+
+    def _starts(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """The first token of some of a step's rows, which are counted from 0."""
+        raise NotImplementedError
+
+    def _document_begins(self, step: int) -> np.ndarray:
+        """Where documents begin in the text that a step's starts are counted in."""
+        raise NotImplementedError
+
+    def _own(self, step: int, micro_step: int) -> np.ndarray:
+        """The starts of the rows of this process in a micro-step."""
         first = (micro_step * self._world_size + self._rank) * self._batch_size
-        return np.array(starts[first : first + self._batch_size])
+        return self._starts(step, np.arange(first, first + self._batch_size))
 
 
 class TrainingBatches(StepBatches):
@@ -127,13 +148,18 @@ class TrainingBatches(StepBatches):
         token after it, -100 where that belongs to another document; and ``segment_ids``, int64
         [B, T], where boundaries matter and some row holds one.
         """
-        return self._windows.batch(self._own(self.window_starts(step), micro_step))
+        return self._windows.batch(self._own(step, micro_step))
 
-    def window_starts(self, step: int) -> list[int]:
-        """The first token of every row of a step, over all processes and micro-steps."""
-        rows = range(step * self.global_batch, (step + 1) * self.global_batch)
-        places = (divmod(row, self.windows_per_epoch) for row in rows)
-        return [int(self._starts_in(epoch)[index]) for epoch, index in places]
+    def _starts(self, step: int, rows: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(step * self.global_batch + rows, self.windows_per_epoch)
+        starts = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            of_epoch = epochs == epoch
+            starts[of_epoch] = self._starts_in(epoch)[places[of_epoch]]
+        return starts
+
+    def _document_begins(self, step: int) -> np.ndarray:
+        return self._tokens.document_starts
 
     def _starts_of_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng([self._seed, epoch])

@@ -1,7 +1,8 @@
 """Data sets in the Hub's layout: on the Hub, or a local folder laid out the same way.
 
-A local folder is streamed, because the data set library's own cache goes by modification times and
-would return what the files held before.
+A local folder without a card that declares configurations is read as any other files are, those of
+one split. With such a card the data set library reads it, as a stream, because the library's own
+cache goes by modification times and would return what the files held before.
 """
 
 import re
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from retnet.data.listing import files_below
 from retnet.data.network import (
     HubUnreachableError,
     is_network_failure,
@@ -20,14 +22,25 @@ from retnet.data.network import (
     reason_of,
     while_reachable,
 )
-from retnet.data.readers import READERS, hash_files, missing_field, suffix_of, text_of
+from retnet.data.readers import (
+    READERS,
+    hash_files,
+    missing_field,
+    read_documents,
+    suffix_of,
+    text_of,
+)
 from retnet.errors import UserError
 
 T = TypeVar("T")
 ROWS = 1000
 RECORDED = ("location", "text_field", "hub_config", "split", "revision")
 # As the Hub recognises splits: train.csv, test-00000-of-00001.parquet, validation/a.jsonl.
-SPLIT_NAME = re.compile(r"(train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?)([-_.]|$)")
+SPLIT_NAME = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<validation>validation|valid|val|dev)"
+    r"|(?P<test>test(?:ing)?|eval(?:uation)?))(?:[-_.]|$)"
+)
+CARD = "README.md"
 CARD_KEYS = re.compile(r"^(configs|dataset_info)\s*:", re.MULTILINE)
 
 
@@ -56,8 +69,9 @@ class HubSource:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files of a local folder; none of the Hub."""
-        found = Path(self.location).rglob("*") if self.is_folder else ()
-        return tuple(sorted(path for path in found if path.is_file()))
+        if not self.is_folder:
+            return ()
+        return tuple(files_below(Path(self.location), self.key, lambda path: True))
 
     def fingerprint(self) -> str:
         if not self.is_folder:
@@ -65,8 +79,29 @@ class HubSource:
         return hash_files(self.files, Path(self.location), f"{self.hub_config}/{self.split}")
 
     def documents(self) -> Iterator[str]:
+        if self.is_folder and not _declares_configurations(Path(self.location)):
+            yield from self._documents_of_files()
+            return
         for number, value in enumerate(self._values(), start=1):
             yield text_of(value, self.text_field, f"{self.name} row {number}")
+
+    def _documents_of_files(self) -> Iterator[str]:
+        what = f"{self.key} ({self.name})"
+        if self.hub_config is not None:
+            raise UserError(
+                f"data.hub_config ({self.hub_config}) has no meaning for {what}: its README.md "
+                "declares no configurations, so leave it out"
+            )
+        splits = _splits(Path(self.location), self.key)
+        files = [path for path, split in splits.items() if split == self.split]
+        if not files:
+            names = ", ".join(sorted(set(splits.values())))
+            raise UserError(f"{what} has no such split: there are {names}")
+        try:
+            for path in files:
+                yield from read_documents(path, self.text_field)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from error
 
     def _values(self) -> Iterator[Any]:
         rows = _load(self).iter(batch_size=ROWS)
@@ -105,24 +140,39 @@ class HubSource:
         return {"kind": "hub"} | {name: getattr(self, name) for name in RECORDED}
 
 
-def is_hub_layout(folder: Path) -> bool:
-    """Whether a folder is laid out like a data set.
+def is_hub_layout(folder: Path, key: str) -> bool:
+    """Whether a folder, the value of a key, is laid out like a data set.
 
     Either its card (README.md) declares configurations, or every file is named after a split and
     one is the train split. Otherwise it is simply a folder of text files, and all are read.
     """
-    card = folder / "README.md"
-    if card.is_file():
-        head = card.read_text(encoding="utf-8", errors="replace")
-        if head.startswith("---") and CARD_KEYS.search(head.split("\n---", 1)[0]):
-            return True
-    splits = [
-        next((part for part in parts if SPLIT_NAME.match(part)), "")
-        for path in folder.rglob("*")
-        if suffix_of(path) in READERS and path != card
-        for parts in [[part.lower() for part in path.relative_to(folder).parts]]
-    ]
-    return all(splits) and any(split.startswith("train") for split in splits)
+    if _declares_configurations(folder):
+        return True
+    splits = set(_splits(folder, key).values())
+    return "train" in splits and "" not in splits
+
+
+def _declares_configurations(folder: Path) -> bool:
+    card = folder / CARD
+    if not card.is_file():
+        return False
+    head = card.read_text(encoding="utf-8", errors="replace")
+    return head.startswith("---") and bool(CARD_KEYS.search(head.split("\n---", 1)[0]))
+
+
+def _splits(folder: Path, key: str) -> dict[Path, str]:
+    """The files of a data set without declared configurations, and the split each belongs to.
+
+    The first part of a path that is named after a split decides; "" where none is.
+    """
+    card = folder / CARD
+    found = files_below(folder, key, lambda path: suffix_of(path) in READERS and path != card)
+    return {path: _split_of(path.relative_to(folder)) for path in found}
+
+
+def _split_of(path: Path) -> str:
+    matches = (SPLIT_NAME.match(part.lower()) for part in path.parts)
+    return next((str(match.lastgroup) for match in matches if match), "")
 
 
 def _load(source: HubSource) -> Any:

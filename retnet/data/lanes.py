@@ -51,18 +51,20 @@ class CarriedBatches(StepBatches):
         """
         epoch = step // self._windows_per_lane
         order, begins = self._documents(epoch)
-        starts = self._own(self.window_starts(step), micro_step)
+        starts = self._own(step, micro_step)
         positions = starts[:, None] + np.arange(self._seq_len + 1)  # [B, T + 1]
         documents = np.searchsorted(begins, positions, side="right") - 1
         offsets = positions - begins[documents]
         rows = self._tokens.tokens[self._tokens.document_starts[order[documents]] + offsets]
         return batch_of(rows, documents + epoch * len(order))
 
-    def window_starts(self, step: int) -> list[int]:
-        """The first token of every row of a step, counted in the epoch's order of documents."""
+    def _starts(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Counted in the epoch's order of documents."""
         window = step % self._windows_per_lane
-        lane = self._windows_per_lane * self._seq_len
-        return [row * lane + window * self._seq_len for row in range(self.global_batch)]
+        return (rows * self._windows_per_lane + window) * self._seq_len
+
+    def _document_begins(self, step: int) -> np.ndarray:
+        return self._documents(step // self._windows_per_lane)[1]
 
     def _documents_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in their order, and where each begins in that order."""

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,9 +25,11 @@ from retnet.data.prepared import (
     PreparedData,
     open_entry,
     publish,
+    remove_abandoned,
     resumable,
     unfinished,
 )
+from retnet.data.record import NULL, entry, unusable
 from retnet.data.sources import Source, open_source, open_validation, reopen_source
 from retnet.data.spec import BPE, DataSpec
 from retnet.data.split import DocumentsHash, SplitRule, Survey, choose_split, survey_documents
@@ -69,7 +72,9 @@ class _Inputs:
             "max_tokens": spec.max_tokens,
         } | ({"streaming": True} if spec.streaming else {})
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-        label = re.sub(r"[^\w.-]+", "-", Path(spec.source).name).strip("-.")[:40] or "text"
+        only = re.ASCII if sys.getfilesystemencoding() != "utf-8" else 0  # what a name may have
+        label = re.sub(r"[^\w.-]+", "-", Path(spec.source).name, flags=only)
+        label = label.strip("-.")[:40] or "text"
         return f"{label}-{key}"
 
 
@@ -87,8 +92,10 @@ def prepare_data(spec: DataSpec) -> PreparedData:
         _check_vocab_size(spec, tokenizer)
     inputs = _Inputs(spec, source, validation, tokenizer)
     fingerprints = inputs.fingerprints()
-    entry = expand(spec.cache_dir, "data.cache_dir") / inputs.entry_name(fingerprints)
+    cache = expand(spec.cache_dir, "data.cache_dir", for_libraries=True)
+    entry = cache / inputs.entry_name(fingerprints)
     prepared = open_entry(entry, tokenizer)
+    remove_abandoned(entry.parent)
     if prepared is None:
         with resumable(entry) if spec.streaming else unfinished(entry) as folder:
             _build(folder / "complete", inputs)
@@ -115,17 +122,22 @@ def rebuild_validation(record: dict[str, Any]) -> list[str]:
     Raises a ``UserError`` where the record is incomplete or the corpus is gone or another.
     """
     try:
-        given, read = record["validation_source"], record.get("documents_read")
-        source = reopen_source(given or record["source"], streaming=read is not None)
-        rule = SplitRule.from_record(record["split"])
-        wanted, made_by = record["validation_sha256"], record["source"].get("python")
-        if read is not None and (type(read) is not int or read < 0):
-            raise ValueError(f"documents_read ({read!r})")
+        given, trained = (
+            entry(record, "validation_source", dict, NULL),
+            entry(record, "source", dict),
+        )
+        read = entry(record, "documents_read", int, NULL, missing=None)
+        if read is not None and not 0 <= read <= sys.maxsize:
+            raise unusable(record, "documents_read")
+        rule = SplitRule.from_record(entry(record, "split", dict))
+        wanted = entry(record, "validation_sha256", str)
+        made_by = entry(trained, "python", str, NULL, missing=None)
+        source = reopen_source(given or trained, streaming=read is not None)
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(
-            f"the data record (data.json) is damaged, {error} is missing or unusable: copy it again"
+            f"the data record (data.json) is damaged, {error}: copy it again"
         ) from error
     texts = islice(read_documents_of(source), None if given else read)
     documents = list(texts) if given else list(filter(None, (rule.divide(x)[1] for x in texts)))

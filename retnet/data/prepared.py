@@ -7,9 +7,8 @@ sees all of it or nothing, and of two that build the same one the later keeps th
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +31,7 @@ VALIDATION: Final = "validation"
 SIDES: tuple[str, ...] = (TRAIN, VALIDATION)
 TOKENIZER: Final = "tokenizer"
 STREAMING = ".streaming-"
-ABANDONED_S = 24 * 3600
+LOCK = "lock"  # in an unfinished folder; held as long as its process lives
 PREPARE_AGAIN = "prepare the text again"
 
 
@@ -89,13 +88,32 @@ def unfinished(entry: Path) -> Iterator[Path]:
     with _parents_of(entry), ExitStack() as stack:
         with _writing(entry, "name a folder that can"):
             entry.parent.mkdir(parents=True, exist_ok=True)
-            for old in entry.parent.glob(f"{UNFINISHED}*"):  # of processes that were killed
-                if old.stat().st_mtime < time.time() - ABANDONED_S:
-                    shutil.rmtree(old, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=entry.parent))
+            folder, lock = _locked_folder(entry.parent)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(lock.release)
         with _writing(entry):
             yield folder
+
+
+def _locked_folder(parent: Path) -> tuple[Path, FileLock]:
+    """A new unfinished folder, and the lock in it that keeps it from ``remove_abandoned``."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+        lock = FileLock(folder / LOCK)
+        with suppress(Timeout, FileNotFoundError):
+            lock.acquire(timeout=0)
+            if (folder / LOCK).exists():
+                return folder, lock
+            lock.release()
+        # another process came between, found nobody's lock and is removing the folder
+
+
+def remove_abandoned(cache_dir: Path) -> None:
+    """Remove the unfinished folders of processes that were killed: whose locks nobody holds."""
+    with suppress(OSError):  # the cache may be another's, to be read only
+        for folder in cache_dir.glob(f"{UNFINISHED}*"):
+            with suppress(OSError), FileLock(folder / LOCK).acquire(timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

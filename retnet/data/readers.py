@@ -33,9 +33,10 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
         try:
             yield from READERS[suffix_of(path)](path, text_field)
         except UnicodeDecodeError as error:
+            unpacked = " of the unpacked text" if suffix_of(path).endswith(".gz") else ""
             raise UserError(
                 f"{path} is not UTF-8 text: the first bad byte is at offset "
-                f"{_first_bad_byte(path)}; convert the file to UTF-8 or leave it out"
+                f"{_first_bad_byte(path)}{unpacked}; convert the file to UTF-8 or leave it out"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is damaged ({error}): compress it again with gzip") from error
@@ -129,12 +130,20 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str]:
     try:
         with _open_binary(path) as stream:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-            rows = csv.DictReader(text, strict=True)
-            fields = list(rows.fieldnames or [])
+            rows = csv.reader(text, strict=True)
+            fields = next((row for row in rows if row), [])
             if text_field not in fields:
                 raise missing_field(text_field, fields, str(path))
+            line = rows.line_num + 1  # where a row begins: quoted text may have line breaks
             for row in rows:
-                yield text_of(row[text_field], text_field, f"{path} line {rows.line_num}")
+                if row and len(row) != len(fields):
+                    raise UserError(
+                        f"{path} line {line} has {len(row)} fields and the header {len(fields)}: "
+                        'put quotes around text with commas in it, as in "hello, world"'
+                    )
+                if row:
+                    yield dict(zip(fields, row, strict=True))[text_field]
+                line = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV ({error}): repair that line") from error
     finally:
@@ -151,9 +160,17 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             if text_field not in names:
                 raise missing_field(text_field, names, str(path))
             batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            values = (value for batch in batches for value in batch.column(0))
             for number, value in enumerate(values, start=1):
-                yield text_of(value, text_field, f"{path} row {number}")
+                where = f"{path} row {number}"
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{where} is not UTF-8 text in data.text_field ({text_field}), from byte "
+                        f"{error.start} of the row's text on: write it again as UTF-8"
+                    ) from error
+                yield text_of(text, text_field, where)
     except pa.ArrowException as error:
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"

@@ -5,22 +5,23 @@ and is quick enough for every start, its ``documents()`` in order, any number of
 leaves empty ones out), and a JSON-able ``to_record()`` that ``reopen_source`` opens it from.
 """
 
-import glob
 import logging
 import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from retnet.data.hub import RECORDED, HubSource, is_hub_layout
+from retnet.data.hub import HubSource, is_hub_layout
+from retnet.data.listing import files_below, files_of_glob, glob_location, split_glob
 from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.prepared import known_revision
 from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, hash_files, read_documents, suffix_of
+from retnet.data.record import NULL, entry, unusable
 from retnet.data.spec import PYTHON_STDLIB, DataSpec
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
@@ -58,10 +59,10 @@ class StdlibSource:
         return {"kind": PYTHON_STDLIB, "python": platform.python_version()}
 
     def _files(self) -> list[Path]:
-        found = _sorted_files(
-            self.folder,
-            lambda path: path.suffix == ".py" and not NOT_STDLIB.search(path.as_posix()),
-        )
+        names = (path.relative_to(self.folder) for path in self.folder.rglob("*.py"))
+        wanted = (name for name in names if not NOT_STDLIB.search(name.as_posix()))
+        paths = (self.folder / name for name in sorted(wanted, key=Path.as_posix))
+        found = [path for path in paths if path.is_file()]
         if not found:
             raise UserError(
                 f"data.source ({PYTHON_STDLIB}) has no .py files in {self.folder}: "
@@ -148,7 +149,7 @@ def is_local(location: str, key: str) -> bool:
 
 
 def open_location(
-    location: str, key: str, text_field: str, hub_config: str | None, split: str
+    location: str | Path, key: str, text_field: str, hub_config: str | None, split: str
 ) -> Source:
     """The source at a location: a name, an existing path, a glob, else a Hub name.
 
@@ -157,13 +158,18 @@ def open_location(
     if location == PYTHON_STDLIB:
         return StdlibSource(Path(sysconfig.get_path("stdlib")))
     path = expand(location, key)
-    kind = kind_of(path, key)
+    kind, location = kind_of(path, key), str(location)
     if kind == "folder":
         place = path.resolve()
-        if is_hub_layout(path):
+        if is_hub_layout(place, key):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
             return HubSource(str(place), key, text_field, hub_config, split, revision=None)
-        files = _files_of_folder(place, key)
+        files = files_below(place, key, lambda file: suffix_of(file) in READERS)
+        if not files:
+            raise UserError(
+                f"{key} ({place}) is a folder without a file to read: put files of {SUFFIXES} "
+                "there (run folders and caches are no text)"
+            )
     elif kind == "file":
         place = path.resolve()
         files = [place]
@@ -175,8 +181,8 @@ def open_location(
     elif kind == "other":
         raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
     elif GLOB_SIGNS.search(location):
-        place = Path.cwd() / path
-        files = _files_of_glob(str(place), location, key)
+        base, parts = split_glob(location, key)
+        place, files = glob_location(base, parts), _files_of_glob(base, parts, location, key)
     elif is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
     else:
@@ -188,13 +194,23 @@ def open_location(
 
 
 def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
-    """The source of a ``to_record()``; Hub data at the revision it had then."""
-    if record["kind"] == PYTHON_STDLIB:
-        return open_location(PYTHON_STDLIB, "data.source", "text", None, "train")
-    key, location = "data.source", record["location"]
-    if record["kind"] != "hub":
-        return open_location(location, key, record["text_field"], None, "train")
-    source = HubSource(key=key, streaming=streaming, **{x: record[x] for x in RECORDED})
+    """The source of a ``to_record()``; Hub data at the revision it had then.
+
+    A ``ValueError`` that names what is wrong with an entry of the record, and a ``UserError`` where
+    the source is not there.
+    """
+    key, kind = "data.source", entry(record, "kind", str)
+    if kind == PYTHON_STDLIB:
+        entry(record, "python", str, missing="")
+        return open_location(PYTHON_STDLIB, key, "text", None, "train")
+    location, text_field = entry(record, "location", str), entry(record, "text_field", str)
+    if kind == "files":
+        return open_location(location, key, text_field, None, "train")
+    if kind != "hub":
+        raise unusable(record, "kind")
+    maybe = {name: entry(record, name, str, NULL) for name in ("hub_config", "revision")}
+    split = entry(record, "split", str)
+    source = HubSource(location, key, text_field, split=split, streaming=streaming, **maybe)
     if source.is_folder:
         if kind_of(Path(location), key) != "folder":
             raise UserError(f"{key} ({location}) does not exist: restore it")
@@ -206,28 +222,8 @@ def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
     return source
 
 
-def _files_of_folder(folder: Path, key: str) -> list[Path]:
-    found = _sorted_files(
-        folder,
-        lambda path: suffix_of(path) in READERS and not any(x.startswith(".") for x in path.parts),
-    )
-    if not found:
-        raise UserError(
-            f"{key} ({folder}) is a folder without a file to read: put files of {SUFFIXES} there"
-        )
-    return found
-
-
-def _sorted_files(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
-    """The files below a folder whose relative paths are wanted, sorted by these."""
-    names = (path.relative_to(folder) for path in folder.rglob("*"))
-    found = sorted(filter(wanted, names), key=Path.as_posix)
-    return [folder / name for name in found if (folder / name).is_file()]
-
-
-def _files_of_glob(absolute: str, pattern: str, key: str) -> list[Path]:
-    matches = (Path(match) for match in glob.glob(absolute, recursive=True))  # noqa: PTH207
-    found = sorted(path for path in matches if path.is_file())
+def _files_of_glob(base: Path, parts: list[str], pattern: str, key: str) -> list[Path]:
+    found = files_of_glob(base, parts, key)
     if not found:
         raise UserError(f"{key} ({pattern}) matches no file: correct the pattern")
     for path in found:

@@ -5,18 +5,21 @@ validation side can be rebuilt later in one pass, and equal documents always lan
 """
 
 import hashlib
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from retnet.data.record import entry, unusable
 from retnet.errors import UserError
 
 MIN_DOCUMENTS = 20
 MAX_SHARE = 0.05
 HASH_RANGE = 1 << 64
+Kind = Literal["documents", "tail", "given"]
 
 
 def document_hash(encoded: bytes) -> int:
@@ -63,7 +66,7 @@ class SplitRule:
     ``given``: validation comes from elsewhere, every document is training.
     """
 
-    kind: Literal["documents", "tail", "given"]
+    kind: Kind
     fraction: float = 0.0
     threshold: int = 0
 
@@ -83,8 +86,16 @@ class SplitRule:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "SplitRule":
-        """The inverse of ``to_record``."""
-        return cls(record["kind"], record["fraction"], int(record["threshold"], 16))
+        """The inverse of ``to_record``; a ``ValueError`` that names what is wrong with an entry."""
+        kind, fraction = entry(record, "kind", str), entry(record, "fraction", float, int)
+        threshold = entry(record, "threshold", str)
+        if kind not in get_args(Kind):
+            raise unusable(record, "kind")
+        if not 0 <= fraction < 1:  # which nan is not either
+            raise unusable(record, "fraction")
+        if not re.fullmatch("[0-9a-f]{1,17}", threshold) or int(threshold, 16) > HASH_RANGE:
+            raise unusable(record, "threshold")
+        return cls(kind, float(fraction), int(threshold, 16))
 
 
 def survey_documents(documents: Iterable[bytes]) -> Survey:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data.hub import HubSource
 from retnet.data.prepared import SIDES, TRAIN, VALIDATION
+from retnet.data.record import entry
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import DocumentsHash, SplitRule
@@ -125,11 +126,19 @@ def _take_up(folder: Path, documents: Iterator[str], hashes: _Hashes) -> dict[st
     """Read past the committed documents; nothing is where there are none or they are others now."""
     if not (folder / PROGRESS).is_file():
         return {}
-    committed = read_json(folder / PROGRESS, "start again")
+    try:
+        committed = read_json(folder / PROGRESS, "start again")
+        read, sha256 = entry(committed, "documents_read", int), entry(committed, "sha256", str)
+        for side in set(SIDES) & committed.keys():
+            for count in ("documents", "bytes", "tokens"):
+                entry(committed[side], count, int)
+    except ValueError as error:  # a UserError is one
+        logger.warning(f"what was tokenised already is damaged ({error}): tokenising it anew")
+        return {}
     with phase("reading what is tokenised already") as counter:
-        for text in islice(documents, committed["documents_read"]):
+        for text in islice(documents, read):
             counter.advance(hashes.add(text, hashes.side(text)))
-    if hashes.all.hexdigest() == committed["sha256"]:
+    if hashes.all.hexdigest() == sha256:
         return committed
     logger.warning("the text is not what it was at the last attempt: tokenising it anew")
     return {}

@@ -9,6 +9,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -159,10 +160,32 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[n
     backend = _backend(tokenizer)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        with naming(tokenizer):
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encoded]
 
     return encode
+
+
+@contextmanager
+def naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Turn what a tokenizer raises while it encodes or decodes into a ``UserError`` that names it.
+
+    One that loads may still fail on a text; the library then panics, with an exception that is not
+    even an ``Exception``.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) fails on the text "
+            f"({reason}): repair its tokenizer.json, or use another one"
+        ) from error
 
 
 def in_groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:

@@ -2,17 +2,12 @@
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from retnet import files
-from retnet.errors import UserError, os_errors
 from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
-from retnet.paths import kind_of
 
 WIDTH = 100
 NAME_WIDTH = 22
@@ -162,32 +157,3 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "decoding": whole["speed"],
         "documents": {name: figures.tolist() for name, figures in whole["scores"].items()},
     }
-
-
-def check_writable(path: Path) -> None:
-    """Find out before the long work whether the JSON file can be written.
-
-    A ``UserError`` where its folder is missing or cannot be written, or it is no file.
-    """
-    kind = kind_of(path, "--json")
-    if kind == "folder":
-        raise UserError(f"--json ({path}) is a folder: name a file in it")
-    if kind == "other":
-        raise UserError(f"--json ({path}) is a device or pipe: name a file")
-    if kind_of(path.absolute().parent, "--json") != "folder":
-        raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
-    with _writing(path):
-        files.try_to_write(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file at once or not at all; numbers that JSON cannot hold become null.
-
-    A ``UserError`` where it cannot be written.
-    """
-    with _writing(path):
-        files.write_json(path, content)
-
-
-def _writing(path: Path) -> AbstractContextManager[None]:
-    return os_errors(f"--json ({path}) cannot be written", "name another file")

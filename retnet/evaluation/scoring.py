@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from retnet.cli import harmless
 from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.evaluation import metrics
@@ -108,8 +109,8 @@ def score_documents(
     targets = np.array([len(ids) - 1 for ids in tokens], dtype=np.int64)
     totals = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
     bar = tqdm(
-        total=int(targets.sum()), desc=progress, unit="token", unit_scale=True, leave=False,
-        disable=True if progress is None else None,
+        total=int(targets.sum()), desc=progress and harmless(progress), unit="token",
+        unit_scale=True, leave=False, disable=True if progress is None else None,
     )  # fmt: skip
     score = _score_carried if carry_state else _score_windows
     with evaluation_mode(model), torch.inference_mode(), bar:

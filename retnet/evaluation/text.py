@@ -1,6 +1,7 @@
 """The text that models are compared on: a file, or validation data made again from its record."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import DATA_RECORD
 from retnet.data import rebuild_validation
-from retnet.data.sources import open_location
+from retnet.data.sources import FileSource, HubSource, Source, open_location, reopen_source
 from retnet.errors import UserError
 from retnet.paths import kind_of
 
@@ -21,6 +22,7 @@ class EvaluationText:
 
     description: str  # where they come from, for the table
     documents: Sequence[str]  # none of them empty
+    files: tuple[Path, ...] = ()  # that they are read from, as far as they are local
 
     @property
     def num_bytes(self) -> int:
@@ -36,13 +38,13 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
     if kind_of(path, "--text") is None:
         raise UserError(f"--text ({path}) does not exist: correct the path")
     try:
-        source = open_location(str(path), "--text", text_field, None, "train")
+        source = open_location(path, "--text", text_field, None, "train")
         documents = [text for text in source.documents() if text]
     except UserError as error:  # readers know the option under its name in configurations
         raise UserError(str(error).replace("data.text_field", "--text-field")) from error
     if not documents:
         raise UserError(f"--text ({path}) is empty: name a file with text")
-    return EvaluationText(str(path), documents)
+    return EvaluationText(str(path), documents, _files(source))
 
 
 def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
@@ -66,7 +68,25 @@ def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
         documents = rebuild_validation(first.data_record)
     except UserError as error:
         raise UserError(f"{error}; or {ASK_FOR_TEXT}") from error
-    return EvaluationText(f"validation data of {describe_corpus(first.data_record)}", documents)
+    description = f"validation data of {describe_corpus(first.data_record)}"
+    return EvaluationText(description, documents, _recorded_files(first.data_record))
+
+
+def _files(source: Source) -> tuple[Path, ...]:
+    if isinstance(source, HubSource) and source.is_folder:
+        return tuple(Path(source.location).rglob("*"))
+    return source.files if isinstance(source, FileSource) else ()
+
+
+def _recorded_files(record: dict[str, Any]) -> tuple[Path, ...]:
+    """The local files of a data record, for training and validation."""
+    found: tuple[Path, ...] = ()
+    source: Any
+    for source in (record.get("source"), record.get("validation_source")):
+        with suppress(UserError, KeyError, TypeError):  # the training text may be gone
+            if source["kind"] == "files" or Path(source["location"]).is_dir():  # not the Hub
+                found += _files(reopen_source(source))
+    return found
 
 
 def _validation_hash(checkpoint: Checkpoint) -> str:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, run
+from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
-from retnet.training import load_config, train
+from retnet.training import key_of, load_config, train
 from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def repeat(
             folder = out / name
             arguments = [*overrides, *setting, f"train.seed={seed}", f"train.out_dir={folder}"]
             logger.info("== %s", name)
-            if train(load_config(recipe, arguments)) != 0:
+            if train(load_config(recipe, arguments), [*map(key_of, arguments)]) != 0:
                 raise UserError(f"run ({folder}) did not finish: see its messages above")
             losses.append(final_loss(folder))
         rows.append(Row(", ".join(s.split(".")[-1] for s in setting), losses))
@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     parser.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="settings")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the run folders")
+    add = parser.add_argument
+    add("--out", type=file_path, default=Path("runs"), help="folder of the run folders")
     arguments = parser.parse_intermixed_args(argv)
     rows = repeat(
         arguments.recipe,

@@ -7,10 +7,15 @@ import torch
 from retnet.checkpoints import Checkpoint
 from retnet.errors import UserError
 from retnet.generation.decode import prefill
+from retnet.generation.sampling import NUMBERS_BYTES
 from retnet.machine import memory_of
 from retnet.model.decoder import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
+
+# Bytes for each entry of the vocabulary while a token is drawn: logits and probabilities in
+# float32, running sums in float64.
+DRAWING_BYTES = 16
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -39,7 +44,36 @@ def check_length(
             f"of {window:,}: expect poor text, and time that grows with the square of the length"
         )
     what = f"a prompt of {prompt_tokens:,} tokens and --max-new-tokens ({max_new_tokens:,}) need"
-    check_text_fits(model, prompt_tokens + max_new_tokens, num_samples, what)
+    check_text_fits(model, prompt_tokens + max_new_tokens, 1, what)
+    if num_samples > 1:
+        _check_samples_fit(model, prompt_tokens + max_new_tokens, num_samples)
+
+
+def _check_samples_fit(model: DecoderForCausalLM, tokens: int, num_samples: int) -> None:
+    """Raise a ``UserError`` when so many rows of so many tokens each cannot fit."""
+    on_device = bytes_of_row(model) + tokens * (8 + model.bytes_per_token)
+    needs = {model.device: on_device}
+    host = torch.device("cpu")
+    needs[host] = needs.get(host, 0) + NUMBERS_BYTES
+    for device, each in needs.items():
+        memory = memory_of(device)
+        if memory is not None and num_samples * each > memory:
+            raise UserError(
+                f"--num-samples ({num_samples:,}) of {tokens:,} tokens need {num_samples * each:,} "
+                f"bytes, {each:,} a sample, and {device} has {memory:,}: at most "
+                f"{memory // each:,} can fit"
+            )
+
+
+def bytes_of_row(model: DecoderForCausalLM) -> int:
+    """What a row takes however long its text is: its state, and the drawing of a token."""
+    total, device = DRAWING_BYTES * model.config.vocab_size, torch.device("meta")
+    for layer in model.model.layers:
+        growing = layer.mixer.growing(model.config)
+        for part in (layer.mixer, layer.ffn):
+            state = part.init_state(1, device, model.dtype, 1)
+            total += sum(state[name].nbytes for name in state if name not in growing)
+    return total
 
 
 def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:

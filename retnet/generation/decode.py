@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.machine import set_up_compiler
 from retnet.model.cache import DecoderCache
@@ -22,6 +23,16 @@ from retnet.model.fast_decode.step import make_decode_step
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
+
+
+class NotFiniteError(UserError):
+    """A model's logits are no numbers any more, after so many tokens of each row."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(
+            f"the model gives logits that are not finite after {tokens:,} new tokens: its weights "
+            "are damaged, of a run that diverged, or too large for --dtype, so take other ones"
+        )
 
 
 @dataclass
@@ -165,6 +176,9 @@ def generate(
 
     Yields:
         The new token of each row, B of them, ``ENDED`` for a row that has ended.
+
+    Raises:
+        NotFiniteError: The logits of a row that has not ended are no numbers.
     """
     usage = Usage() if usage is None else usage
     device, length = input_ids.device, input_ids.shape[1]
@@ -180,7 +194,7 @@ def generate(
 
     rows = usage.rows = len(logits)
     sampler = Sampler(sampling or Sampling(), input_ids.repeat_interleave(num_samples, dim=0))
-    ended = [False] * rows
+    ended, vocab_size = [False] * rows, logits.shape[1]
     tokens: Tensor | None = None
     try:
         for _ in range(max_new_tokens):
@@ -189,6 +203,10 @@ def generate(
                 logits = step(tokens, cache)
             tokens = sampler(logits)
             chosen = tokens.tolist()  # the only wait for a device
+            if max(chosen) >= vocab_size:  # what the sampler says of logits that are no numbers
+                if any(t >= vocab_size and not e for e, t in zip(ended, chosen, strict=True)):
+                    raise NotFiniteError(usage.steps)
+                tokens = tokens.clamp(max=vocab_size - 1)
             new_tokens = [ENDED if e else token for e, token in zip(ended, chosen, strict=True)]
             usage.steps += 1
             usage.new_tokens += rows - new_tokens.count(ENDED)

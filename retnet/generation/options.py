@@ -1,6 +1,7 @@
 """The command-line options that say how checkpoints are loaded, shared by the entry points."""
 
 import argparse
+import warnings
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).tolist()  # meta is a device, and holds no numbers
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by kind of device
-        reason = str(error).splitlines()[0]
+        with warnings.catch_warnings(action="ignore"):  # of names that torch has given up
+            device = torch.device(name)
+            torch.zeros(1, device=device).tolist()  # meta is a device, and holds no numbers
+    except Exception as error:  # each kind of device that is not there has an error of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--device ({name}) cannot be used ({reason}): try --device cpu") from error
     return device

@@ -7,17 +7,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.readers import BOM
+from retnet.data.tokenizer import naming
 from retnet.errors import UserError, os_errors
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """The ids [1, T] of ``<bos>`` and the text, in which special tokens are ordinary text."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    """The ids [1, T] of ``<bos>`` and the text, in which special tokens are ordinary text.
+
+    A ``UserError`` where the tokenizer fails on it.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    with naming(tokenizer):
+        encoded = tokenizer(text, **options)
     return torch.tensor([[tokenizer.bos_token_id, *encoded["input_ids"]]])
 
 
 def read_prompt(source: Path | None) -> str:
-    """The prompt in a UTF-8 file, or on standard input (None), exactly as it is there.
+    """The prompt in a UTF-8 file, or on standard input (None), as it is there.
 
     Raises:
         UserError: It cannot be read, or the bytes are not UTF-8.
@@ -32,9 +39,9 @@ def read_prompt(source: Path | None) -> str:
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """Decode text, or say at which byte it stops being UTF-8."""
+    """Decode text without its byte order mark, or say at which byte it stops being UTF-8."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} is not UTF-8 at byte {error.start} (0x{data[error.start]:02x}): convert it"

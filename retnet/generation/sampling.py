@@ -16,10 +16,13 @@ from torch import Tensor
 from retnet.errors import UserError
 
 MAX_SEED = 2**63 - 1
+MOST_PENALTY = 1e6  # with which no logit becomes infinite
 LOWEST_TEMPERATURE = 1e-37  # that float32 can divide by; logits that differ are then infinitely far
 SHIFT_BELOW = 1e-3  # the temperature below which logits are shifted before they are divided by it
 ATTEMPTS = 3  # to draw a token of the top p without a sort
 DRAWN_AT_ONCE = 256  # tokens of a row for which there are uniform numbers
+# of a row: its generator, and the numbers in float64, which are there twice while they are made
+NUMBERS_BYTES = 2560 + 16 * DRAWN_AT_ONCE * (ATTEMPTS + 1)
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class Sampling:
             raise UserError(f"top_k ({self.top_k}) must be at least 1: leave it out to keep all")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p ({self.top_p}) must be above 0 and at most 1: 1 keeps all")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             raise UserError(
-                f"repetition_penalty ({self.repetition_penalty}) must be above 0: 1 changes nothing"
+                f"repetition_penalty ({self.repetition_penalty}) must be from "
+                f"{1 / MOST_PENALTY} to {MOST_PENALTY}: 1 changes nothing"
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed ({self.seed}) must be a whole number from 0 to {MAX_SEED}")
@@ -75,7 +79,8 @@ def draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     A token drawn among all is one of them exactly if those more likely than it have less than
     probability ``top_p`` together: what is drawn otherwise is thrown away. Only where all attempts
     were, the kept ones have to be found, by a sort that takes longer than all the rest. The same
-    numbers give the same tokens on every device, and none waits for another.
+    numbers give the same tokens on every device, and none waits for another. A row of nan gives an
+    id that no token has, the size of the vocabulary.
 
     The rows of [B, vocab] sum to 1, top_p is above 0 and up to 1, ``uniform`` is float64
     [B, ATTEMPTS + 1] from 0 to below 1; returns int64 [B].
@@ -100,6 +105,8 @@ def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tens
     """
     tokens = drawn[:, 0]
     for row, (attempts, values) in enumerate(zip(drawn.tolist(), probabilities, strict=True)):
+        if attempts[0] == len(values):  # sums of nan
+            continue
         for token in attempts:
             likelier = F.threshold(values, values[token].item(), 0.0)
             if likelier.sum().item() < top_p:
@@ -114,7 +121,8 @@ def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tens
 
 def _kept_at_once(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tensor) -> Tensor:
     """``_kept_in_turn`` without a look at a value, which a device would have to wait for."""
-    every, own = probabilities[:, None], probabilities.gather(1, drawn)[..., None]
+    most = probabilities.shape[1] - 1
+    every, own = probabilities[:, None], probabilities.gather(1, drawn.clamp(max=most))[..., None]
     kept = torch.where(every > own, every, 0).sum(-1) < top_p  # [B, ATTEMPTS]
     tokens = _inverted(keep_top_p(probabilities, top_p), last)[:, 0]
     for attempt in reversed(range(ATTEMPTS)):
@@ -139,7 +147,11 @@ class Sampler:
         self.uniform = _uniform(sampling.seed, len(prompt_ids))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Choose one token per row, [B], given the logits of the last position, [B, vocab]."""
+        """Choose one token per row, [B], given the logits of the last position, [B, vocab].
+
+        Where they are no numbers (nan, an infinity in place of the largest) the choice is an id
+        that no token has, the size of the vocabulary.
+        """
         logits = logits.detach()
         penalty = self.sampling.repetition_penalty
         if penalty != 1.0:
@@ -148,10 +160,16 @@ class Sampler:
                 self.seen.scatter_(1, self.prompt_ids, True)
             punished = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self.seen, punished, logits)
-        tokens = logits.argmax(dim=-1) if self.sampling.greedy else self._draw(logits)
+        tokens = self._most_likely(logits) if self.sampling.greedy else self._draw(logits)
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, tokens[:, None].clamp(max=logits.shape[1] - 1), True)
         return tokens
+
+    @staticmethod
+    def _most_likely(logits: Tensor) -> Tensor:
+        tokens = logits.argmax(dim=-1)  # nan counts as the largest
+        largest = logits.gather(1, tokens[:, None])[:, 0]
+        return torch.where(largest.isfinite(), tokens, logits.shape[1])
 
     def _draw(self, logits: Tensor) -> Tensor:
         device = logits.device

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.tokenizer import naming
 from retnet.errors import UserError
 from retnet.generation.checks import check_length
-from retnet.generation.decode import ENDED, Usage, generate
+from retnet.generation.decode import ENDED, NotFiniteError, Usage, generate
 from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.machine import set_up_compiler
@@ -34,7 +35,7 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
     ) -> None:
-        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._silent = {token for token, entry in added.items() if entry.special}
         self._stop = tuple(stop)
@@ -51,7 +52,8 @@ class TextStream:
         return token not in self._silent and self._backend.id_to_token(token) is not None
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=True)
+        with naming(self._tokenizer):
+            text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
     def push(self, token: int) -> str:
@@ -115,15 +117,11 @@ def _overlap(text: str, stop: str) -> int:
 def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
     """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
 
-    A ``UserError`` where a stop string is empty, or none of them has a token.
+    A ``UserError`` where a stop string is empty, or none of them can occur.
     """
     if "" in stop:
         raise UserError("--stop ('') is empty: give the text to stop at, or leave it out")
-    try:
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stop]
-    except TypeError:  # half of a surrogate pair, which is in no text
-        ids = []
-    if stop and not any(set(own) - {tokenizer.unk_token_id} for own in ids):
+    if stop and not any(_can_occur(tokenizer, text) for text in stop):
         raise UserError(
             f"--stop ({', '.join(map(repr, stop))}) has no token in the model's vocabulary: "
             "use other text"
@@ -132,6 +130,23 @@ def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set
     silent = {token: entry.content for token, entry in added.items() if entry.special}
     named = {token for token, name in silent.items() if any(text in name for text in stop)}
     return {tokenizer.eos_token_id, *named}
+
+
+def _can_occur(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether a text may be made: each of its letters is in some token's text.
+
+    Whether it has tokens of its own says nothing: a tokenizer may know "。" at the end of words
+    only, and one that changes letters to small ones makes tokens of what it never writes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which is in no text
+        return False
+    ids = [[token] for token in tokenizer.get_vocab().values()]
+    with naming(tokenizer):
+        texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    letters = set("".join(texts))  # with the replacement character where a token is a part of one
+    return REPLACEMENT in letters or set("".join(text.split())) <= letters
 
 
 def stream_text(
@@ -151,7 +166,7 @@ def stream_text(
     An empty prompt starts from ``<bos>``. A sample ends before the first ``stop`` in its new text.
     Yields the new text of each sample, ``num_samples`` strings, after every token and at the end. A
     ``UserError`` comes at once, before anything is made: a stop string cannot occur, there is no
-    compiler, or so many tokens cannot fit.
+    compiler, or so many tokens cannot fit. A ``NotFiniteError`` comes after the text made so far.
     """
     last_tokens = _last_tokens(tokenizer, stop)
     if compile:
@@ -174,12 +189,18 @@ def stream_text(
 
 
 def _as_text(made: Iterator[list[int]], streams: list[TextStream]) -> Iterator[list[str]]:
-    for tokens in made:
-        yield [
-            "" if token == ENDED else stream.push(token)
-            for stream, token in zip(streams, tokens, strict=True)
-        ]
+    problem = None
+    try:
+        for tokens in made:
+            yield [
+                "" if token == ENDED else stream.push(token)
+                for stream, token in zip(streams, tokens, strict=True)
+            ]
+    except NotFiniteError as error:
+        problem = error
     yield [stream.finish() for stream in streams]
+    if problem is not None:
+        raise problem
 
 
 def sample_text(
@@ -190,12 +211,20 @@ def sample_text(
     max_new_tokens: int,
     sampling: Sampling | None = None,
 ) -> str:
-    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone."""
+    """The whole text of ``stream_text``, one sample; leaves the model's training mode alone.
+
+    It ends with a note where the logits are no numbers any more.
+    """
     with evaluation_mode(model):
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
         )
-        return "".join(piece for (piece,) in pieces)
+        text: list[str] = []
+        try:
+            text += (piece for (piece,) in pieces)
+        except NotFiniteError as error:
+            text.append(f" [{error}]")
+        return "".join(text)
 
 
 @contextmanager

@@ -88,9 +88,9 @@ class DecoderConfig(PretrainedConfig):
             self.intermediate_size = self._balanced_intermediate_size()
             if self.intermediate_size < self.hidden_size:
                 problems.append(
-                    "intermediate_size (None) leaves less than hidden_size "
-                    f"({self.hidden_size}) for the feed-forward network beside this mixer"
-                    f"{self._position_hint()}: give it a number"
+                    f"{self._large_keys()} leaves less than hidden_size ({self.hidden_size}) for the "
+                    "feed-forward network, of a layer's 12 d^2 parameters: make it smaller, or "
+                    "give intermediate_size a number"
                 )
         if problems:
             raise ValueError("; ".join(problems))
@@ -131,16 +131,27 @@ class DecoderConfig(PretrainedConfig):
         """Of the table of learned positions."""
         return self.max_position_embeddings * self.hidden_size * (self.positions == "learned")
 
+    @property
+    def _taken_parameters(self) -> float:
+        """What a layer has besides its feed-forward network."""
+        return self.mixer_parameters + self.position_parameters / self.num_hidden_layers
+
+    def _large_keys(self) -> str:
+        """For messages: the keys, with values, that those parameters grow with."""
+        shared, whole, found = DecoderConfig.__dataclass_fields__, self._taken_parameters, []
+        for key in self.__dataclass_fields__.keys() - shared.keys() | {"max_position_embeddings"}:
+            value = getattr(self, key)
+            if type(value) is int:
+                setattr(self, key, 1)
+                found += [f"{key} ({value})"] if self._taken_parameters < whole else []
+                setattr(self, key, value)
+        return ", ".join(sorted(found)) or "this mixer"
+
     def _balanced_intermediate_size(self) -> int:
         own = self.mixer_class.feed_forwards.get(self.ffn)
         squares, matrices = (own.squares, own.matrices) if own else (0, FEED_FORWARDS[self.ffn])
-        taken = self.mixer_parameters + self.position_parameters / self.num_hidden_layers
-        left = (12 - squares) * self.hidden_size**2 - taken
+        left = (12 - squares) * self.hidden_size**2 - self._taken_parameters
         return math.floor(left / (matrices * self.hidden_size) + 0.5)
-
-    def _position_hint(self) -> str:
-        longest = self.longest
-        return "" if longest is None else f" and max_position_embeddings ({longest})"
 
     def _warn_of_unknown(self, kwargs: dict[str, Any]) -> None:
         known = {*self.__dataclass_fields__, *self.attribute_map}

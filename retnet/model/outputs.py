@@ -5,7 +5,6 @@ hands to a model.
 """
 
 import dataclasses
-from operator import attrgetter
 from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -19,9 +18,13 @@ class _BothNames:
     """Beside the field the other name, without a word about its age."""
 
 
+def _memory(output: Any) -> Any:  # compilers know functions, and no attrgetter
+    return getattr(output, MEMORY)
+
+
 for _name in NAMES:
     if _name != MEMORY:
-        setattr(_BothNames, _name, property(attrgetter(MEMORY)))
+        setattr(_BothNames, _name, property(_memory))
 
 
 class DecoderOutput(_BothNames, BaseModelOutputWithPast):

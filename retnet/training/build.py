@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
-from retnet.checkpoints.format import TOKENIZER, WEIGHTS
+from retnet.checkpoints.format import TOKENIZER
 from retnet.checkpoints.match import check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights
 from retnet.data import load_tokenizer
@@ -47,13 +47,11 @@ def load_initial_weights(
     A ``UserError`` where there is none, or one of another shape or with another tokenizer.
     """
     what, folder = f"model.init_from ({init_from})", find_checkpoint(init_from)
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{what} has no {WEIGHTS}: take another checkpoint")
     check_weights_unchanged(folder)
     try:
         weights = read_weights(folder, tied=model.config.tie_word_embeddings)
     except SafetensorError as error:
-        raise UserError(f"model.init_from ({folder / WEIGHTS}) can't be read: {error}") from error
+        raise UserError(f"{what} has weights that can't be read: {error}") from error
     use = f"data.tokenizer={folder}"
     fix = f"take over the model section of its config.yaml, and its tokenizer ({use})"
     check_same_model(model.state_dict(), weights, what, fix)

@@ -1,58 +1,59 @@
 """Reading the configuration of a run: defaults < YAML file < key=value arguments."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from retnet.data import DataSpec
 from retnet.data.spec import BPE
 from retnet.errors import UserError
-from retnet.paths import kind_of
+from retnet.paths import expand, kind_of
 from retnet.training.limits import problems
-from retnet.training.spec import Config, config_schema, settled
+from retnet.training.spec import Config, TrainSpec, config_schema, settled
+from retnet.training.values import fit, read_argument, read_yaml, shown, write_yaml
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, Any]  # by section.key
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, recorded: bool = False
+) -> Config:
     """Read and check a configuration.
 
     Args:
         path: A YAML file with the sections model, data and train; None for the defaults.
         overrides: ``section.key=value``, the last word.
+        recorded: The file is one that a run wrote, and there is nothing to say about it.
 
     Raises:
         UserError: Names the key or file, its value and the fix.
     """
-    layers = [] if path is None else [_read_yaml(Path(path))]
-    layers += [_read_override(override) for override in overrides]
-    try:
-        merged = OmegaConf.structured(config_schema())
-        for layer in layers:
-            for key in sorted(OmegaConf.missing_keys(layer)):  # a merge passes over them
-                raise UserError(
-                    f"configuration key ({key}): ??? is no value: set it, or leave it out"
-                )
-            merged = OmegaConf.merge(merged, layer)
-        config = cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        message, key = str(error).splitlines()[0], getattr(error, "full_key", None) or "sections"
-        raise UserError(
-            f"configuration key ({key}): {message}; python train.py --help lists all"
-        ) from error
-    except TypeError as error:  # a mapping for the one key that is a list
-        raise UserError("train.trackers must be a list, as train.trackers=[wandb]") from error
+    file = None if path is None else expand(path, "configuration")
+    in_file = {} if file is None else _read_file(file)
+    given = dict(_read_override(text) for text in overrides)
+    if not recorded:
+        plain = [key for key, value in in_file.items() if "${" in str(value)]
+        if plain:
+            logger.info(f"{', '.join(plain)} in {path}: ${{...}} is text, nothing is replaced")
+    config = _fill({**in_file, **given})
     model, data, train = settled(config.model), config.data, config.train
-    given = {text.partition("=")[0] for text in overrides}
     if "data.tokenizer" in given and "data.vocab_size" not in given and data.tokenizer != BPE:
         # the size in the file is for the tokenizer in the file
         data = replace(data, vocab_size=DataSpec.vocab_size)
+    if "train.max_steps" in given and "train.warmup_steps" not in given:
+        train = _with_shorter_warmup(train)
     if train.out_dir is None:
-        name = "default" if path is None else Path(path).stem
+        name = "default" if file is None else file.stem
         train = replace(train, out_dir=f"runs/{name}-{model.mixer}")
+    _ = train.run_folder  # which out_dir must be able to name
     data.validate()
     config = replace(config, model=model, data=data, train=train)
     if found := [*problems(config)]:
@@ -62,47 +63,117 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return write_yaml(dataclasses.asdict(config))
 
 
-def _read_yaml(path: Path) -> Any:
+def key_of(override: str) -> str:
+    """The key of a ``section.key=value`` argument."""
+    return override.partition("=")[0]
+
+
+def _fill(values: Values) -> Config:
+    """The configuration with these values."""
+    sections: dict[str, Values] = {name: {} for name in _keys()}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = value
+    schema = config_schema()
+    default = schema()
+    return schema(**{k: replace(getattr(default, k), **v) for k, v in sections.items()})
+
+
+def _with_shorter_warmup(train: TrainSpec) -> TrainSpec:
+    """A warm-up that nobody asked for on the command line fits the steps that somebody did."""
+    if not 0 < train.max_steps < train.warmup_steps:
+        return train
+    steps = train.max_steps // 10
+    logger.info(
+        f"train.warmup_steps ({train.warmup_steps}) is too long for train.max_steps "
+        f"({train.max_steps}): it is {steps}, a tenth of them"
+    )
+    return replace(train, warmup_steps=steps)
+
+
+def _read_file(path: Path) -> Values:
     if kind_of(path, "configuration") != "file":
         near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        content = OmegaConf.load(path)
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"configuration ({path}) cannot be read ({error.strerror}): check its permissions"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"configuration ({path}) is not valid YAML: {error}") from error
-    if loaded is None:
-        return OmegaConf.create({})
-    if not isinstance(loaded, dict):
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
         raise UserError(
             f"configuration ({path}) must have the sections model, data and train: it holds a "
-            f"{type(loaded).__name__}"
+            f"{type(content).__name__}"
         )
-    return content
+    try:
+        return dict(_flat(content))
+    except UserError as error:
+        raise UserError(f"configuration ({path}): {error}") from error
 
 
-def _read_override(text: str) -> Any:
-    key, equals, _ = text.partition("=")
+def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The values of a file, each of a key that there is and of its type."""
+    for section, values in content.items():
+        if str(section) not in _keys():
+            raise _unknown(str(section), str(section), _keys())
+        if not isinstance(values, dict | None):
+            raise UserError(f"{section} ({shown(values)}) must be a section with keys")
+        for name, value in (values or {}).items():
+            key = f"{section}.{name}"
+            yield key, fit(_option(key).type, value, key)
+
+
+def _read_override(text: str) -> tuple[str, Any]:
+    """Key and value of a ``section.key=value`` argument."""
+    key, equals, value = text.partition("=")
     if text.startswith("-"):
         plain = text.lstrip("-")
         raise UserError(
             f"argument ({text}) is not known: keys are written without dashes, as in "
             f"{plain if equals else plain + '=VALUE'}"
         )
-    if not equals or not key:
+    if not equals or "." not in key:
         raise UserError(f"argument ({text}) must be section.key=value, as train.max_steps=100")
+    if text != text.encode(errors="ignore").decode():
+        raise UserError(f"argument ({text!r}) is not UTF-8: write it in UTF-8")
+    kind = _option(key).type
     try:
-        return OmegaConf.from_dotlist([text])
-    except UnicodeEncodeError as error:
-        raise UserError(f"argument ({text!r}) is not UTF-8: write it in UTF-8") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        found = read_argument(kind, value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument ({text}) can't be read: {reason}; quote the value") from error
+    return key, fit(kind, found, key)
+
+
+def _keys() -> dict[str, dict[str, Field]]:
+    """All keys by section."""
+    sections = vars(config_schema()())
+    return {name: {f.name: f for f in dataclasses.fields(of)} for name, of in sections.items()}
+
+
+def _option(key: str) -> Field:
+    """The field of a ``section.key``; a ``UserError`` where there is none."""
+    section, _, name = key.partition(".")
+    sections = _keys()
+    if section not in sections:
+        raise _unknown(key, section, sections)
+    if name not in sections[section]:
+        raise _unknown(key, name, sections[section])
+    return sections[section][name]
+
+
+def _unknown(key: str, name: str, there: dict[str, Any]) -> UserError:
+    near = difflib.get_close_matches(name, there)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UserError(
+        f"configuration key ({key}) is not known: {hint}python train.py --help lists all"
+    )

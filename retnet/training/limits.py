@@ -15,6 +15,7 @@ INT64 = 2**63 - 1
 MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 1_000_000}
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
 
+NOT_EMPTY = ("model.init_from", "data.hub_config", "train.out_dir", "train.resume")
 COUNTS = (
     "max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "keep",
     "log_every",
@@ -27,6 +28,11 @@ def problems(config: Config) -> Iterator[str]:
     for key, holds, rule in _rules(train):
         if not holds:
             yield f"train.{key} ({getattr(train, key)}) {rule}"
+    for key in NOT_EMPTY:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None and not value.strip():
+            yield f"{key} ({value!r}) must not be empty: set it or leave it out"
     for tracker in train.trackers:
         if tracker not in TRACKERS:
             names = ", ".join(TRACKERS)

@@ -26,7 +26,6 @@ from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
 from retnet.files import write_json
 from retnet.model.decoder import DecoderForCausalLM
-from retnet.model.loss import IGNORE_INDEX
 from retnet.training.carry import CarriedState
 from retnet.training.health import DIVERGED, DivergedError, SpikeWatch, check_first_loss
 from retnet.training.optimizer import learning_rate
@@ -102,15 +101,15 @@ class Trainer:
         began = time.perf_counter()
         self.model.train()
         micro_steps = range(self.spec.gradient_accumulation_steps)
-        micro_batches = [self.batches.batch(step, micro_step) for micro_step in micro_steps]
+        targets = torch.tensor(self.batches.num_targets(step), device=self.accelerator.device)
         waited = time.perf_counter() - began
-        counts = [(b["shift_labels"] != IGNORE_INDEX).sum() for b in micro_batches]
-        targets = torch.stack(counts).sum().to(self.accelerator.device)
-        targets = self.accelerator.reduce(targets, reduction="sum")
         loss = torch.zeros((), device=self.accelerator.device)
-        for micro_step, batch in enumerate(micro_batches):
+        for micro_step in micro_steps:
             if self._given_up(stop):
                 return None
+            asked = time.perf_counter()
+            batch = self.batches.batch(step, micro_step)  # one at a time: there may be many
+            waited += time.perf_counter() - asked
             self._seed(step, micro_step)
             last = micro_step == micro_steps[-1]
             # gradients are exchanged between processes once, with the last micro-batch

@@ -1,11 +1,16 @@
-"""Device, processes and precision of a run, and what the environment says of them."""
+"""Device, processes and precision of a run, and what the environment says of them.
+
+``accelerate launch`` hands its options on as variables of the environment. Each of them is followed
+or refused: ACCELERATE_MIXED_PRECISION and ACCELERATE_USE_CPU where train.precision and train.device
+leave it open, DEBUG_MODE, CPU_AFFINITY, TORCH_DEVICE and FSDP by accelerate itself.
+"""
 
 import os
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
 from retnet.errors import UserError
 from retnet.training.spec import TrainSpec
@@ -16,6 +21,18 @@ MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # of variables that decide on the processes; all of them are shown when that fails
 NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "FORK_LAUNCHED", *LAUNCHED_WITH)
 PREFIXES = ("ACCELERATE_", "FSDP_", "PMI_", "OMPI_COMM_", "MV2_COMM_", "MPI_LOCAL")
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+PRECISIONS = {"bf16": "bf16", "no": None}  # "no" is also what stands there when nothing was asked
+USE_CPU = "ACCELERATE_USE_CPU"
+# what accelerate can do and this program not, and what to do instead
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "use several processes with torchrun, or FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "use several processes with torchrun, or FSDP",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use several processes with torchrun, or FSDP",
+    "ACCELERATE_USE_SAGEMAKER": "use several processes with torchrun, or FSDP",
+    "ACCELERATE_GRADIENT_CLIPPING": "set train.grad_clip",
+    "ACCELERATE_DYNAMO_BACKEND": "set train.compile=true",
+}
 
 
 def build_accelerator(spec: TrainSpec) -> Accelerator:
@@ -23,9 +40,11 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     cuda = torch.cuda.is_available()
     if spec.device == "cuda" and not cuda:
         raise UserError("train.device (cuda) is not available here: use auto or cpu")
-    cpu = spec.device == "cpu" or not cuda
-    bf16 = spec.precision == "bf16"
-    if spec.precision == "auto":
+    _check_environment(spec)
+    cpu = spec.device == "cpu" or not cuda or _is_on(USE_CPU)
+    asked = PRECISIONS[os.environ.get(MIXED_PRECISION, "no").lower()]
+    bf16 = (asked or spec.precision) == "bf16"
+    if spec.precision == "auto" and asked is None:
         bf16 = not cpu and torch.cuda.is_bf16_supported()
     world_size = _world_size()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
@@ -34,7 +53,7 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             cpu=cpu,
             mixed_precision="bf16" if bf16 else "no",
             log_with=list(spec.trackers) or None,
-            project_dir=spec.out_dir,
+            project_dir=str(spec.run_folder),
             # ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides the loss where the plugin is left out
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
@@ -51,7 +70,51 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
             f"WORLD_SIZE ({world_size}) is set, but accelerate runs {accelerator.num_processes} "
             "process: start several processes with torchrun"
         )
+    device, wanted = accelerator.device, "cpu" if cpu else "cuda"
+    if device.type != wanted:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        raise UserError(
+            f"ACCELERATE_TORCH_DEVICE ({device}) is not train.device ({spec.device}), which is "
+            f"{wanted} here: unset it"
+        )
     return accelerator
+
+
+def _check_environment(spec: TrainSpec) -> None:
+    """Raise a ``UserError`` for what ``accelerate launch`` asks and this run would not follow."""
+    precision = os.environ.get(MIXED_PRECISION, "no").lower()
+    if precision not in PRECISIONS:
+        raise UserError(f"{MIXED_PRECISION} ({precision}) is not possible: use bf16 or no")
+    if PRECISIONS[precision] not in (None, spec.precision) and spec.precision != "auto":
+        raise UserError(
+            f"{MIXED_PRECISION} ({precision}) contradicts train.precision ({spec.precision}): "
+            "leave one of them out"
+        )
+    if _is_on(USE_CPU) and spec.device == "cuda":
+        raise UserError(
+            f"{USE_CPU} ({os.environ[USE_CPU]}) contradicts train.device (cuda): leave one of them "
+            "out"
+        )
+    if _is_on("ACCELERATE_USE_FSDP") and (spec.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("ACCELERATE_USE_FSDP (true) needs a GPU: unset it, or use torchrun alone")
+    for name, instead in REFUSED.items():
+        value = os.environ.get(name, "no")
+        if value.lower() not in ("no", "none", "false", "0", ""):
+            raise UserError(f"{name} ({value}) is not possible here: unset it, and {instead}")
+    name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", spec.gradient_accumulation_steps
+    if os.environ.get(name, str(steps)) != str(steps):
+        raise UserError(
+            f"{name} ({os.environ[name]}) is not train.gradient_accumulation_steps ({steps}): "
+            "unset it, and set that key"
+        )
+
+
+def _is_on(name: str) -> bool:
+    """Whether a variable says yes; what is neither yes nor no is left to accelerate to report."""
+    try:
+        return bool(str_to_bool(os.environ.get(name, "no").lower()))
+    except ValueError:
+        return False
 
 
 def _world_size() -> int:

@@ -1,6 +1,7 @@
 """Where a run begins, and going on from a checkpoint: whether it fits, then its state."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from retnet.checkpoints import load_checkpoint_state
@@ -8,34 +9,31 @@ from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, lis
 from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
 from retnet.checkpoints.verify import checkpoint_damage
 from retnet.errors import UserError
-from retnet.files import missing_folders, read_json
+from retnet.files import read_json
+from retnet.paths import expand, kind_of
 from retnet.training.config import load_config
 from retnet.training.loop import Trainer
-from retnet.training.run_folder import CONFIG, Start, step_of, writing
+from retnet.training.run_folder import CONFIG, Start, step_of
 from retnet.training.spec import RESUMABLE_KEYS, Config, flatten
 
 logger = logging.getLogger(__name__)
 
 TEXT_HASHES = ("train_sha256", "validation_sha256")
+WARMUP = "train.warmup_steps"
 
 
-def plan_start(config: Config) -> Start:
-    """Decide from the run folder and ``train.resume``; writes nothing.
+def plan_start(config: Config, by_hand: Collection[str]) -> Start:
+    """Decide from the run folder, which must be locked, and ``train.resume``; writes nothing.
+
+    ``by_hand`` are the keys that were asked for on the command line.
 
     A ``UserError`` where the folder is of another configuration, or not to be gone on with.
     """
     run, resume = config.train.run_folder, config.train.resume
-    if run.exists() and not run.is_dir():
-        raise UserError(f"train.out_dir ({run}) is a file: name a folder")
-    missing = missing_folders(run)
-    with writing(run):  # whether it can be made
-        run.mkdir(parents=True, exist_ok=True)
-        for folder in missing:
-            folder.rmdir()
     if resume == "auto":
-        return _automatic_start(config, run)
+        return _automatic_start(config, run, by_hand)
     if resume != "never":
-        return _named_start(Path(resume), run, config.train.max_steps)
+        return _named_start(expand(resume, "train.resume"), run, config.train.max_steps)
     if _holds_run(run):
         raise UserError(
             f"train.out_dir ({run}) already holds a run and train.resume is never: remove it, "
@@ -49,9 +47,9 @@ def _holds_run(run: Path) -> bool:
     return bool(list_checkpoints(run)) or (run / FINAL).exists() or (run / BEST).exists()
 
 
-def _automatic_start(config: Config, run: Path) -> Start:
+def _automatic_start(config: Config, run: Path, by_hand: Collection[str]) -> Start:
     """From the newest whole checkpoint of the run folder."""
-    _check_same_configuration(config, run)
+    warmup = _check_same_configuration(config, run, by_hand)
     final, damage = run / FINAL, None
     if final.exists():
         damage = checkpoint_damage(final, resumable=False)
@@ -68,12 +66,12 @@ def _automatic_start(config: Config, run: Path) -> Start:
         )
     if damage is not None:
         logger.warning(f"checkpoint ({final}) is damaged, {damage}: it is written again")
-    return Start(checkpoint, damaged_end=damage is not None)
+    return Start(checkpoint, damaged_end=damage is not None, warmup_steps=warmup)
 
 
 def _named_start(checkpoint: Path, run: Path, max_steps: int) -> Start:
     """From the checkpoint that ``train.resume`` names."""
-    if not checkpoint.is_dir():
+    if kind_of(checkpoint, "train.resume") != "folder":
         raise UserError(
             f"train.resume ({checkpoint}) must be auto, never, or a checkpoint folder that exists"
         )
@@ -120,8 +118,12 @@ def _newest_whole(run: Path) -> Path | None:
     return None
 
 
-def _check_same_configuration(config: Config, run: Path) -> None:
-    """Compare with the configuration of the run that is in the folder, if there is one."""
+def _check_same_configuration(config: Config, run: Path, by_hand: Collection[str]) -> int | None:
+    """Compare with the configuration of the run that is in the folder, if there is one.
+
+    Returns the warm-up of that run where nobody asked for the other one: a recipe's is shortened
+    for a short run, which then goes on as a long one.
+    """
     file = run / CONFIG
     if not file.is_file():
         checkpoints = list_checkpoints(run)
@@ -131,21 +133,24 @@ def _check_same_configuration(config: Config, run: Path) -> None:
                 f"train.out_dir ({run}) holds a run without its {CONFIG}, so that it can't be "
                 f"compared with this configuration: restore it,{named} or set another train.out_dir"
             )
-        return
+        return None
     try:
-        before, now = flatten(load_config(file)), flatten(config)
+        before, now = flatten(load_config(file, recorded=True)), flatten(config)
     except UserError as error:
         raise UserError(
             f"{file}, the configuration of the run in train.out_dir, is damaged: {error}; restore "
             "it, or go on by train.resume=CHECKPOINT, which writes it again"
         ) from error
     keys = [key for key in now if key not in RESUMABLE_KEYS and now[key] != before[key]]
+    if keys == [WARMUP] and WARMUP not in by_hand and before[WARMUP] <= config.train.max_steps:
+        return int(before[WARMUP])
     if keys:
         changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in keys)
         raise UserError(
             f"train.out_dir ({run}) holds a run of another configuration, it differs in {changes}: "
             "set another train.out_dir, or remove the folder"
         )
+    return None
 
 
 def go_on(trainer: Trainer, checkpoint: Path) -> None:
@@ -165,7 +170,7 @@ def go_on(trainer: Trainer, checkpoint: Path) -> None:
         )
     trainer.progress = progress
     if trainer.carried is not None:
-        trainer.carried.load(checkpoint, trainer.accelerator)
+        trainer.carried.load(checkpoint, trainer.accelerator, trainer.batches.global_batch)
     logger.info(f"going on from {checkpoint} (step {progress.step})")
 
 

@@ -1,13 +1,13 @@
 """Setting a run up, running it, and saying how it ended."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from filelock import FileLock
 
 from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, step_folder
@@ -22,9 +22,9 @@ from retnet.training.loop import Trainer
 from retnet.training.optimizer import build_optimizer
 from retnet.training.processes import build_accelerator
 from retnet.training.resume import go_on, plan_start
-from retnet.training.run_folder import LOCK, Start, lock_run_folder, open_run_folder
+from retnet.training.run_folder import RunLock, Start, open_run_folder
 from retnet.training.signals import stop_on_signals
-from retnet.training.spec import Config
+from retnet.training.spec import Config, flatten
 from retnet.training.summary import describe_run
 from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
 from retnet.training.validation import check_sample
@@ -35,8 +35,11 @@ EXIT_DIVERGED = 3
 T = TypeVar("T")
 
 
-def train(config: Config) -> int:
+def train(config: Config, by_hand: Collection[str] | None = None) -> int:
     """Train as configured, from the run folder's newest checkpoint if there is one.
+
+    ``by_hand`` are the keys that were asked for on the command line, all of them when None: of the
+    others the warm-up gives way to that of the run which is gone on with.
 
     Returns the exit code: 0 when finished (also before), 3 when the loss is not finite, 130 or 143
     when asked to stop by a signal. A ``UserError`` where the configuration, the data or the
@@ -49,11 +52,11 @@ def train(config: Config) -> int:
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
     accelerator = build_accelerator(config.train)
-    lock = FileLock(config.train.run_folder / LOCK)
+    lock = RunLock(config.train.run_folder)
 
     def plan() -> Start:
-        lock_run_folder(lock)
-        return plan_start(config)
+        lock.acquire()
+        return plan_start(config, flatten(config) if by_hand is None else by_hand)
 
     try:
         start = _decided_by_main(accelerator, plan)
@@ -63,14 +66,20 @@ def train(config: Config) -> int:
                 "to do. A longer run: train.max_steps; another one: train.out_dir"
             )
             return 0
+        if start.warmup_steps is not None:
+            logger.info(
+                f"train.warmup_steps ({config.train.warmup_steps}): the run in "
+                f"{config.train.out_dir} goes on with its own {start.warmup_steps}"
+            )
+            config = replace(config, train=replace(config.train, warmup_steps=start.warmup_steps))
         trainer = _set_up(config, accelerator, start)
-        if not _decided_by_main(accelerator, lambda: open_run_folder(config, start, lock)):
+        if not _decided_by_main(accelerator, lambda: open_run_folder(config, start)):
             trainer.progress.forget_best()  # the next evaluation writes best/ again
         _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
         return _run(trainer)
     finally:
         end_training(accelerator)
-        lock.release(force=True)
+        lock.release()
 
 
 def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from filelock import FileLock, Timeout
 
 from retnet.checkpoints.format import (
     BEST,
-    COPY_AGAIN,
     FINAL,
-    TRAINING_STATE,
     list_checkpoints,
+    read_progress,
     step_number,
 )
 from retnet.checkpoints.save import remove_unfinished
 from retnet.errors import UserError, os_errors
-from retnet.files import read_json, write_text
+from retnet.files import missing_folders, write_text
+from retnet.paths import kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 LOCK = ".lock"
 SET_ASIDE = "set-aside-"
+ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 
 
 @dataclass(frozen=True)
@@ -37,39 +38,86 @@ class Start:
     checkpoint: Path | None = None
     finished: int = 0  # the steps of a run that has come to its end; 0: there is something to do
     damaged_end: bool = False  # final/ is there and not to be used
+    warmup_steps: int | None = None  # of the run in the folder, where it keeps its own
 
 
-def lock_run_folder(lock: FileLock) -> None:
-    """Keep others out of a run folder if it exists; it is free again when the process ends.
+class RunLock:
+    """Keeps others out of a run folder, from before anything in it is looked at.
 
-    A ``UserError`` where another process trains there, or the folder can't be written.
+    The folder is made where there is none, and removed again where nothing was written there. It
+    is free when the process ends, however it does.
     """
-    run = Path(lock.lock_file).parent
-    if not run.is_dir():
-        return
-    with writing(run):
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._lock = FileLock(run / LOCK)
+        self._made: list[Path] = []  # folders that were not there, the innermost first
+        self._before: set[str] = set()  # names of what was in the folder
+
+    def acquire(self) -> None:
+        """Take the folder, or make it.
+
+        A ``UserError`` where another process trains there, or the folder can't be written.
+        """
+        if kind_of(self._run, "train.out_dir") not in (None, "folder"):
+            raise UserError(f"train.out_dir ({self._run}) is a file: name a folder")
+        with writing(self._run):
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    return self._try()
+                except (FileNotFoundError, FileExistsError):  # it is gone again, or can't be there
+                    if not left:
+                        raise
+
+    def _try(self) -> None:
+        made = missing_folders(self._run)
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
+            self._run.mkdir(parents=True, exist_ok=True)
+            before = _names(self._run)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:  # those who hold it have the folder
             raise UserError(
-                f"train.out_dir ({run}) is in use by another run: wait for it, or set another "
-                "folder"
+                f"train.out_dir ({self._run}) is in use by another run: wait for it, or set "
+                "another folder"
             ) from error
+        except OSError:
+            _remove_empty(made)
+            raise
+        self._made, self._before = made, before
+
+    def release(self) -> None:
+        """Give the folder back; for a process that does not hold it this does nothing."""
+        if self._lock.is_locked and LOCK not in self._before:
+            # whoever waits for a file that is removed while it is held gets none, and tries again
+            with suppress(OSError):
+                if _names(self._run) == self._before | {LOCK}:
+                    (self._run / LOCK).unlink()
+                    _remove_empty(self._made)
+        self._lock.release(force=True)
 
 
-def open_run_folder(config: Config, start: Start, lock: FileLock) -> bool:
-    """Create the folder where there is none, tidy it up, and write the configuration.
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that others use."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def open_run_folder(config: Config, start: Start) -> bool:
+    """Tidy the run's folder up, and write the configuration.
 
     Checkpoints that are newer than the start, because they are damaged or of a course that is not
     followed, are set aside under another name; so are the end and the best of such a course.
 
-    Returns whether the folder holds the best weights so far; a ``UserError`` where another process
-    trains there, or the folder can't be written.
+    Returns whether the folder holds the best weights so far; a ``UserError`` where the folder
+    can't be written.
     """
     run = config.train.run_folder
     with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-        lock_run_folder(lock)
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
         if start.checkpoint is not None:
@@ -98,8 +146,8 @@ def _newer(run: Path, step: int, start: Start, named: bool) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The steps after which a checkpoint was written; 0 when it is not there."""
     try:
-        return int(read_json(folder / TRAINING_STATE, COPY_AGAIN)["step"])
-    except (ValueError, KeyError, TypeError):  # UserError is a ValueError
+        return read_progress(folder).step
+    except UserError:
         return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from retnet.data import DataSpec
 from retnet.model.mixers import MIXERS
+from retnet.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +123,8 @@ class TrainSpec:
 
     @property
     def run_folder(self) -> Path:
-        """The folder ``out_dir``."""
-        return Path(str(self.out_dir))
+        """The folder ``out_dir``; a ``UserError`` where that is no path."""
+        return expand(str(self.out_dir), "train.out_dir", for_libraries=True)
 
     @property
     def command_to_go_on(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retnet.cli import shown
 from retnet.errors import UserError
 from retnet.files import write_text
 from retnet.training.spec import Config, flatten
@@ -126,7 +127,7 @@ class Console:
         if self._bar.disable:
             logger.info(text)
         else:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(shown(text, sys.stderr), file=sys.stderr)
 
     def close(self) -> None:
         """Finish the bar."""

@@ -62,7 +62,8 @@ def test_two_exports_in_a_process_without_the_package(tmp_path: Path) -> None:
 
 def test_what_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     checkpoint = save_checkpoint(tmp_path / "final", record={"key": 1})
-    for name in ("optimizer.safetensors", "training_state.json"):
+    adapter = ("adapter_config.json", "adapter_model.safetensors")  # transformers would apply it
+    for name in ("optimizer.safetensors", "training_state.json", *adapter):
         (checkpoint / name).write_text("{}")
     main([str(checkpoint), str(tmp_path / "out")])
     assert str(tmp_path / "out") in capsys.readouterr().out

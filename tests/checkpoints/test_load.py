@@ -1,6 +1,7 @@
 """A loaded checkpoint is the saved one; a clear error for everything that can be wrong with it."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import get_verbosity
 
-from retnet.checkpoints import load_checkpoint
+from retnet import RetNetForCausalLM
+from retnet.checkpoints import load_checkpoint, write_manifest
 from retnet.errors import UserError
 from tests.checkpoints.folders import Bomb, change_config
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint, tiny_model
+from tests.permissions import bound_by_permissions
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -53,12 +56,35 @@ def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
         ({"num_hidden_layers": 3}, "missing from the weights"),
         ({"num_hidden_layers": 1}, "in the weights but not in the model"),
         ({"vocab_size": 258}, "of another shape"),
-        ({"dtype": "float7"}, r"config\.json: dtype \(float7\) is none of torch's"),
+        (
+            {"dtype": "float7"},
+            r"config\.json: dtype \('float7'\) is none of float32, bfloat16, flo",
+        ),
+        ({"dtype": "float8_e4m3fn"}, r"dtype \('float8_e4m3fn'\) is none of float32, bfloat16"),
+        ({"dtype": ["int8"]}, r"dtype \(\['int8'\]\) is none of float32, bfloat16"),
+        ({"num_attention_heads": 3}, r"num_heads \(2\) and num_attention_heads \(3\) are one key"),
         ({"hidden_size": "wide"}, r"config\.json: "),
         ({"vocab_size": 10**12}, "config.json describes a model of 16,000,0.* parameters at least"),
         ({"num_hidden_layers": 10**9}, "config.json describes a model of .* parameters at least"),
-        ({"quantization_config": 3}, r"config\.json: "),
-        ({"id2label": 3}, r"config\.json: "),
+        (
+            {"quantization_config": 3},
+            r"config\.json: quantization_config is of weights in a format",
+        ),
+        ({"rotary_base": 10**400}, r"rotary_base \(10{39}\.\.\. \(401 characters\)\) is beyond 64"),
+        ({"eos_token_id": [1, 10**20]}, r"eos_token_id \(\[1, 10{20}\]\) is beyond 64 bits"),
+        (
+            {"attn_implementation": "someone/kernel"},
+            r"attn_implementation \('someone/kernel'\) names",
+        ),
+        ({"_attn_implementation_internal": "a/b"}, "names code from elsewhere: remove it"),
+        ({"experts_implementation": {"": "a/b"}}, "names code from elsewhere: remove it"),
+        ({"kernel_config": {"RMSNorm": "a/b:RMSNorm"}}, "names code from elsewhere: remove it"),
+        (
+            {"value_size": 10**12},
+            "its weights have [0-9,]* bytes .* describes a model of .* parame",
+        ),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings \(true\) makes lm_head\.weight and"),
+        ({"model_type": ["retnet_lm"]}, "is none of retnet_lm"),
     ],
 )
 def test_a_configuration_that_does_not_fit(
@@ -160,4 +186,112 @@ def test_a_damaged_or_foreign_tokenizer(copy: Path, name: str, content: bytes) -
     (copy / "own.py").write_text("raise SystemExit('this code was run')")
     fix = "add --trust-remote-code" if b"auto_map" in content else "copy its tokenizer files again"
     with pytest.raises(UserError, match=rf"tokenizer that cannot be loaded \(.*{fix}$"):
+        load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_labels", 10**9),
+        ("id2label", {"0": "a"}),
+        ("use_return_dict", True),  # transformers' config has it, and it can't be set
+        ("per_layer_config", {"0": {"hidden_size": 8}}),
+        ("pruned_heads", {"0": [0]}),
+        ("mixer_class", "attention"),
+        ("head_dim", 3),
+        ("validate", 3),
+        ("num_beams", 10**9),
+        ("fusion_config", {"patch_embeddings": True}),
+    ],
+)
+def test_keys_that_are_none_of_a_models_do_nothing(
+    copy: Path, key: str, value: object, capfd, caplog
+) -> None:
+    """A table of a billion labels took 8 GB; other keys became attributes of the configuration."""
+    change_config(copy, **{key: value})
+    tracemalloc.start()
+    try:
+        loaded = load_checkpoint(copy)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10_000_000
+    expected = f"{copy}/config.json: {key} is no field of RetNetConfig and has no effect"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.split("; did you mean")[0] == expected
+    assert capfd.readouterr().err in ("", f"{line}\n")  # where an entry point ran before
+    assert loaded.model.config.head_dim == 8
+
+
+def test_more_layers_than_weights(copy: Path, monkeypatch) -> None:
+    """Of narrow layers so many fit into the bytes of a file that building them takes gigabytes."""
+    sizes = {"hidden_size": 2, "num_heads": 1, "intermediate_size": 1, "value_size": 1}
+    change_config(copy, **sizes, vocab_size=1, num_hidden_layers=1000)
+    monkeypatch.setattr("retnet.checkpoints.load.model_class", lambda mixer: pytest.fail("built"))
+    with pytest.raises(UserError, match=r"in 26 tensors and .* a model of 1,000 layers at least"):
+        load_checkpoint(copy)
+
+
+def test_other_files_than_weights_and_configuration_are_not_read(copy: Path) -> None:
+    (copy / "generation_config.json").write_text('{"max_new_tokens": "many", "temperature": [')
+    load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_adapter_beside_the_weights_is_not_applied(
+    copy: Path, saved: Path, caplog, trusted: bool
+) -> None:
+    """peft is installed here; transformers applied it, and the manifest said nothing."""
+    peft = pytest.importorskip("peft")
+    model = load_checkpoint(saved).model
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, options).save_pretrained(copy)
+    ids = torch.arange(9)[None]
+    applied = RetNetForCausalLM.from_pretrained(copy)(ids).logits
+    plain = load_checkpoint(saved).model(ids).logits
+    assert not torch.allclose(applied, plain, atol=1e-3)
+    loaded = load_checkpoint(copy, trust_remote_code=trusted)
+    assert torch.equal(loaded.model(ids).logits, plain)
+    lines = [record.getMessage() for record in caplog.records if record.name[:6] == "retnet"]
+    assert lines == [
+        f"{copy}/adapter_config.json: the adapter beside the weights is not applied: merge it into "
+        "them, or remove it"
+    ]
+    for lacking in ("model.safetensors", "config.json"):
+        (copy / lacking).unlink()
+        with pytest.raises(UserError, match=r"is an adapter \(adapter_config\.json\), which needs"):
+            load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_file_that_may_not_be_read_is_not_damaged(copy: Path, name: str, manifest: bool) -> None:
+    if manifest:
+        write_manifest(copy)
+    (copy / name).chmod(0)
+    with bound_by_permissions(), pytest.raises(UserError) as caught:
+        load_checkpoint(copy)
+    file = copy / name
+    assert str(caught.value) == f"{file} cannot be read (Permission denied): change its permissions"
+
+
+def test_weights_that_are_no_floating_point_numbers(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        changed = weights | {"lm_head.weight": weights["lm_head.weight"].to(dtype)}
+        save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=rf"lm_head\.weight is of type {dtype}, in which noth"):
+            load_checkpoint(copy)
+
+
+def test_a_keys_other_name(copy: Path) -> None:
+    file = copy / "config.json"
+    content = json.loads(file.read_text())
+    content["num_attention_heads"] = content.pop("num_heads")
+    file.write_text(json.dumps(content))
+    assert load_checkpoint(copy).model.config.num_heads == 2
+    change_config(copy, num_attention_heads=3)
+    with pytest.raises(UserError, match=r"must be divisible by num_heads \(3\)"):
         load_checkpoint(copy)

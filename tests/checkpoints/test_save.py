@@ -1,13 +1,15 @@
 """Checkpoints are complete or absent, small parts exact."""
 
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -74,6 +76,46 @@ def test_a_checkpoint_without_moments_is_not_gone_on_from(trained, tmp_path: Pat
     save_checkpoint(tmp_path / "c", model, model, None, Progress(), SNAPSHOT)
     with pytest.raises(UserError, match=r"has no optimizer\.safetensors"):
         load_checkpoint_state(tmp_path / "c", model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("model", "garbage", "can't be read"),
+        ("model", "integers", "model.norm.weight is of torch.int64"),
+        ("optimizer", "garbage", "can't be read"),
+        ("optimizer", "integers", "model.norm.weight/exp_avg is of torch.int64"),
+        ("optimizer", "less", "model.norm.weight/exp_avg is absent there"),
+    ],
+)
+def test_tensors_of_another_kind(trained, tmp_path: Path, file: str, damage: str, words: str):
+    _, model, optimizer = trained
+    save_checkpoint(tmp_path / "c", model, model, optimizer, Progress(), SNAPSHOT)
+    path = tmp_path / "c" / f"{file}.safetensors"
+    tensors = load_file(path)
+    name = "model.norm.weight" + "/exp_avg" * (file == "optimizer")
+    if damage == "less":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name].long()
+    save_file(tensors, path)
+    if damage == "garbage":
+        path.write_bytes(b"none")
+    with pytest.raises(UserError) as caught:
+        load_checkpoint_state(tmp_path / "c", model, optimizer)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_files_have_the_permissions_of_new_files(trained, tmp_path: Path, mask: int) -> None:
+    _, model, optimizer = trained
+    before = os.umask(mask)
+    try:
+        save_checkpoint(tmp_path / "c", model, model, optimizer, Progress(), SNAPSHOT)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "c").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
 
 
 def test_an_interrupted_write_is_no_checkpoint(

@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 
 from retnet.checkpoints import check_weights_unchanged, load_checkpoint, write_manifest
+from retnet.checkpoints.format import TRAINING_STATE, read_progress
 from retnet.checkpoints.verify import ALWAYS_THERE, checkpoint_damage, find_damage
 from retnet.errors import UserError
 from tests.checkpoints.folders import shard
 
+STATE = {"step": 6, "global_batch": 4, "best_loss": 2.5, "best_step": 3, "seconds": 1.5}
+
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    """What a folder of weights without moments must hold, one letter in each file."""
+    """What a folder of weights without moments must hold, one letter in most files."""
     for name in ALWAYS_THERE:
         (tmp_path / name).write_text("a")
+    (tmp_path / TRAINING_STATE).write_text(json.dumps(STATE))
     write_manifest(tmp_path)
     return tmp_path
 
@@ -85,3 +89,46 @@ def test_shards_are_weights_and_checked_as_such(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"damaged, model-2\.safetensors is not what was"):
         load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "does not hold an object"),
+        ("{}", "best_loss is missing"),
+        ("null", "does not hold an object"),
+        ('{"step"', "is not readable JSON"),
+        (STATE | {"more": 1}, "more is no key of it"),
+        (STATE | {"step": "x"}, 'step ("x") must be int'),
+        (STATE | {"step": 2.5}, "step (2.5) must be int"),
+        (STATE | {"step": None}, "step (null) must be int"),
+        (STATE | {"step": True}, "step (true) must be int"),
+        (STATE | {"step": [6]}, "step ([6]) must be int"),
+        (STATE | {"step": -3}, "step (-3) must be at least 0"),
+        (STATE | {"step": 10**30}, "step (1000000000000000000000000000000) must be"),
+        (STATE | {"global_batch": -1}, "global_batch (-1) must be at least 0"),
+        (STATE | {"best_loss": "low"}, 'best_loss ("low") must be float or null'),
+        (STATE | {"best_loss": float("nan")}, "best_loss (nan) must be finite"),
+        (STATE | {"best_loss": None}, "belong together"),
+        (STATE | {"best_step": 7}, "best_step (7) comes after step (6)"),
+        (STATE | {"seconds": float("nan")}, "seconds (nan) must be at least 0"),
+        (STATE | {"seconds": {}}, "seconds ({}) must be float"),
+    ],
+)
+def test_a_record_that_was_written_and_can_not_be(whole: Path, content: object, words: str) -> None:
+    """The manifest agrees, and still it is no record of a run."""
+    assert checkpoint_damage(whole, resumable=False) is None
+    text = content if isinstance(content, str) else json.dumps(content)
+    (whole / TRAINING_STATE).write_text(text)
+    (whole / "manifest.json").unlink()
+    write_manifest(whole)
+    damage = checkpoint_damage(whole, resumable=False)
+    assert damage is not None and words in damage and TRAINING_STATE in damage
+    with pytest.raises(UserError, match="copy the checkpoint again"):
+        read_progress(whole)
+
+
+def test_a_record_before_the_first_evaluation(whole: Path) -> None:
+    early = STATE | {"best_loss": None, "best_step": None, "seconds": 2}
+    (whole / TRAINING_STATE).write_text(json.dumps(early))
+    assert vars(read_progress(whole)) == early

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet.data import TokenFile, TrainingBatches, ValidationBatches
+from retnet.data import CarriedBatches, TokenFile, TrainingBatches, ValidationBatches
 from retnet.errors import UserError
 from tests.data.corpora import EOS, tokens_of
 
@@ -191,3 +191,20 @@ def test_rows_hold_the_right_tokens_of_a_mapped_file() -> None:
     assert TrainingBatches(large, seq_len=4, batch_size=1, seed=0).batch(0)["input_ids"].max() == (
         65535
     )
+
+
+@settings(deadline=None)
+@given(LENGTHS, SEQ_LEN, st.integers(0, 5), st.integers(1, 3), st.integers(1, 3))
+def test_targets_of_a_step_are_counted_without_building_it(
+    lengths: list[int], seq_len: int, step: int, accumulation: int, world_size: int
+) -> None:
+    tokens = tokens_of(lengths)
+    cut = {"seq_len": seq_len, "batch_size": 2, "seed": 0, "world_size": world_size,
+           "accumulation": accumulation}  # fmt: skip
+    for kind in (TrainingBatches, CarriedBatches):
+        try:
+            ranks = [kind(tokens, rank=rank, **cut) for rank in range(world_size)]
+        except UserError:  # too short
+            continue
+        built = [rank.batch(step, micro) for rank in ranks for micro in range(accumulation)]
+        assert ranks[0].num_targets(step) == sum(len(counted(batch)) for batch in built)

@@ -76,6 +76,24 @@ def test_a_folder_of_texts_is_not_a_data_set(tmp_path: Path, spec_for: SpecFor) 
     assert prepare_data(spec_for(tmp_path / "texts")).train.num_documents == 3
 
 
+def test_a_table_of_a_data_set_is_read_as_any_other(tmp_path: Path, spec_for: SpecFor) -> None:
+    """The data set library takes "null" for no text and fills up short rows."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.csv").write_text("id,text\n1,null\n2,NA and more\n")
+    (tmp_path / "set/test.csv").write_text("id,text\n1\n")
+    spec = spec_for(tmp_path / "set", validation="test")
+    with pytest.raises(UserError, match=r"data\.validation \(.*test\): .*test\.csv line 2 has 1"):
+        prepare_data(spec)
+    (tmp_path / "set/test.csv").write_text("id,text\n1,nan\n")
+    prepared = prepare_data(spec)
+    assert prepared.train.document_bytes.tolist() == [4, 11]
+    assert rebuild_validation(prepared.record) == ["nan"]
+    with pytest.raises(UserError, match=r"no such split: there are test, train"):
+        prepare_data(spec_for(tmp_path / "set", split="dev"))
+    with pytest.raises(UserError, match=r"data\.hub_config \(x\) has no meaning"):
+        prepare_data(spec_for(tmp_path / "set", hub_config="x"))
+
+
 def test_text_files_of_a_data_set_are_documents(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "set").mkdir()
     for name in ("train", "valid"):

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import retnet.data.prepare as prepare
 from retnet.data import DataSpec, prepare_data, rebuild_validation, train_bpe
+from retnet.data.prepared import remove_abandoned, unfinished
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]
@@ -277,13 +279,37 @@ def test_an_interrupt_leaves_nothing_behind(
     assert not (tmp_path / "cache").exists()
 
 
-def test_leftovers_of_killed_processes_go_after_a_day(tmp_path: Path, spec_for: SpecFor) -> None:
+def test_leftovers_of_killed_processes_go_at_the_next_start(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int]
+) -> None:
+    """Whether or not it has anything to prepare; what a living process holds stays."""
     spec = spec_for(write_documents(tmp_path / "a.jsonl"))
-    for name in (".unfinished-old", ".unfinished-new"):
-        (Path(spec.cache_dir) / name).mkdir(parents=True)
-    os.utime(Path(spec.cache_dir) / ".unfinished-old", (0, 0))
-    prepare_data(spec)
-    assert [name for name in entries(spec) if name.startswith(".")] == [".unfinished-new"]
+    cache = Path(spec.cache_dir)
+    with unfinished(cache / "other") as alive:
+        for _ in range(2):
+            (cache / ".unfinished-killed" / "complete").mkdir(parents=True)
+            prepare_data(spec)
+            assert [name for name in entries(spec) if name.startswith(".")] == [alive.name]
+    assert len(builds) == 1
+    assert not alive.exists()
+
+
+def test_a_folder_that_is_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    """Another process may look between the making of a folder and its lock."""
+    real, looked = tempfile.mkdtemp, []
+
+    def and_then_another_looks(**options: object) -> str:
+        made = real(**options)  # type: ignore[call-overload]
+        if not looked:
+            looked.append(made)
+            remove_abandoned(tmp_path)
+        return made
+
+    monkeypatch.setattr(tempfile, "mkdtemp", and_then_another_looks)
+    with unfinished(tmp_path / "entry") as folder:
+        remove_abandoned(tmp_path)
+        assert folder.is_dir()
+    assert looked and list(tmp_path.iterdir()) == []
 
 
 def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> None:
@@ -313,6 +339,45 @@ def test_corpus_that_is_gone_or_changed(tmp_path: Path, spec_for: SpecFor) -> No
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl\) does not exist"):
         rebuild_validation(record)
+
+
+DAMAGES = [
+    ("split", None, r"'split' \(None\) is unusable"),
+    ("split", {}, r"'kind' is missing"),
+    *(
+        (f"split.{name}", value, rf"'{name}' \(.*\) is unusable")
+        for name, values in {
+            "kind": ["half", None, 1],
+            "fraction": [float("nan"), float("inf"), "0.1", None, True, -0.5, 1, 10**400],
+            "threshold": [7, None, "", "x", "-1", "1_0", "f" * 17],
+        }.items()
+        for value in values
+    ),
+    *(
+        ("documents_read", value, r"'documents_read' \(.*\) is unusable")
+        for value in (1e30, 10**30, -1, "3", True, [])
+    ),
+    ("validation_source", [], r"'validation_source' \(\[\]\) is unusable"),
+    ("validation_sha256", 5, r"'validation_sha256' \(5\) is unusable"),
+    ("source", "text", r"'source' \('text'\) is unusable"),
+    ("source.kind", "tape", r"'kind' \('tape'\) is unusable"),
+    ("source.location", ["a"], r"'location' \(\['a'\]\) is unusable"),
+    ("source.location", "a\0b", r"cannot be a path"),
+    ("source.text_field", None, r"'text_field' \(None\) is unusable"),
+    ("source.python", 3.11, r"'python' \(3.11\) is unusable"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), DAMAGES)
+def test_a_record_with_a_wrong_entry_says_which(
+    tmp_path: Path, spec_for: SpecFor, place: str, value: object, message: str
+) -> None:
+    record = prepare_data(spec_for(write_documents(tmp_path / "a.jsonl"))).record
+    *outer, name = place.split(".")
+    (record[outer[0]] if outer else record)[name] = value
+    with pytest.raises(UserError, match=message) as caught:
+        rebuild_validation(json.loads(json.dumps(record)))
+    assert len(str(caught.value)) < 300
 
 
 def test_phases_are_logged(

@@ -151,6 +151,7 @@ BAD_FILES = {
     "far.txt": (b"a" * 3_000_000 + b"\xff", r"offset 3000000"),
     "cut.txt": ("漢".encode()[:2], r"offset 0"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"offset 24"),
+    "latin.jsonl.gz": (gzip.compress(b'{"text": "a"}\n\xe9'), r"offset 14 of the unpacked text"),
     "latin.csv": (b"text\na\n\xe9\n", r"offset 7"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', r"bad\.jsonl line 2 is not JSON"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl line 1 holds list, not an object"),
@@ -159,6 +160,12 @@ BAD_FILES = {
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"cut\.jsonl\.gz is damaged"),
     "no.parquet": (b"PAR1", r"no\.parquet is not a readable parquet file"),
     "quote.csv": (b'text\n"a"b\n', r"quote\.csv is not valid CSV"),
+    "more.csv": (
+        b'id,text\n0,"a\nb"\n\n1,hello, world\n',
+        r"more\.csv line 5 has 3 fields and the "
+        r"header 2: put quotes around text with commas",
+    ),
+    "less.csv": (b"text,id\na,1\nb\n", r"less\.csv line 3 has 1 fields and the header 2"),
     "empty.csv": (b"", r"data\.text_field \(text\).*\(none\)"),
     "a.pdf": (b"x", r"suffix that is not known \(\.pdf\).*\.txt, \.md"),
     "noname": (b"x", r"suffix that is not known \(none\)"),
@@ -172,6 +179,16 @@ def test_files_that_cannot_be_read(tmp_path: Path, spec_for: SpecFor, name: str)
     with pytest.raises(UserError, match=message) as caught:
         documents(spec_for(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_row_that_is_not_utf8(tmp_path: Path, spec_for: SpecFor) -> None:
+    """The row is named: an offset in the container would lead nowhere."""
+    texts = pa.array([b"a"] * 1500 + [b"caf\xe9"])
+    column = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    words = r"a\.parquet row 1501 is not UTF-8 text in data\.text_field \(text\), from byte 3 of"
+    with pytest.raises(UserError, match=words):
+        documents(spec_for(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize(

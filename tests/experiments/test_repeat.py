@@ -56,6 +56,6 @@ def test_mistakes(arguments, capsys) -> None:
 
 
 def test_a_run_that_does_not_finish(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeat, "train", lambda config: 3)
+    monkeypatch.setattr(repeat, "train", lambda *_: 3)
     with pytest.raises(UserError, match="did not finish"):
         repeat.main([*arguments, "--seeds", "0"])

@@ -1,9 +1,13 @@
 """What is printed, and what happens when nobody reads it."""
 
 import io
+import sys
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
+from retnet.errors import UserError
 from retnet.generation import print_samples, text_output
 
 
@@ -76,3 +80,40 @@ def test_a_terminal_without_the_character_gets_a_substitute(monkeypatch) -> None
     with text_output():
         print("é", end="")
     assert raw.getvalue() == b"?"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_what_it_would_obey(monkeypatch) -> None:
+    """Also where a model says it piece by piece; ends of lines may come in two pieces."""
+    pieces = [["\x1b"], ["[2J"], ["\x9b1m"], ["\r"], ["\n"], ["a\r"], ["b"], ["c\r\n"], ["\r"]]
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        monkeypatch.setattr("sys.stdout", stream)
+        with text_output():
+            print_samples("\x1b]0;", pieces, 1)
+    assert terminal.getvalue() == r"\x1b]0;\x1b[2J\x9b1m" + "\n" + r"a\rbc" + "\n\n"
+    assert file.getvalue() == "\x1b]0;" + "".join(piece for (piece,) in pieces) + "\n"
+
+
+def test_a_carriage_return_at_the_end_is_shown(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout", Terminal())
+    stream = sys.stdout
+    with text_output():
+        print("a\r", end="")
+    assert stream.getvalue() == r"a\r"
+    assert sys.stdout is stream
+
+
+def test_what_was_made_is_printed_before_the_error(capsys) -> None:
+    def pieces():
+        yield ["b", "x"]
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        print_samples("a", pieces(), 2)
+    expected = "----- sample 1 of 2 -----\nab\n----- sample 2 of 2 -----\nax\n"
+    assert capsys.readouterr().out == expected

@@ -5,7 +5,7 @@ import torch
 
 from retnet.errors import UserError
 from retnet.generation import Sampler, Sampling, Usage, decode_one, generate, prefill
-from retnet.generation.decode import ENDED
+from retnet.generation.decode import ENDED, NotFiniteError
 from tests.generation.builders import MIXERS, tiny_model
 
 pytestmark = pytest.mark.parametrize("mixer", MIXERS)
@@ -163,3 +163,52 @@ def test_no_compiler(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler"):
         collect(tiny_model(mixer), prompts(1), 2, compile=True)
+
+
+def poisoned(mixer: str, token: int):
+    """A model that can't make sense of a token."""
+    model = tiny_model(mixer)
+    model.model.embed_tokens.weight.data[token] = torch.nan
+    return model
+
+
+def first_new(made: torch.Tensor, others: torch.Tensor | None = None) -> int:
+    """The first place but 0 of a token not there before in [n], and not among the others."""
+    tokens, taken = made.tolist(), [] if others is None else others.tolist()
+    return next(i for i in range(1, len(tokens)) if tokens[i] not in tokens[:i] + taken)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, DRAWN, Sampling(top_p=1.0, temperature=1e-4), Sampling(top_p=0.5, top_k=9)],
+    ids=["greedy", "drawn", "cold", "top p"],
+)
+def test_logits_that_are_no_numbers_end_the_text(mixer: str, sampling: Sampling) -> None:
+    """Greedy choice gave token 0 for ever, a draw an IndexError."""
+    (free,) = collect(tiny_model(mixer), prompts(1), 60, sampling)
+    place = first_new(free)
+    made = []
+    with pytest.raises(NotFiniteError, match=rf"not finite after {place + 1} new tokens"):
+        for tokens in generate(
+            poisoned(mixer, int(free[place])), prompts(1), max_new_tokens=60, sampling=sampling
+        ):
+            made += tokens
+    assert made == free[: place + 1].tolist()
+
+
+def test_a_row_that_has_ended_may_go_wrong(mixer: str) -> None:
+    free = collect(tiny_model(mixer), prompts(2), 30)
+    place = first_new(*free)
+    last = int(free[0, place])
+    ended = collect(poisoned(mixer, last), prompts(2), 30, ends=lambda row, token: token == last)
+    assert ended[1].equal(free[1])
+    assert ended[0, place:].tolist() == [last] + [ENDED] * (29 - place)
+
+
+def test_an_infinite_logit_is_no_choice(mixer: str) -> None:
+    model = tiny_model(mixer)
+    model.lm_head.weight.data[:, 0] = 0
+    model.lm_head.weight.data[3] = torch.inf  # times both signs: nan, or an infinity
+    for sampling in (GREEDY, DRAWN):
+        with pytest.raises(NotFiniteError, match="after 0 new tokens"):
+            collect(model, prompts(1), 2, sampling)

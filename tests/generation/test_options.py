@@ -27,7 +27,10 @@ def test_loading_options() -> None:
     assert automatic["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+@pytest.mark.parametrize(
+    "name",
+    ["nonsense", "cuda:99", "hpu", "privateuseone", "mtia", "mkldnn", "xla", "meta", "", "1x"],
+)
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=rf"--device \({name}\) cannot be used"):
         options("--device", name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import generate
 from retnet.data import byte_tokenizer as data_byte_tokenizer
 from retnet.errors import UserError
 from retnet.generation import encode_prompt, read_prompt
@@ -26,6 +27,17 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 def test_stdin_is_read_as_it_is(monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\r\n".encode())))
     assert read_prompt(None) == "é\r\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch) -> None:
+    """Wherever the prompt comes from; training text and compare's drop it, too."""
+    marked = b"\xef\xbb\xbfa\xef\xbb\xbf"
+    (tmp_path / "prompt.txt").write_bytes(marked)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(marked)))
+    of_file = ["--prompt-file", str(tmp_path / "prompt.txt")]
+    for argv in (["--prompt", marked.decode()], of_file, ["-"]):
+        arguments = generate.build_parser().parse_intermixed_args(["checkpoint", *argv])
+        assert generate.prompt_of(arguments) == "a\ufeff"
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path: Path, monkeypatch) -> None:

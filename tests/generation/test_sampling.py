@@ -181,3 +181,20 @@ def test_values_out_of_range_name_option_and_value(option: str, value: float) ->
 def test_temperature_zero_points_to_greedy() -> None:
     with pytest.raises(UserError, match="--greedy"):
         Sampling(temperature=0.0)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_what_is_no_number_gives_an_id_that_no_token_has(monkeypatch, top_p: float) -> None:
+    """By both ways; other rows are drawn as they would be."""
+    logits = LOGITS.repeat(5, 1)
+    rows = Sampler(Sampling(top_p=top_p), HISTORY.expand(5, 3))(logits)
+    logits[0, 2], logits[1] = torch.nan, torch.nan
+    logits[2, 0] = torch.inf
+    logits[3] = -torch.inf
+    for options in ({"greedy": True}, {"top_p": top_p, "repetition_penalty": 2.0}):
+        tokens = Sampler(Sampling(**options), HISTORY.expand(5, 3))(logits)
+        assert tokens[:4].tolist() == [5] * 4
+        assert 0 <= tokens[4] < 5
+    monkeypatch.setattr(sampling, "_kept_in_turn", sampling._kept_at_once)
+    tokens = Sampler(Sampling(top_p=top_p), HISTORY.expand(5, 3))(logits)
+    assert tokens.tolist() == [5] * 4 + [rows[4]]

@@ -10,6 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet.errors import UserError
 from retnet.generation import Sampling, Usage, encode_prompt, generate, sample_text, stream_text
+from retnet.generation.decode import NotFiniteError
 from retnet.generation.stream import TextStream
 from tests.generation.builders import BOS, EOS, MIXERS, PAD, byte_tokenizer, tiny_model
 
@@ -205,6 +206,39 @@ def test_a_stop_string_needs_a_token() -> None:
     stream_text(model, TOKENIZER, "", max_new_tokens=1, stop=["é"])
 
 
+def words_of(vocabulary: list[str], **options) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, **options))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", **options)
+
+
+@pytest.mark.parametrize("options", [{"unk_token": "<unk>"}, {}])
+def test_a_stop_string_may_be_part_of_tokens_only(options: dict[str, str]) -> None:
+    """No token is "。" alone, and text that ends with one is made all the same."""
+    tokenizer = words_of(["<bos>", "<unk>", "好。", "你"], **options)
+    model = tiny_model("retention", vocab_size=4)
+    made = "".join(stream([3, 2, 3], ["。"], tokenizer=tokenizer))
+    assert made.rstrip() == "你 好"
+    stream_text(model, tokenizer, "", max_new_tokens=1, stop=["。"])
+    stream_text(model, tokenizer, "", max_new_tokens=1, stop=["好。 你"])
+    with pytest.raises(UserError, match=r"--stop \('END'\) has no token in the model's voc"):
+        stream_text(model, tokenizer, "", max_new_tokens=1, stop=["END"])
+
+
 def test_an_empty_stop_string_is_an_error() -> None:
     with pytest.raises(UserError, match=r"--stop \(''\) is empty"):
         list(stream_text(tiny_model("retention"), TOKENIZER, "", max_new_tokens=1, stop=[""]))
+
+
+def test_what_waits_comes_out_before_logits_that_are_no_numbers(monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        yield [97]
+        yield [98]
+        raise NotFiniteError(2)
+
+    monkeypatch.setattr("retnet.generation.stream.generate", broken)
+    model, made = tiny_model("retention"), []
+    with pytest.raises(NotFiniteError, match="after 2 new tokens"):
+        made += stream_text(model, TOKENIZER, "", max_new_tokens=9, stop=["bc"])
+    assert made == [["a"], [""], ["b"]]
+    text = sample_text(model, TOKENIZER, "", max_new_tokens=9)  # training goes on
+    assert text == f"ab [{NotFiniteError(2)}]"

@@ -78,7 +78,8 @@ def test_values_that_make_no_model(kind, values: dict, words: str) -> None:
         ({"gate": "yes"}, "gate ('yes')"),
         ({"chunk_size": 0}, "chunk_size (0)"),
         ({"value_size": 510}, "value_size (510) must be divisible by num_heads (4): take 512"),
-        ({"value_size": 5000}, "intermediate_size (None) leaves less than hidden_size (256)"),
+        ({"value_size": 5000}, "value_size (5000) leaves less than hidden_size (256)"),
+        ({"value_size": 10**12, "chunk_size": 8}, "value_size (1000000000000) leaves less than"),
     ],
 )
 def test_values_that_make_no_retention(values: dict, words: str) -> None:

@@ -1,7 +1,9 @@
 """A corpus and a configuration small enough to train in a second."""
 
+import logging
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,21 @@ def finished(whole: Path, tmp_path: Path) -> Path:
     """A copy of it where the test's own run would be: checkpoints of steps 4 and 6."""
     shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the package says while a test calls it without an entry point."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("retnet")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def tiny_options(corpus: Path, folder: Path) -> list[str]:

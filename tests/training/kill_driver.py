@@ -19,6 +19,7 @@ import train
 from retnet import cli
 from retnet.checkpoints import save
 from retnet.data import prepare
+from retnet.files import OURS, REPLACED, UNFINISHED
 from retnet.training import loop, validation
 
 
@@ -44,13 +45,19 @@ def at_call(owner: Any, name: str, number: int, *, after: bool = False) -> None:
     setattr(owner, name, counted)
 
 
-def renamed_to(name: str) -> None:
-    """Die when a file or folder has been renamed to ``name``."""
+def is_temporary(path: Path, prefix: str, name: str) -> bool:
+    """Whether a path has a temporary name of ``retnet.files``."""
+    found = OURS.fullmatch(path.name)
+    return found is not None and path.name.startswith(prefix) and found["name"] == name
+
+
+def renamed_to(prefix: str, name: str) -> None:
+    """Die when ``name`` has been renamed to a temporary name of this kind."""
     real = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
         result = real(self, target)
-        if Path(target).name == name:
+        if is_temporary(Path(target), prefix, name):
             die()
         return result
 
@@ -58,12 +65,12 @@ def renamed_to(name: str) -> None:
 
 
 def described(name: str) -> None:
-    """Die when the folder of that name has its manifest, before it is renamed to its place."""
+    """Die when the folder for that name has its manifest, before it is renamed to its place."""
     real = save.write_manifest
 
     def write(folder: Path) -> None:
         real(folder)
-        if folder.name == name:
+        if is_temporary(folder, UNFINISHED, name):
             die()
 
     save.write_manifest = write
@@ -80,8 +87,8 @@ KILLS: dict[str, Callable[[], None]] = {
     "pruning": lambda: at_call(save, "remove_folder", 1),
     "saved": lambda: at_call(loop, "save_checkpoint", 2, after=True),
     "logged": lambda: at_call(loop.Trainer, "_log", 4, after=True),
-    "replacing best": lambda: renamed_to(".unfinished-old-best"),
-    "final": lambda: described(".unfinished-final"),
+    "replacing best": lambda: renamed_to(REPLACED, "best"),
+    "final": lambda: described("final"),
 }
 
 

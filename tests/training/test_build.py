@@ -102,6 +102,12 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
         load_initial_weights(build_model(model_config(wider, 300)), str(tmp_path / "a"), tokenizer)
     with pytest.raises(UserError, match="does not exist"):
         load_initial_weights(second, str(tmp_path / "nothing"), tokenizer)
+    first.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    third = build_model(model_config(config, 300))
+    load_initial_weights(third, str(tmp_path / "shards"), tokenizer)
+    for a, b in zip(first.parameters(), third.parameters(), strict=True):
+        assert torch.equal(a, b)
     (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="can't be read"):
         load_initial_weights(second, str(tmp_path / "a"), tokenizer)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from retnet import RetNetConfig, RetNetForCausalLM, cli
+from retnet.checkpoints import write_manifest
 from retnet.data import CarriedValidationBatches
 from retnet.training.validation import sum_losses
 from tests.data.corpora import tokens_of
@@ -96,3 +98,25 @@ def test_a_checkpoint_without_states(options, whole: Path, capsys) -> None:
     start = whole / "checkpoints/step_4"
     assert run(options, train__carry_state="true", train__resume=start) == 2
     assert "has no carried.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["garbage", "names", "rows", "kind"])
+def test_states_of_another_kind(options, tmp_path: Path, capsys, damage: str) -> None:
+    """As written, says the manifest, and still nothing to go on from."""
+    assert run(options, train__carry_state="true", train__max_steps=2) == 0
+    folder = tmp_path / "run/checkpoints/step_2"
+    file = folder / "carried.safetensors"
+    states = load_file(file)
+    name = "layers.0.mixer.state"
+    if damage == "names":
+        states["layers.7.mixer.state"] = states[name].clone()
+    else:
+        states[name] = states[name].long() if damage == "kind" else states[name][:1].clone()
+    save_file(states, file)
+    if damage == "garbage":
+        file.write_bytes(b"none")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert run(options, train__carry_state="true", train__max_steps=4) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {file}") and line.endswith("copy the checkpoint again")

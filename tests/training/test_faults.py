@@ -1,6 +1,5 @@
 """Damaged checkpoints, full disks, lost folders: one clear line, nothing good lost."""
 
-import ctypes
 import errno
 import json
 import os
@@ -9,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ import generate
 from retnet import cli
 from retnet.checkpoints import save
 from retnet.training import loop
+from tests.permissions import bound_by_permissions
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run, weights
 
@@ -200,26 +199,6 @@ def test_a_folder_that_can_not_be_made(options, capsys) -> None:
     assert error.startswith("error: train.out_dir (/proc/nowhere/run) can't be written")
 
 
-@contextmanager
-def bound_by_permissions() -> Iterator[None]:
-    """Have root respect the permissions of files, as everybody else does (Linux)."""
-    if os.geteuid() != 0:
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this thread
-    sets = (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, sets) == 0
-    effective = sets[0]
-    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    assert libc.capset(header, sets) == 0
-    try:
-        yield
-    finally:
-        sets[0] = effective
-        assert libc.capset(header, sets) == 0
-
-
 @pytest.mark.parametrize("lock", [False, True])
 def test_a_read_only_folder(options, finished: Path, capsys, lock: bool) -> None:
     if not lock:
@@ -238,11 +217,11 @@ def test_a_read_only_folder(options, finished: Path, capsys, lock: bool) -> None
 
 def test_a_replaced_folder_comes_back(tmp_path: Path) -> None:
     """Killed between the two renames, best/ is only there under its temporary name."""
-    old = tmp_path / ".unfinished-old-best"
+    old = tmp_path / ".unfinished-old-0123456789abcdef-best"
     old.mkdir()
     (old / "config.json").write_text("{}")
-    (tmp_path / ".unfinished-best").mkdir()
-    (tmp_path / ".unfinished-config.yaml").write_text("half")
+    (tmp_path / ".unfinished-0123456789abcdef-best").mkdir()
+    (tmp_path / ".unfinished-0123456789abcdef-config.yaml").write_text("half")
     save.remove_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 

@@ -152,7 +152,16 @@ def test_world_size_without_torchrun(
         ({"PMI_SIZE": "2"}, "PMI_SIZE (2) is set, but WORLD_SIZE not"),
         ({"ACCELERATE_DEBUG_MODE": "x"}, "ACCELERATE_DEBUG_MODE=x"),
         ({"ACCELERATE_USE_CPU": "x"}, "ACCELERATE_USE_CPU=x"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED (true) is not possible"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM (true) is not poss"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG (true) is not poss"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "unset it, and set train.compile=true"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "unset it, and set train.grad_clip"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "(4) is not train.gradient_accumulation"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION (fp16) is not poss"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION (fp8) is not possible"),
+        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE (meta) is not train.device"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP (true) needs a GPU"),
     ],
 )
 def test_an_environment_that_makes_no_processes(
@@ -174,12 +183,30 @@ def test_an_environment_that_makes_no_processes(
     assert run(options, train__max_steps=2) == 0
 
 
-def test_accelerate_does_not_divide_the_gradient(
-    options, whole: Path, tmp_path: Path, monkeypatch
+def test_accelerate_does_not_divide_the_gradient(options, tmp_path: Path, monkeypatch) -> None:
+    two = {"train__batch_size": 2, "train__gradient_accumulation_steps": 2}
+    assert run(options, **two, train__out_dir=tmp_path / "without") == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert run(options, **two) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "without")
+
+
+def test_the_precision_that_accelerate_launch_asks_for(
+    options, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert run(options) == 0
-    assert metrics(tmp_path / "run") == metrics(whole)
+    """It was ignored; what it sets when nobody asked, no, leaves the choice to the key."""
+    options += ["train.max_steps=2"]
+    for asked, key, used in (("bf16", "auto", "bf16"), ("no", "bf16", "bf16"),
+                             ("bf16", "bf16", "bf16"), ("no", "auto", "fp32")):  # fmt: skip
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        folder = tmp_path / f"{asked}-{key}"
+        assert run(options, train__precision=key, train__out_dir=folder) == 0
+        assert f"cpu, {used}, 1 process" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run(options, train__precision="fp32", train__out_dir=tmp_path / "b") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "ACCELERATE_MIXED_PRECISION (bf16) contradicts train.precision (fp32)" in line
+    assert not (tmp_path / "b").exists()
 
 
 def test_world_size_that_accelerate_ignored(options, capsys, monkeypatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from retnet.checkpoints import write_manifest
 from retnet.training import loop
 from tests.training.conftest import as_options
 from tests.training.test_train import metrics, run
@@ -227,3 +228,41 @@ def test_initial_weights_that_mean_something_else(
 def test_a_named_checkpoint_of_another_vocabulary(options, whole: Path, capsys) -> None:
     assert run(options + BPE, train__resume=whole / "checkpoints/step_4") == 2
     assert "data.tokenizer (bpe) is not the tokenizer" in error_line(capsys)
+
+
+def test_a_short_run_goes_on_as_a_long_one_with_its_own_warm_up(
+    options, tmp_path: Path, capsys
+) -> None:
+    """The recipe's 100 steps were shortened to a tenth of the run, each time anew."""
+    options = [option for option in options if not option.startswith("train.warmup_steps=")]
+    assert run(options, train__max_steps=10) == 0
+    assert "warmup_steps (100) is too long for train.max_steps (10)" in capsys.readouterr().err
+    for _ in range(2):  # also the same command again, after an interruption
+        assert stopped_at(options, 11, train__max_steps=20) == 143
+        kept = f"train.warmup_steps (2): the run in {tmp_path / 'run'} goes on with its own 1"
+        assert kept in capsys.readouterr().err
+    assert "warmup_steps: 1\n" in (tmp_path / "run/config.yaml").read_text()
+    assert run(options, train__max_steps=20, train__warmup_steps=2) == 2
+    assert "differs in train.warmup_steps (1 -> 2)" in error_line(capsys)
+
+
+def test_a_dollar_in_a_prompt_goes_on_as_it_is(options, tmp_path: Path, capsys) -> None:
+    """The first run took it as text, the next one read its own config.yaml as something else."""
+    prompt = "${oc.env:HOME} costs 5 ${"
+    for steps in (2, 4):
+        assert run(options, train__sample_prompt=prompt, train__max_steps=steps) == 0
+    printed = capsys.readouterr().err
+    assert f"  | {prompt}" in printed and "nothing is replaced" not in printed
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_record_that_was_written_but_can_not_be(options, finished: Path, capsys) -> None:
+    shutil.rmtree(finished / "final")
+    newest = finished / "checkpoints/step_6"
+    (newest / "training_state.json").write_text('{"step": "x"}')
+    (newest / "manifest.json").unlink()
+    write_manifest(newest)
+    assert run(options, train__resume=newest) == 2
+    assert "training_state.json: best_loss is missing" in error_line(capsys)
+    assert run(options) == 0
+    assert "going back to step_4" in capsys.readouterr().err

@@ -3,15 +3,21 @@
 import json
 import logging
 import math
+import os
 import signal
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from retnet import cli
 from retnet.checkpoints import save
 from retnet.checkpoints.format import list_checkpoints
 from retnet.training import loop
+from retnet.training import run as module
 from retnet.training.health import SpikeWatch
 from retnet.training.signals import stop_on_signals
 from tests.training.test_faults import fail_at
@@ -68,6 +74,111 @@ def test_sigterm_after_sigint_is_no_hurry() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.exit_code == 130
+
+
+def test_a_terminal_that_is_closed(options, tmp_path: Path, capsys) -> None:
+    """SIGHUP stops the run as SIGTERM does; under nohup it is ignored, and the run goes on."""
+
+    def hang_up() -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, loop.Trainer, "_seed", 4, hang_up)
+        assert run(options) == 129
+    assert "stopped after step 3, saved in" in capsys.readouterr().err
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, loop.Trainer, "_seed", 2, hang_up)
+            assert run(options) == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+class Burst(threading.Thread):
+    """Twenty Ctrl-C within 10 ms, from outside, after ``go``. Join it while they do no harm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        self.go.wait()
+        for _ in range(20):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.0005)
+
+
+def test_a_burst_of_ctrl_c_is_one(capsys) -> None:
+    """Whatever happens on the way out is not interrupted again."""
+
+    def waits(argv: Sequence[str]) -> None:
+        sending = Burst()
+        try:
+            sending.go.set()
+            time.sleep(5)
+        finally:
+            sending.join()
+
+    began = time.monotonic()
+    assert cli.run(waits, []) == 130
+    assert time.monotonic() - began < 4
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_nothing_raises_after_the_end_of_a_process(monkeypatch) -> None:
+    """The rest of a burst does nothing, and a later Ctrl-C does what it does without Python."""
+
+    def interrupted(argv: Sequence[str]) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    ends: list[object] = []
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    try:
+        assert cli.run(interrupted) == 130
+        handler = signal.getsignal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr("retnet.cli.BURST_S", 0)
+        monkeypatch.setattr(signal, "raise_signal", lambda number: ends.append(number))
+        with pytest.raises(KeyboardInterrupt):  # where the default had ended the process
+            handler(signal.SIGINT, None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL and ends == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_burst_of_ctrl_c_in_training(options, whole: Path, tmp_path: Path, capsys) -> None:
+    sending, real = Burst(), module.end_training
+
+    def interrupt() -> None:
+        sending.go.set()
+        time.sleep(1)
+
+    def end(*args: object) -> None:
+        sending.join()
+        real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, loop.Trainer, "_seed", 4, interrupt)
+        patch.setattr(module, "end_training", end)
+        assert run(options) == 130
+    printed = capsys.readouterr().err
+    assert printed.endswith("interrupted\n") and "Traceback" not in printed
+    assert run(options) == 0
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_outside_of_the_main_thread(options, whole: Path, tmp_path: Path, capsys) -> None:
+    """A notebook's or a server's thread can train too; signals are not its own."""
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(run(options)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert capsys.readouterr().err.count("outside of the main thread: signals") == 1
+    assert metrics(tmp_path / "run") == metrics(whole)
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(options, tmp_path: Path, capsys) -> None:

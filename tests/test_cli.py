@@ -1,0 +1,122 @@
+"""What the entry points share: numbers, terminals, results that do not depend on each other."""
+
+import io
+import logging
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+
+from retnet import cli
+from retnet.errors import UserError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+HOSTILE = "a\x1b[2J\x1b]0;title\x07b\rc\x08d\x7fe\x9b1mf\u202eg\u2066h\x00i"
+SHOWN = r"a\x1b[2J\x1b]0;title\x07b\rc\x08d\x7fe\x9b1mf\u202eg\u2066h\x00i"
+
+
+def test_nothing_is_left_that_a_terminal_obeys() -> None:
+    assert cli.harmless(HOSTILE) == SHOWN
+    text = "naïve\t\u05e9\u05dc\u200f 漢字 🙂\n"
+    assert cli.harmless(text) == text
+
+
+@pytest.mark.parametrize(("stream", "expected"), [(Terminal(), SHOWN), (io.StringIO(), HOSTILE)])
+def test_messages_on_a_terminal_and_elsewhere(monkeypatch, stream, expected: str) -> None:
+    """Error lines have their white space made one before, as everywhere."""
+    monkeypatch.setattr("sys.stderr", stream)
+
+    def main(argv) -> None:
+        logging.getLogger("retnet.somewhere").warning("read %s", HOSTILE)
+        raise UserError(HOSTILE.replace("\r", ""))
+
+    assert cli.run(main, []) == 2
+    assert stream.getvalue() == f"read {expected}\nerror: " + (
+        expected.replace("\r", "").replace(r"\r", "") + "\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["²", "-1", "0", "1.5", "", "many", "1_0", "٣", "--1", "1e3"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="must be a whole number of at least 1"):
+        cli.positive_int(text)
+
+
+@pytest.mark.parametrize("kind", [cli.positive_int, cli.whole_number])
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_numbers_of_many_digits(kind, digits: int) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        kind("9" * digits)
+    assert str(caught.value).endswith("must be a whole number of at most 9223372036854775807")
+    assert len(str(caught.value)) < 200
+
+
+def test_numbers() -> None:
+    assert cli.positive_int("+007") == cli.whole_number("7") == 7
+    assert cli.whole_number("-3") == -3
+    assert cli.number("1e-3") == 0.001
+    with pytest.raises(ArgumentTypeError, match="'warm' must be a number"):
+        cli.number("warm")
+
+
+def test_a_value_that_begins_with_a_dash() -> None:
+    parser = cli.ArgumentParser()
+    parser.add_argument("-p", "--prompt")
+    parser.add_argument("--pair", nargs=2)
+    with pytest.raises(UserError, match=r"a dash is joined to it: --prompt=-x$"):
+        parser.parse_args(["--prompt", "-x"])
+    with pytest.raises(UserError, match="expected 2 arguments"):
+        parser.parse_args(["--pair", "-x"])
+
+
+def test_a_long_value_leaves_a_line_that_can_be_read(capsys) -> None:
+    def main(argv) -> None:
+        raise UserError(f"key ({'x' * 100_000}): the fix")
+
+    assert cli.run(main, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: key (xxx") and error.endswith("xxx): the fix\n")
+    assert len(error) < 5000
+
+
+def test_results_do_not_depend_on_each_other() -> None:
+    done = []
+
+    def fails(what: str) -> None:
+        raise UserError(f"{what} cannot be written")
+
+    with pytest.raises(UserError, match=r"^one cannot be written; two cannot be written$"):
+        cli.deliver(lambda: fails("one"), lambda: done.append(1), lambda: fails("two"))
+    assert done == [1]
+
+
+def test_messages_that_cannot_be_written_cost_nothing(monkeypatch) -> None:
+    def main(argv) -> int:
+        print("a line", file=sys.stderr, flush=True)
+        logging.getLogger("retnet.somewhere").warning("another")
+        return 0
+
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert cli.run(main, []) == 0
+
+
+def test_the_interpreters_end_costs_nothing_either() -> None:
+    """It writes what is left in the buffer of standard error, and would say 120."""
+    program = (
+        "import sys; from retnet import cli; from retnet.errors import UserError\n"
+        "def main(argv):\n    print('text'); raise UserError('wrong')\n"
+        "sys.exit(cli.run(main, []))"
+    )
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], stdout=-1, stderr=full, text=True, check=False
+        )
+    assert (result.returncode, result.stdout) == (2, "text\n")
