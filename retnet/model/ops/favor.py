@@ -22,7 +22,6 @@ Two optional flags as in ``retention.py``: ``valid`` bool [B, T], False for padd
 bool [B, T], True for the first token of a new document. All is computed in float32 or wider.
 """
 
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -32,8 +31,8 @@ from torch import Tensor
 from .chunkwise import ChunkRetention, mix_chunks
 from .decay import ChunkDecays
 from .precision import in_full_precision, wide_dtype
+from .random_features import LOWEST, key_features, query_features
 
-LOWEST = -1e30  # a maximum of nothing; the difference of two infinite ones would be NaN
 CHUNKS_PER_SPAN = 8
 
 
@@ -64,34 +63,6 @@ def favor_state(
     return FavorState(sums, torch.full((batch, heads), LOWEST, device=device, dtype=dtype))
 
 
-def favor_projection(
-    features: int, key_dim: int, *, seed: int, layer: int = 0, redraws: int = 0
-) -> Tensor:
-    """W: blocks of D orthogonal rows, each as long as a Gaussian row of its own (section 2.4).
-
-    It depends on nothing but the arguments: every process and device gets the same.
-
-    Args:
-        features: m >= 1 rows; the last block may be cut.
-        key_dim: D.
-        seed, layer, redraws: Which of all such matrices; ``redraws`` counts those before it.
-
-    Returns:
-        float32 [m, D], on the CPU.
-    """
-    digest = hashlib.sha256(f"favor {seed} {layer} {redraws}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    directions, triangles = torch.linalg.qr(normal(-(-features // key_dim), key_dim, key_dim))
-    # without the signs the first entry of the first row of each block would never be positive
-    directions = directions * triangles.diagonal(dim1=-2, dim2=-1).sign()[:, None]
-    lengths = normal(features, key_dim).norm(dim=1, keepdim=True)
-    return (directions.mT.flatten(0, 1)[:features] * lengths).float()
-
-
 @in_full_precision
 def favor_recurrent(
     q: Tensor,
@@ -120,8 +91,8 @@ def favor_recurrent(
     """
     q, k, v, projection, state, resets = _promote(q, k, v, projection, initial_state, valid, resets)
     sums, maximum = state
-    queries = _query_features(q, projection)
-    keys, peaks = _key_features(k, projection, valid)
+    queries = query_features(q, projection)
+    keys, peaks = key_features(k, projection, valid)
     v = _with_ones(v)
     outputs = []
     for t in range(q.shape[2]):
@@ -185,10 +156,14 @@ def favor_chunkwise(
     outputs = []
     # split, because each slice of its own would get a gradient of the whole text's size; tokens
     # before heads, as projections have them, so that putting together copies into that layout
-    spans = zip(*(x.split(size, dim=2) for x in (q, k, v)), strict=True)
-    for start, parts in zip(range(0, length, size), spans, strict=True):
-        flags = (None if x is None else x[:, start : start + size] for x in (valid, resets))
-        out, state = _span(*parts, projection, state, *flags, chunk_size)
+    for index, (own_q, own_k, own_v) in enumerate(
+        zip(*(x.split(size, dim=2) for x in (q, k, v)), strict=True)
+    ):
+        cut = slice(index * size, index * size + size)
+        own_valid, own_resets = (None if x is None else x[:, cut] for x in (valid, resets))
+        out, state = _span(
+            own_q, own_k, own_v, projection, state, own_valid, own_resets, chunk_size
+        )
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)[:, :length].transpose(1, 2), state
 
@@ -204,8 +179,8 @@ def _span(
     chunk_size: int,
 ) -> tuple[Tensor, FavorState]:
     """FAVOR+ of N chunks at once, whose states are combined by one matrix product."""
-    queries = _query_features(q, projection)
-    keys, peaks = _key_features(k, projection, valid)
+    queries = query_features(q, projection)
+    keys, peaks = key_features(k, projection, valid)
     maxima = running_maximum(peaks, state.maximum, resets)
     decays = _decays(peaks, maxima, state.maximum, resets, chunk_size)
     queries, keys, values = (
@@ -268,24 +243,6 @@ def _decays(
 def _factor(later: Tensor, earlier: Tensor) -> Tensor:
     """exp(earlier - later) of maxima; above 1 only where it is to be 0, and there 1 for now."""
     return (earlier - later).clamp_(max=0).exp_()
-
-
-def _query_features(q: Tensor, projection: Tensor) -> Tensor:
-    """phi(q) up to a factor, which cancels: [B, H, T, D] -> [B, H, T, m], the largest is 1."""
-    exponents = q @ projection.mT
-    return exponents.sub_(exponents.detach().amax(-1, keepdim=True)).exp_()
-
-
-def _key_features(k: Tensor, projection: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f [B, H, T, m] and mu [B, H, T] of keys [B, H, T, D]; padding has 0 and the lowest."""
-    exponents = k @ projection.mT
-    norms = k.square().sum(-1) * (0.5 * k.shape[-1] ** -0.5)
-    peaks = exponents.detach().amax(-1) - norms.detach()
-    features = exponents.sub_((norms + peaks)[..., None]).exp_()
-    if valid is None:
-        return features, peaks
-    padding = ~valid[:, None]
-    return features.masked_fill(padding[..., None], 0), peaks.masked_fill(padding, LOWEST)
 
 
 def _with_ones(v: Tensor) -> Tensor:

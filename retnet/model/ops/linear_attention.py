@@ -33,7 +33,7 @@ def elu_features(x: Tensor) -> Tensor:
     Below 0 it is exp(x), computed as such: elu(x) + 1 = (exp(x) - 1) + 1 would cancel.
     """
     x = x.to(wide_dtype(x.dtype))
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    return x.clamp(max=0).exp() + F.relu(x)
 
 
 def linear_attention_state(
