@@ -101,8 +101,9 @@ def favor_recurrent(
             sums = torch.where(fresh[..., None, None], 0.0, sums)
             maximum = torch.where(fresh, LOWEST, maximum)
         before, maximum = maximum, torch.maximum(maximum, peaks[:, :, t])
-        kept, own = (x.sub(maximum).exp()[..., None, None] for x in (before, peaks[:, :, t]))
-        sums = kept * sums + own * (keys[:, :, t, :, None] * v[:, :, t, None, :])
+        kept, own = (x.sub(maximum).exp()[..., None] for x in (before, peaks[:, :, t]))
+        key = own * keys[:, :, t]  # [B, H, m]
+        sums = torch.addcmul(kept[..., None] * sums, key[..., None], v[:, :, t, None, :])
         outputs.append(queries[:, :, t, None, :] @ sums)
     return _quotient(torch.cat(outputs, dim=2)), FavorState(sums, maximum)
 
