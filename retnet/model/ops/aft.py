@@ -153,11 +153,11 @@ def _mix(text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None
     if short:
         k = F.pad(text.k, (0, 0, 0, short), value=-math.inf)
         v, u, z = (F.pad(x, (0, 0, 0, short)) for x in text[1:4])
-        last = (None if x is None else x[:, -1:].expand(-1, short) for x in text[4:])
-        ends = (
-            x if x is None else torch.cat((x, y), 1) for x, y in zip(text[4:], last, strict=True)
-        )
-        text = Tokens(k, v, u, z, *ends)
+        position, document = text.position, text.document
+        position = torch.cat((position, position[:, -1:].expand(-1, short)), 1)
+        if document is not None:
+            document = torch.cat((document, document[:, -1:].expand(-1, short)), 1)
+        text = Tokens(k, v, u, z, position, document)
     if torch.compiler.is_compiling():
         out, _ = mix_span(text, old, sums, window, BLOCK)
     else:
@@ -193,6 +193,8 @@ def _prepare(
 ) -> tuple[Tokens, State]:
     """Check the shapes; widen to at least float32, padding hidden; a state where there is none."""
     rows, length, width = q.shape
+    if window is not None and window < 0:
+        raise ValueError(f"window ({window}) must be 0 or more, or None")
     if k.shape != q.shape or v.shape != q.shape or length == 0:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
         raise ValueError(f"{shapes} must all be [B, T, d], T at least 1")

@@ -11,6 +11,7 @@ keeps its inputs, the outputs o and the logarithm l of the denominators. With G 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,16 @@ class Tokens(NamedTuple):
     position: Tensor
     document: Tensor | None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
+        k, v, u, z, position = (change(x) for x in self[:5])
+        return Tokens(k, v, u, z, position, None if self[5] is None else change(self[5]))
+
     def blocks(self, size: int) -> "Tokens":
-        return Tokens(*(x if x is None else x.unflatten(1, (-1, size)) for x in self))
+        return self.map(lambda x: x.unflatten(1, (-1, size)))
 
     def halves(self, size: int) -> tuple["Tokens", "Tokens"]:
         """Of neighbouring blocks the earlier and the later."""
-        pairs = [(x, x) if x is None else _halves(x, size) for x in self]
-        return Tokens(*(pair[0] for pair in pairs)), Tokens(*(pair[1] for pair in pairs))
+        return self.map(lambda x: _halves(x, size)[0]), self.map(lambda x: _halves(x, size)[1])
 
 
 def mix_span(
@@ -130,7 +134,7 @@ def _gradients(
         keys, queries = text.halves(size)
         parts = _product_gradients(queries, keys, [_halves(x, size)[1] for x in result], window)
         for total, x, half in zip(own, parts, (0, 0, 1, 0), strict=True):
-            _halves(total, size)[half].add_(x)
+            total.unflatten(1, (-1, 2, size))[:, :, half].add_(x)
     earlier: list[Tensor | None] = [None] * 4
     if old.k.shape[1]:
         parts = _product_gradients(*_before(text, old), [x[:, None] for x in result], window)

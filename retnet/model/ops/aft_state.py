@@ -14,6 +14,7 @@ from .aft_blocks import LOW, Tokens
 from .precision import wide_dtype
 
 State = dict[str, Tensor]
+KEPT = ("k", "v", "z", "position")
 
 
 def aft_state(
@@ -126,8 +127,8 @@ def _absorb(state: State, k: Tensor, v: Tensor, leaving: Tensor | None) -> State
 def kept(state: State, text: Tokens, w_v: Tensor | None) -> Tokens:
     """The tokens in the ring, for those of a span; none for window 0."""
     if "keys" not in state:
-        return Tokens(*(None if x is None else x[:, :0] for x in text))
-    return _tokens(state["keys"], state["values"], state["positions"], w_v, text)
+        return text.map(lambda x: x[:, :0])
+    return _tokens(state, w_v, text)
 
 
 def grow(
@@ -146,12 +147,12 @@ def grow(
     state, end = _append(state, {"keys": k, "values": v, "positions": position[..., None]}, past)
     columns = text
     if past:
-        used = (state[name][:, :past] for name in ("keys", "values", "positions"))
-        columns = _joined(_tokens(*used, w_v, text), text)
+        used = {name: x[:, :past] for name, x in state.items()}
+        columns = _joined(_tokens(used, w_v, text), text)
     if text.document is not None and columns.document is not None:
         positions = state["positions"].clone()
         positions[:, :end, 0].masked_fill_(columns.document != text.document[:, -1:], -1)
-        state["positions"] = positions
+        state = state | {"positions": positions}
     return columns, state
 
 
@@ -172,34 +173,32 @@ def _append(state: State, new: State, past: int) -> tuple[State, int]:
 
 
 def _joined(old: Tokens, text: Tokens) -> Tokens:
-    rows = text.k.shape[0]
-    pairs = zip(old, text, strict=True)
-    u, *both = (
-        text.u,
-        *(
-            None if a is None or b is None else torch.cat((a, b.expand(rows, *b.shape[1:])), 1)
-            for a, b in pairs
-        ),
-    )
-    return Tokens(*both)._replace(u=u)
+    """Kept tokens and those of the text behind them."""
+
+    def join(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a, b.expand(a.shape[0], *b.shape[1:])), 1)
+
+    k, v, z, position = (join(getattr(old, name), getattr(text, name)) for name in KEPT)
+    document = None
+    if old.document is not None and text.document is not None:
+        document = join(old.document, text.document)
+    return Tokens(k, v, old.u, z, position, document)
 
 
 def until(columns: Tokens, end: int, document: Tensor | None) -> Tokens:
     """The first columns, those of other documents than ``document`` [B, 1] hidden."""
-    k, v, _, z, position, own = (None if x is None else x[:, :end] for x in columns)
-    if own is not None and document is not None:
-        k = k.masked_fill((own != document)[..., None], -math.inf)
-        own = torch.zeros_like(own)
-    return Tokens(k, v, columns.u[:, :0], z, position, own)
+    first = columns.map(lambda x: x[:, :end])._replace(u=columns.u[:, :0])
+    if first.document is None or document is None:
+        return first
+    k = first.k.masked_fill((first.document != document)[..., None], -math.inf)
+    return first._replace(k=k, document=torch.zeros_like(first.document))
 
 
-def _tokens(
-    keys: Tensor, values: Tensor, positions: Tensor, w_v: Tensor | None, text: Tokens
-) -> Tokens:
+def _tokens(state: State, w_v: Tensor | None, text: Tokens) -> Tokens:
     """Kept tokens, empty slots hidden, in document 0 if the text has documents."""
     assert w_v is not None
-    position, dtype = positions[..., 0], text.k.dtype
-    k, v = hide(keys.to(dtype), values.to(dtype), position < 0)
+    position, dtype = state["positions"][..., 0], text.k.dtype
+    k, v = hide(state["keys"].to(dtype), state["values"].to(dtype), position < 0)
     position = position.clamp(min=0)
     document = None if text.document is None else torch.zeros_like(position)
     return Tokens(k, v, text.u[:, :0], F.embedding(position, w_v.to(dtype)), position, document)
