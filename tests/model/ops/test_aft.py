@@ -396,7 +396,7 @@ def test_transforms_of_torch_func(window: int | None) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"k": torch.zeros(2, 5, 3)}, "must all be"),
+        ({"k": torch.zeros(2, 5, 4)}, "must all be"),
         ({"valid": torch.ones(2, 4, dtype=torch.bool)}, "valid"),
         ({"resets": torch.ones(1, 5, dtype=torch.bool)}, "resets"),
         ({"positions": torch.zeros(2, 4, dtype=torch.int64)}, "positions"),
