@@ -35,8 +35,8 @@ from .aft_blocks import LOW, MixSpan, Tokens, mix_span
 from .aft_state import State, advance, aft_state, clear, grow, hide, kept, push, sums_of, until
 from .precision import in_full_precision, wide_dtype
 
-BLOCK = 8
-SPAN, SPAN_OF_ALL = 256, 256  # of windows, and where w is everywhere
+BLOCK = 4  # C
+SPAN, SPAN_OF_ALL = 256, 512  # P for windows, and where w is everywhere
 
 
 @in_full_precision
@@ -119,15 +119,17 @@ def aft_parallel(
 ) -> tuple[Tensor, State]:
     """AFT span by span: memory linear in T, and time too but for window None.
 
-    Arguments, results and errors as in ``aft_recurrent``; ``span`` is P, rounded up to C 2^n, by
-    default what is fastest.
+    Arguments, results and errors as in ``aft_recurrent``; ``span`` is P >= 1, by
+    default what is fastest; it is filled up to C 2^n tokens.
     """
+    if span is not None and span < 1:
+        raise ValueError(f"span ({span}) must be at least 1")
     text, state = _prepare(q, k, v, positions, w_u, w_v, window, initial_state, valid, resets)
     start = aft_state(*q[:, 0].shape, window=window, dtype=k.dtype, device=q.device)
     columns = None
     if window is None:
         columns, state = grow(state, text, k, v, w_v, valid, past)
-    size = span or (SPAN_OF_ALL if window is None else SPAN)
+    size = (SPAN_OF_ALL if window is None else SPAN) if span is None else span
     outputs, document, last = [], None, None
     parts = [[None] * q.shape[1] if x is None else x.split(size, 1) for x in (*text, k, v, valid)]
     for index, (*fields, given_k, given_v, shown) in enumerate(zip(*parts, strict=False)):
@@ -209,6 +211,12 @@ def _prepare(
             shape[1] = state[name].shape[1]
         if name not in state or list(state[name].shape) != shape:
             raise ValueError(f"initial_state must have {name} {shape}")
+    # sums as wide as is computed, the ring at least as what comes; columns stay what they are
+    types = {name: x.dtype for name, x in start.items() if window is not None}
+    state = {
+        name: x.to(torch.promote_types(x.dtype, types[name])) if name in types else x
+        for name, x in state.items()
+    }
     k, v = k.to(wide_dtype(k.dtype)), v.to(wide_dtype(k.dtype))
     if valid is not None:
         k, v = hide(k, v, ~valid)

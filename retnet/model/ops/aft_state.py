@@ -63,6 +63,7 @@ def push(
     """The state after one token [B, d], nothing where shown bool [B] is False."""
     if not window:
         return _absorb(state, k[:, None], v[:, None], None if shown is None else shown[:, None])
+    k, v = k.to(state["keys"].dtype), v.to(state["keys"].dtype)
     new = {"keys": k, "values": v, "positions": position[:, None].expand(k.shape[0], 1)}
     slot = (new["positions"] % window)[..., None]
     slots = {name: slot.expand(-1, 1, x.shape[1]) for name, x in new.items()}
@@ -91,6 +92,7 @@ def advance(
         shown = text.document == last if shown is None else shown & (text.document == last)
     if not window:
         return _absorb(state, k, v, shown)
+    k, v = k.to(state["keys"].dtype), v.to(state["keys"].dtype)
     rows, length = k.shape[:2]
     slot = (text.position % window).expand(rows, length)
     index = torch.arange(length, device=k.device).expand(rows, length)
@@ -161,7 +163,8 @@ def _append(state: State, new: State, past: int) -> tuple[State, int]:
     end, capacity = past + new["keys"].shape[1], state["keys"].shape[1]
     if torch.is_grad_enabled():  # autograd needs the old values as they were
         return {n: torch.cat((state[n][:, :past], x), 1) for n, x in new.items()}, end
-    if end > capacity or is_locked(state["keys"]) or state["keys"].dtype != new["keys"].dtype:
+    other_type = past == 0 and state["keys"].dtype != new["keys"].dtype  # under autocast
+    if end > capacity or is_locked(state["keys"]) or other_type:
         capacity = max(end, 2 * capacity) if end > capacity else capacity
         for name, x in new.items():
             buffer = x.new_full((x.shape[0], capacity, x.shape[2]), -1)

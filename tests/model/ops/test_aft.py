@@ -376,6 +376,20 @@ def test_low_precision_and_autocast_are_computed_in_float32(form, window: int | 
                 assert difference(x, last[name]) < 1e-6
     if window != 0:
         assert run(form, case)[1]["keys"].dtype == torch.bfloat16
+    state = run(form, case)[1]
+    assert run(form, wide | {"initial_state": state})[0].dtype == torch.float32
+    double = {n: x.double() if n in ("q", "k", "v", "w_u", "w_v") else x for n, x in case.items()}
+    out, state = run(form, double | {"initial_state": state})
+    assert out.dtype == torch.float64
+    assert all(x.dtype == torch.float64 for n, x in state.items() if n in ("num", "den", "max"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 4, None])
+def test_compiled_into_one_graph(window: int | None) -> None:
+    case = make_case(0, length=11, width=2, window=window, flags=("valid", "resets"), prefix=2)
+    compiled = torch.compile(aft_parallel, backend="aot_eager", fullgraph=True)
+    assert_alike(run_with_gradients(compiled, case), run_with_gradients(aft_parallel, case))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -409,6 +423,8 @@ def test_transforms_of_torch_func(window: int | None) -> None:
 def test_what_does_not_fit(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         run(aft_parallel, make_case(0, length=5) | change)
+    with pytest.raises(ValueError, match="span"):
+        run(aft_parallel, make_case(0, length=5), span=0)
 
 
 @pytest.mark.parametrize("form", FORMS)
