@@ -32,7 +32,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aft_blocks import LOW, MixSpan, Tokens, mix_span
-from .aft_state import State, advance, aft_state, clear, grow, hide, kept, push, sums_of, until
+from .aft_state import (
+    State,
+    advance,
+    aft_state,
+    clear,
+    fit_state,
+    grow,
+    hide,
+    kept,
+    push,
+    sums_of,
+    until,
+)
 from .precision import in_full_precision, wide_dtype
 
 BLOCK = 4  # C
@@ -64,8 +76,7 @@ def aft_recurrent(
         window: 0, how far w reaches, or None for everywhere.
         initial_state: As ``aft_state`` or an earlier call gives it; that of the start when None.
         past: Columns of its keys that are used, for window None; all when None. With gradients off
-            the new tokens are written behind them in place, after a larger room was made where it
-            was full.
+            the new tokens are written behind them in place, where there is room.
         valid: bool [B, T], False: padding, which changes nothing.
         resets: bool [B, T], True: the first token of a new document, before which the state returns
             to the initial one.
@@ -83,22 +94,17 @@ def aft_recurrent(
         columns, state = grow(state, text, k, v, w_v, valid, past)
     outputs = []
     for t in range(q.shape[1]):
+        shown, begins = (None if x is None else x[:, t] for x in (valid, resets))
         if columns is not None:
             document = None if text.document is None else text.document[:, t, None]
             old = until(columns, columns.k.shape[1] - q.shape[1] + t + 1, document)
         else:
-            if resets is not None:
-                state = clear(
-                    resets[:, t] if valid is None else resets[:, t] & valid[:, t], start, state
-                )
-            shown = None if valid is None else valid[:, t]
+            if begins is not None:
+                state = clear(begins if shown is None else begins & shown, start, state)
             state = push(state, k[:, t], v[:, t], text.position[:, t], shown, window)
             old = kept(state, text, w_v)
-        w = (old.z @ text.u[:, t, :, None])[..., 0]  # [B or 1, L]
-        if window:
-            w = torch.where(text.position[:, t, None] - old.position < window, w, 0.0)
-        outputs.append(_read(old.k + w[..., None], old.v, sums_of(state)))
-    return torch.sigmoid(q.to(text.k.dtype)) * torch.stack(outputs, dim=1), state
+        outputs.append(_read(_terms(text, old, t, window), old.v, sums_of(state)))
+    return _gate(q, torch.stack(outputs, dim=1)), state
 
 
 @in_full_precision
@@ -119,8 +125,8 @@ def aft_parallel(
 ) -> tuple[Tensor, State]:
     """AFT span by span: memory linear in T, and time too but for window None.
 
-    Arguments, results and errors as in ``aft_recurrent``; ``span`` is P >= 1, by
-    default what is fastest; it is filled up to C 2^n tokens.
+    Arguments, results and errors as in ``aft_recurrent``; ``span`` is P >= 1, by default
+    what is fastest; it is filled up to C 2^n tokens.
     """
     if span is not None and span < 1:
         raise ValueError(f"span ({span}) must be at least 1")
@@ -145,7 +151,11 @@ def aft_parallel(
         outputs.append(_mix(part, old, sums_of(state), window))
         if columns is None:
             state = advance(state, start, part, given_k, given_v, shown, window)
-    return torch.sigmoid(q.to(text.k.dtype)) * torch.cat(outputs, dim=1), state
+    return _gate(q, torch.cat(outputs, dim=1)), state
+
+
+def _gate(q: Tensor, mean: Tensor) -> Tensor:
+    return torch.sigmoid(q.to(mean.dtype)) * mean
 
 
 def _mix(text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None) -> Tensor:
@@ -165,6 +175,14 @@ def _mix(text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None
     else:
         out, _ = MixSpan.apply(window, BLOCK, *text, *old, *sums)
     return out[:, :length]
+
+
+def _terms(text: Tokens, old: Tokens, t: int, window: int | None) -> Tensor:
+    """k_s + w_ts of the query of token t with kept tokens [B, L, d]."""
+    w = (old.z @ text.u[:, t, :, None])[..., 0]  # [B or 1, L]
+    if window:
+        w = torch.where(text.position[:, t, None] - old.position < window, w, 0.0)
+    return old.k + w[..., None]
 
 
 def _read(terms: Tensor, values: Tensor, sums: tuple[Tensor, ...]) -> Tensor:
@@ -194,7 +212,7 @@ def _prepare(
     resets: Tensor | None,
 ) -> tuple[Tokens, State]:
     """Check the shapes; widen to at least float32, padding hidden; a state where there is none."""
-    rows, length, width = q.shape
+    rows, length, _ = q.shape
     if window is not None and window < 0:
         raise ValueError(f"window ({window}) must be 0 or more, or None")
     if k.shape != q.shape or v.shape != q.shape or length == 0:
@@ -203,20 +221,7 @@ def _prepare(
     for name, flags in (("valid", valid), ("resets", resets)):
         if flags is not None and flags.shape != (rows, length):
             raise ValueError(f"{name} {tuple(flags.shape)} must be {(rows, length)}")
-    start = aft_state(rows, width, window=window, dtype=k.dtype, device=k.device)
-    state = start if state is None else state
-    for name, x in start.items():
-        shape = list(x.shape)
-        if name in state and window is None:
-            shape[1] = state[name].shape[1]
-        if name not in state or list(state[name].shape) != shape:
-            raise ValueError(f"initial_state must have {name} {shape}")
-    # sums as wide as is computed, the ring at least as what comes; columns stay what they are
-    types = {name: x.dtype for name, x in start.items() if window is not None}
-    state = {
-        name: x.to(torch.promote_types(x.dtype, types[name])) if name in types else x
-        for name, x in state.items()
-    }
+    state = fit_state(state, k, window)
     k, v = k.to(wide_dtype(k.dtype)), v.to(wide_dtype(k.dtype))
     if valid is not None:
         k, v = hide(k, v, ~valid)

@@ -45,6 +45,26 @@ def aft_state(
     return state
 
 
+def fit_state(state: State | None, k: Tensor, window: int | None) -> State:
+    """A given state checked, or that of the start, for keys [B, T, d].
+
+    Sums come as wide as is computed, a ring at least as wide as k; columns stay what they are.
+    """
+    start = aft_state(k.shape[0], k.shape[2], window=window, dtype=k.dtype, device=k.device)
+    if state is None:
+        return start
+    fitted = {}
+    for name, x in start.items():
+        shape = list(x.shape)
+        if name in state and window is None:
+            shape[1] = state[name].shape[1]
+        if name not in state or list(state[name].shape) != shape:
+            raise ValueError(f"initial_state must have {name} {shape}")
+        wide = torch.promote_types(x.dtype, state[name].dtype)
+        fitted[name] = state[name] if window is None else state[name].to(wide)
+    return fitted
+
+
 def sums_of(state: State) -> tuple[Tensor, ...]:
     return tuple(state[name] for name in ("num", "den", "max") if name in state)
 
