@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import in_full_precision, wide_dtype
+from .scan import running_max, running_sums
 
 EMPTY = -1e30  # the largest exponent of no terms; minus infinity would make NaN of its differences
 CHUNK_SIZE = 16
@@ -113,15 +114,10 @@ def wkv_recurrent(
     for t in range(k.shape[1]):
         key, value = k[:, t], v[:, t]
         if resets is not None:
-            new = resets[:, t, None]
-            num, den, scale = (
-                num.masked_fill(new, 0),
-                den.masked_fill(new, 0),
-                scale.masked_fill(new, EMPTY),
-            )
+            num, den, scale = _clear(resets[:, t, None], num, den, scale)
         outputs.append(_read(num, den, scale, key + bonus, value)[0])
         unit = torch.maximum(scale - decay, key).detach()
-        keep, add = (scale - decay - unit).exp(), (key - unit).exp()
+        keep, add = (scale - unit - decay).exp(), (key - unit).exp()
         after = keep * num + add * value, keep * den + add, unit
         if valid is not None:
             own = valid[:, t, None]
@@ -156,14 +152,19 @@ def wkv_chunkwise(
     )
     inputs = (k, v, decay, bonus, *state, valid, resets, chunk_size)
     if torch.compiler.is_compiling():
-        out, *state, _, _, _ = _mix(*inputs)
+        out, *last, _, _, _ = _mix(*inputs)
     else:
-        out, *state, _, _, _ = WKV.apply(*inputs)
-    return out, WKVState(*state)
+        out, *last, _, _, _ = WKV.apply(*inputs)
+    return out, WKVState(*last)
 
 
 class WKV(torch.autograd.Function):
-    """``_mix`` with a backward pass of its own, which keeps keys, values and states only."""
+    """``_mix`` with a backward pass of its own, which keeps keys, values and the states met.
+
+    The weights of the forward pass, all at most 1, are the backward pass's too: with G the gradient
+    of the outputs over their denominators, that of the sums is G times the weight with which a
+    token reads them, and what the next token's sums hand back, times what was kept of these.
+    """
 
     generate_vmap_rule = True
 
@@ -176,7 +177,7 @@ class WKV(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(True)
         ctx.chunk_size = inputs[-1]
-        ctx.save_for_backward(*inputs[:-1], *output[3:])
+        ctx.save_for_backward(*inputs[:-1], *output[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -190,72 +191,56 @@ def _mix(
     bonus: Tensor,
     num: Tensor,
     den: Tensor,
-    scale: Tensor,
+    start: Tensor,
     valid: Tensor | None,
     resets: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    """out [B, T, d], num, den and max after the last token [B, d] and before each [B, T, d]."""
+    """WKV from the state num, den, start, all [B, d].
+
+    Returns out [B, T, d]; num, den and max after the last token [B, d]; num and den that the
+    tokens meet [B, T, d], and max before and after each [B, T + 1, d].
+    """
     if resets is not None:
-        first = resets[:, :1]
-        num, den, scale = (
-            num.masked_fill(first, 0),
-            den.masked_fill(first, 0),
-            scale.masked_fill(first, EMPTY),
-        )
+        num, den, start = _clear(resets[:, :1], num, den, start)
     key, decays = _transitions(k, decay, valid, resets)
-    scales, sums, last = _scan(key, (v, None), decays, scale, (num, den), chunk_size)
-    out, *_ = _read(*sums, scales, k + bonus, v)
-    return out, *last[1], last[0], *sums, scales
+    with torch.no_grad():
+        scales = running_max(key.detach(), decays.detach(), start, chunk_size).clamp(min=EMPTY)
+    keep, add = _weights(key, decays, scales)
+    sums, last = running_sums(keep, (add * v, add), (num, den), chunk_size)
+    out, *_ = _read(*sums, scales[:, :-1], k + bonus, v)
+    return out, *last, scales[:, -1].clone(), *sums, scales
 
 
 @in_full_precision
-def _gradients(
-    out_grad: Tensor,
-    num_grad: Tensor,
-    den_grad: Tensor,
-    *saved: Any,
-) -> tuple[Tensor, ...]:
-    """Of k, v, decay, bonus, num and den; saved as of ``WKV``.
-
-    The gradients of the sums go through the same recurrence from the last token to the first: read
-    with e^(max - unit) / total, they are added with the exponent -unit, and decay alike.
-    """
-    k, v, decay, bonus, num, den, scale, valid, resets, last_scale, nums, dens, scales, size = saved
+def _gradients(out_grad: Tensor, num_grad: Tensor, den_grad: Tensor, *saved: Any) -> tuple:
+    """Of k, v, decay, bonus, num and den; saved as of ``WKV``."""
+    k, v, decay, bonus, *_, valid, resets, nums, dens, scales, chunk_size = saved
     if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
-        nums, dens, scales = _mix(k, v, decay, bonus, num, den, scale, valid, resets, size)[4:]
-    out, total, now, unit = _read(nums, dens, scales, k + bonus, v)
-    grad = out_grad / total
-    v_grad = grad * now
-    k_grad = v_grad * (v - out)
-    bonus_grad = k_grad.sum((0, 1))
+        nums, dens, scales = _mix(*saved[:9], chunk_size)[4:]
+    out, total, past, now = _read(nums, dens, scales[:, :-1], k + bonus, v)
     key, decays = _transitions(k, decay, valid, resets)
-    exponents, (num_grads, den_grads), (exponent, first) = _scan(
-        -unit, (grad, -grad * out), decays, -last_scale, (num_grad, den_grad), size, reverse=True
+    keep, add = _weights(key, decays, scales)
+    grad = out_grad / total
+    read_grad = grad * past
+    (num_grads, den_grads), first = running_sums(
+        keep, (read_grad, -read_grad * out), (num_grad, den_grad), chunk_size, reverse=True
     )
-    add = (key + exponents).exp()
-    v_grad = v_grad + add * num_grads
-    k_grad = k_grad + add * (v * num_grads + den_grads)
-    decay_grad = (scales - decays + exponents).exp() * (nums * num_grads + dens * den_grads)
+    own_grad = grad * now
+    v_grad = own_grad + add * num_grads
+    own_grad = own_grad * (v - out)
+    k_grad = own_grad + add * (v * num_grads + den_grads)
+    decay_grad = keep * (nums * num_grads + dens * den_grads)
     if valid is not None:
         decay_grad = decay_grad.masked_fill(~valid[..., None], 0)
-    begin = (scale + exponent).exp()
     if resets is not None:
-        begin = begin.masked_fill(resets[:, :1], 0)
-    return k_grad, v_grad, -decay_grad.sum((0, 1)), bonus_grad, begin * first[0], begin * first[1]
+        first = tuple(x.masked_fill(resets[:, :1], 0) for x in first)
+    return k_grad, v_grad, -decay_grad.sum((0, 1)), own_grad.sum((0, 1)), *first
 
 
-def _read(
-    num: Tensor, den: Tensor, scale: Tensor, current: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """WKV from the state before a token, its own exponent u + k and its value.
-
-    Returns out, the denominator and the token's own weight in units of e^unit, and that unit.
-    """
-    unit = torch.maximum(scale, current).detach()
-    past, now = (scale - unit).exp(), (current - unit).exp()
-    total = past * den + now
-    return (past * num + now * v) / total, total, now, unit
+def _clear(new: Tensor, num: Tensor, den: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The state [B, d], the initial one in rows where a document begins: new is bool [B, 1]."""
+    return num.masked_fill(new, 0), den.masked_fill(new, 0), scale.masked_fill(new, EMPTY)
 
 
 def _transitions(
@@ -277,95 +262,26 @@ def _transitions(
     return key, decays
 
 
-Sums = tuple[Tensor, ...]
+def _weights(key: Tensor, decays: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the sums is kept at each token, and with what weight its own value is added.
 
-
-def _scan(
-    key: Tensor,
-    values: tuple[Tensor | None, ...],
-    decay: Tensor,
-    scale: Tensor,
-    sums: Sums,
-    chunk_size: int,
-    reverse: bool = False,
-) -> tuple[Tensor, Sums, tuple[Tensor, Sums]]:
-    """s <- e^-decay s + e^key value, over time: the sums that each token meets, and the last.
-
-    Args:
-        key: [B, T, d].
-        values: Each [B, T, d]; ones when None.
-        decay: [B or 1, T, d], or [1, 1, d] for all tokens.
-        scale, sums: Before the first token [B, d]: sums in units of e^scale.
-        reverse: From the last token to the first.
-
-    Returns:
-        scale and sums that the tokens meet, each [B, T, d], and those after them, each [B, d].
+    The difference of large neighbours first: it is exact, and gives back what rounding took.
     """
-    length = key.shape[1]
-    if length <= 2 * chunk_size:
-        return _steps(key, values, decay.expand(-1, length, -1), scale, sums, reverse)
-    short = -length % chunk_size
-    ends = (0, 0, short, 0) if reverse else (0, 0, 0, short)  # behind what counts, in its order
-
-    def chunks(x: Tensor, fill: float = 0.0) -> Tensor:
-        return (F.pad(x, ends, value=fill) if short else x).unflatten(1, (-1, chunk_size))
-
-    constant = decay.shape[1] == 1
-    key = chunks(key, -torch.inf)  # [B, N, C, d]
-    values = tuple(None if x is None else chunks(x) for x in values)
-    decay = decay.expand(-1, chunk_size, -1)[:, None] if constant else chunks(decay)
-    # what each chunk adds at its end
-    later = (
-        F.pad(decay[..., :-1, :], (0, 0, 1, 0))
-        if reverse
-        else F.pad(decay[..., 1:, :], (0, 0, 0, 1))
-    )
-    later = later.cumsum(-2) if reverse else later.flip(-2).cumsum(-2).flip(-2)
-    exponents = key - later
-    chunk_key = exponents.detach().amax(2).clamp(min=EMPTY)
-    weights = (exponents - chunk_key[:, :, None]).exp()
-    chunk_values = tuple((weights if x is None else weights * x).sum(2) for x in values)
-    met, met_sums, last = _scan(
-        chunk_key, chunk_values, decay.sum(2), scale, sums, chunk_size, reverse
-    )
-    scales, all_sums, _ = _steps(key, values, decay, met, met_sums, reverse)
-    scales, *rest = (x.flatten(1, 2) for x in (scales, *all_sums))
-    if short:  # the first of the filling meets what comes after the last token
-        at, own = (short - 1, slice(short, None)) if reverse else (length, slice(length))
-        last = scales[:, at], tuple(x[:, at] for x in rest)
-        scales, *rest = (x[:, own] for x in (scales, *rest))
-    return scales, tuple(rest), last
+    before, after = scales[:, :-1], scales[:, 1:]
+    return (before - after - decays).exp(), (key - after).exp()
 
 
-def _steps(
-    key: Tensor,
-    values: tuple[Tensor | None, ...],
-    decay: Tensor,
-    scale: Tensor,
-    sums: Sums,
-    reverse: bool,
-) -> tuple[Tensor, Sums, tuple[Tensor, Sums]]:
-    """``_scan`` step by step, of any number of chunks side by side: [..., C, d], start [..., d]."""
-    order = -1 if reverse else 1
+def _read(
+    num: Tensor, den: Tensor, scale: Tensor, current: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """WKV from the state before a token, its own exponent u + k and its value.
 
-    def along(x: Tensor) -> tuple[Tensor, ...]:
-        return x.unbind(-2)[::order]
-
-    scales = [scale.detach()]
-    for own_key, own_decay in zip(along(key.detach()), along(decay.detach()), strict=True):
-        scales.append(torch.maximum(scales[-1] - own_decay, own_key))
-    after = torch.stack(scales[:0:-1] if reverse else scales[1:], dim=-2).clamp_(min=EMPTY)
-    before = torch.stack(scales[-2::-1] if reverse else scales[:-1], dim=-2).clamp_(min=EMPTY)
-    keep = along((before - decay - after).exp())
-    add = (key - after).exp()
-    found, last = [], []
-    for value, total in zip(values, sums, strict=True):
-        totals = [total]
-        for own, kept in zip(along(add if value is None else add * value), keep, strict=True):
-            totals.append(torch.addcmul(own, kept, totals[-1]))
-        last.append(totals.pop())
-        found.append(torch.stack(totals[::order], dim=-2))
-    return before, tuple(found), (scales[-1].clamp(min=EMPTY), tuple(last))
+    Returns out, its denominator, and the weights of the state's sums and of the token itself.
+    """
+    unit = torch.maximum(scale, current).detach()
+    past, now = (scale - unit).exp(), (current - unit).exp()
+    total = past * den + now
+    return (past * num + now * v) / total, total, past, now
 
 
 def _promote(
