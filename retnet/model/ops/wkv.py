@@ -19,13 +19,11 @@ Two optional tensors describe batches that are more than one text per row:
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import in_full_precision, wide_dtype
-from .scan import running_max, running_sums
+from .wkv_chunks import EMPTY, WKV, clear, read
 
-EMPTY = -1e30  # the largest exponent of no terms; minus infinity would make NaN of its differences
 CHUNK_SIZE = 16
 
 
@@ -114,17 +112,18 @@ def wkv_recurrent(
     for t in range(k.shape[1]):
         key, value = k[:, t], v[:, t]
         if resets is not None:
-            num, den, scale = _clear(resets[:, t, None], num, den, scale)
-        outputs.append(_read(num, den, scale, key + bonus, value)[0])
+            num, den, scale = clear(resets[:, t, None], num, den, scale)
+        outputs.append(read(num, den, scale, key + bonus, value)[0])
         unit = torch.maximum(scale - decay, key).detach()
         keep, add = (scale - unit - decay).exp(), (key - unit).exp()
         after = keep * num + add * value, keep * den + add, unit
         if valid is not None:
             own = valid[:, t, None]
-            after = tuple(
+            num, den, scale = (
                 torch.where(own, x, y) for x, y in zip(after, (num, den, scale), strict=True)
             )
-        num, den, scale = after
+        else:
+            num, den, scale = after
     return torch.stack(outputs, dim=1), WKVState(num, den, scale)
 
 
@@ -150,138 +149,8 @@ def wkv_chunkwise(
     k, v, decay, bonus, state, resets = _promote(
         k, v, time_decay, time_first, initial_state, valid, resets
     )
-    inputs = (k, v, decay, bonus, *state, valid, resets, chunk_size)
-    if torch.compiler.is_compiling():
-        out, *last, _, _, _ = _mix(*inputs)
-    else:
-        out, *last, _, _, _ = WKV.apply(*inputs)
+    out, *last = WKV.apply(k, v, decay, bonus, *state, valid, resets, chunk_size)[:4]
     return out, WKVState(*last)
-
-
-class WKV(torch.autograd.Function):
-    """``_mix`` with a backward pass of its own, which keeps keys, values and the states met.
-
-    The weights of the forward pass, all at most 1, are the backward pass's too: with G the gradient
-    of the outputs over their denominators, that of the sums is G times the weight with which a
-    token reads them, and what the next token's sums hand back, times what was kept of these.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _mix(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.set_materialize_grads(True)
-        ctx.chunk_size = inputs[-1]
-        ctx.save_for_backward(*inputs[:-1], *output[4:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        return *_gradients(*grads[:3], *ctx.saved_tensors, ctx.chunk_size), *[None] * 4
-
-
-def _mix(
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    bonus: Tensor,
-    num: Tensor,
-    den: Tensor,
-    start: Tensor,
-    valid: Tensor | None,
-    resets: Tensor | None,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """WKV from the state num, den, start, all [B, d].
-
-    Returns out [B, T, d]; num, den and max after the last token [B, d]; num and den that the
-    tokens meet [B, T, d], and max before and after each [B, T + 1, d].
-    """
-    if resets is not None:
-        num, den, start = _clear(resets[:, :1], num, den, start)
-    key, decays = _transitions(k, decay, valid, resets)
-    with torch.no_grad():
-        scales = running_max(key.detach(), decays.detach(), start, chunk_size).clamp(min=EMPTY)
-    keep, add = _weights(key, decays, scales)
-    sums, last = running_sums(keep, (add * v, add), (num, den), chunk_size)
-    out, *_ = _read(*sums, scales[:, :-1], k + bonus, v)
-    return out, *last, scales[:, -1].clone(), *sums, scales
-
-
-@in_full_precision
-def _gradients(out_grad: Tensor, num_grad: Tensor, den_grad: Tensor, *saved: Any) -> tuple:
-    """Of k, v, decay, bonus, num and den; saved as of ``WKV``."""
-    k, v, decay, bonus, *_, valid, resets, nums, dens, scales, chunk_size = saved
-    if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
-        nums, dens, scales = _mix(*saved[:9], chunk_size)[4:]
-    out, total, past, now = _read(nums, dens, scales[:, :-1], k + bonus, v)
-    key, decays = _transitions(k, decay, valid, resets)
-    keep, add = _weights(key, decays, scales)
-    grad = out_grad / total
-    read_grad = grad * past
-    (num_grads, den_grads), first = running_sums(
-        keep, (read_grad, -read_grad * out), (num_grad, den_grad), chunk_size, reverse=True
-    )
-    own_grad = grad * now
-    v_grad = own_grad + add * num_grads
-    own_grad = own_grad * (v - out)
-    k_grad = own_grad + add * (v * num_grads + den_grads)
-    decay_grad = keep * (nums * num_grads + dens * den_grads)
-    if valid is not None:
-        decay_grad = decay_grad.masked_fill(~valid[..., None], 0)
-    if resets is not None:
-        first = tuple(x.masked_fill(resets[:, :1], 0) for x in first)
-    return k_grad, v_grad, -decay_grad.sum((0, 1)), own_grad.sum((0, 1)), *first
-
-
-def _clear(new: Tensor, num: Tensor, den: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The state [B, d], the initial one in rows where a document begins: new is bool [B, 1]."""
-    return num.masked_fill(new, 0), den.masked_fill(new, 0), scale.masked_fill(new, EMPTY)
-
-
-def _transitions(
-    k: Tensor, decay: Tensor, valid: Tensor | None, resets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """From each token to the next: with what exponent it is added, and what is lost [B, T, d].
-
-    Padding adds and loses nothing; before a new document all is lost. Without flags the second is
-    the same for all tokens, [1, 1, d].
-    """
-    key, decays = k, decay[None, None]
-    if valid is not None:
-        key = key.masked_fill(~valid[..., None], -torch.inf)
-        decays = torch.where(valid[..., None], decays, 0.0)
-    if resets is not None:
-        ends = F.pad(resets[:, 1:], (0, 1))[..., None]
-        key = key.masked_fill(ends, -torch.inf)
-        decays = torch.where(ends, torch.inf, decays)
-    return key, decays
-
-
-def _weights(key: Tensor, decays: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the sums is kept at each token, and with what weight its own value is added.
-
-    The difference of large neighbours first: it is exact, and gives back what rounding took.
-    """
-    before, after = scales[:, :-1], scales[:, 1:]
-    return (before - after - decays).exp(), (key - after).exp()
-
-
-def _read(
-    num: Tensor, den: Tensor, scale: Tensor, current: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """WKV from the state before a token, its own exponent u + k and its value.
-
-    Returns out, its denominator, and the weights of the state's sums and of the token itself.
-    """
-    unit = torch.maximum(scale, current).detach()
-    past, now = (scale - unit).exp(), (current - unit).exp()
-    total = past * den + now
-    return (past * num + now * v) / total, total, past, now
 
 
 def _promote(
