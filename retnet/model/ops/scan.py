@@ -44,8 +44,8 @@ def running_max(key: Tensor, decay: Tensor, start: Tensor, chunk_size: int) -> T
         inside.append(torch.maximum(inside[-1] - own_decay, own_key))
     since = decay.cumsum(2)
     met = running_max(inside[-1], since[:, :, -1], start, chunk_size)[:, :-1, None]
-    found = torch.maximum(torch.stack(inside, dim=2), met - since).flatten(1, 2)
-    return torch.cat((start[:, None], found[:, :length]), dim=1)
+    after = torch.maximum(torch.stack(inside, dim=2), met - since).flatten(1, 2)
+    return torch.cat((start[:, None], after[:, :length]), dim=1)
 
 
 def running_sums(

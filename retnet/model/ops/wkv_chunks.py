@@ -63,9 +63,9 @@ def _mix(
     key, decays = _transitions(k, decay, valid, resets)
     scales = _scales(key, decays, start, chunk_size)
     keep, add = _weights(key, decays, scales)
-    sums, last = running_sums(keep, (add * v, add), (num, den), chunk_size)
-    out, *_ = read(*sums, scales[:, :-1], k + bonus, v)
-    return out, *last, scales[:, -1].clone(), *sums, scales
+    (nums, dens), last = running_sums(keep, (add * v, add), (num, den), chunk_size)
+    out, *_ = read(nums, dens, scales[:, :-1], k + bonus, v)
+    return out, *last, scales[:, -1].clone(), nums, dens, scales
 
 
 @in_full_precision
@@ -73,7 +73,8 @@ def _gradients(out_grad: Tensor, num_grad: Tensor, den_grad: Tensor, *saved: Any
     """Of k, v, decay, bonus, num and den; saved as of ``WKV``."""
     k, v, decay, bonus, *_, valid, resets, nums, dens, scales, chunk_size = saved
     if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
-        nums, dens, scales = _mix(*saved[:9], chunk_size=chunk_size)[4:]
+        inputs: Any = (*saved[:9], chunk_size)
+        nums, dens, scales = _mix(*inputs)[4:]
     out, total, past, now = read(nums, dens, scales[:, :-1], k + bonus, v)
     key, decays = _transitions(k, decay, valid, resets)
     keep, add = _weights(key, decays, scales)
