@@ -46,14 +46,12 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
         names[key] = cls.__name__
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         memory = one_memory(*(kwargs.pop(name, None) for name in NAMES))
         if memory is not None:
             _check_is_prefix(memory, inputs, **kwargs)
             kwargs[MEMORY] = memory
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """transformers' entrance to ``generate_batch``, which pages keys and values.
@@ -66,7 +64,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
+    def _prepare_cache_for_generation(
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -100,7 +98,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             model_kwargs[MEMORY] = self.new_cache()
         model_kwargs["decode_step"] = _decode_step(self)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Any,
         inputs_embeds: Tensor | None = None,
@@ -109,7 +107,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
     ) -> dict[str, Any]:
         """generate's hook: of a whole prompt's segment ids those of the tokens of this call; and
         the lean step, where nothing but the next token is asked for."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         segment_ids, cache = inputs.get("segment_ids"), inputs.get(MEMORY)
