@@ -88,8 +88,8 @@ class DecoderConfig(PretrainedConfig):
             self.intermediate_size = self._balanced_intermediate_size()
             if self.intermediate_size < self.hidden_size:
                 problems.append(
-                    f"{self._large_keys()} leaves less than hidden_size ({self.hidden_size}) for the "
-                    "feed-forward network, of a layer's 12 d^2 parameters: make it smaller, or "
+                    f"{self._large_keys()} leaves less than hidden_size ({self.hidden_size}) of a "
+                    "layer's 12 d^2 parameters for the feed-forward network: make it smaller, or "
                     "give intermediate_size a number"
                 )
         if problems:
