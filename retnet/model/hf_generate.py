@@ -64,7 +64,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
