@@ -44,7 +44,7 @@ def load_config(
         if plain:
             logger.info(f"{', '.join(plain)} in {path}: ${{...}} is text, nothing is replaced")
     config = _fill({**in_file, **given})
-    model, data, train = settled(config.model), config.data, config.train
+    model, data, train = settled(config.model, given), config.data, config.train
     if "data.tokenizer" in given and "data.vocab_size" not in given and data.tokenizer != BPE:
         # the size in the file is for the tokenizer in the file
         data = replace(data, vocab_size=DataSpec.vocab_size)

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from retnet.data import DataSpec
+from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
 from retnet.paths import expand
 
@@ -36,8 +37,9 @@ def _option(default: Any, text: str) -> Any:
 
 def mixer_keys(mixer: str) -> dict[str, Field]:
     """The keys that mean something to a mixer, with the defaults that it gives them."""
-    fields = dataclasses.fields(MIXERS[mixer].options)
-    return {option.name: option for option in fields if "help" in option.metadata}
+    fields, unused = dataclasses.fields(MIXERS[mixer].options), MIXERS[mixer].unused
+    named = {option.name: option for option in fields if "help" in option.metadata}
+    return {name: option for name, option in named.items() if name not in unused}
 
 
 def _merged(owners: dict[str, Field]) -> tuple[Any, Any]:
@@ -56,20 +58,29 @@ def _merged(owners: dict[str, Field]) -> tuple[Any, Any]:
     return kind | None, _option(None, text)
 
 
-def settled(section: Any) -> Any:
+def settled(section: Any, by_hand: Collection[str] = ()) -> Any:
     """The section with the mixer's own defaults, and nothing for keys of other mixers.
 
-    One that was set to something is named in a warning.
+    One that was set to something is named in a warning; a ``UserError`` where it is among
+    ``by_hand``, the keys of the command line.
     """
-    own, values = mixer_keys(section.mixer), dict(vars(section))
+    mixer, own, values = MIXERS[section.mixer], mixer_keys(section.mixer), dict(vars(section))
     for key, value in vars(section).items():
-        if key in own:
-            values[key] = own[key].default if value is None else value
-        elif key not in NOT_OF_THE_MODEL and value is not None:
-            owners = (mixer_keys(mixer) for mixer in MIXERS)
-            if all(value != keys[key].default for keys in owners if key in keys):
-                logger.warning(f"model.{key}: no effect with model.mixer={section.mixer}")
-            values[key] = None
+        if key in own and value is None:
+            # some are class attributes of the mixer, see ``DecoderConfig.resolve``
+            default = own[key].default
+            values[key] = getattr(mixer, key, None) if default is None else default
+        if key in (*own, *NOT_OF_THE_MODEL) or value is None:
+            continue
+        if f"model.{key}" in by_hand:
+            raise UserError(
+                f"model.{key} ({value}) has no meaning with model.mixer={section.mixer}: leave it "
+                "out"
+            )
+        owners = (mixer_keys(mixer) for mixer in MIXERS)
+        if all(value != keys[key].default for keys in owners if key in keys):
+            logger.warning(f"model.{key}: no effect with model.mixer={section.mixer}")
+        values[key] = None
     return type(section)(**values)
 
 

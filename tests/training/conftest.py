@@ -68,7 +68,6 @@ def tiny_options(corpus: Path, folder: Path) -> list[str]:
             "model.hidden_size": 16,
             "model.num_hidden_layers": 1,
             "model.num_heads": 2,
-            "model.chunk_size": 8,
             "model.dropout": 0.1,
             "data.source": corpus,
             "data.tokenizer": "bytes",

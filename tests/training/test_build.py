@@ -72,13 +72,25 @@ def test_the_mixers_own_rotation() -> None:
         assert model_config(config, 300).rotary_layout == layout
 
 
-def test_what_has_no_effect_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_another_mixer(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """In a recipe they are left out, and named where they say something; by hand a mistake."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model:\n  decay: 0.9\n  gate: true\n")
     with caplog.at_level(logging.WARNING):
-        config = load_config(None, ["model.mixer=attention", "model.decay=0.9", "model.gate=true"])
+        config = load_config(recipe, ["model.mixer=attention"])
     assert [record.getMessage() for record in caplog.records] == [
         "model.decay: no effect with model.mixer=attention"
     ]
     assert config.model.decay is None and config.model.gate is None
+    with pytest.raises(UserError, match=r"model.gate \(True\) has no meaning with .*=attention"):
+        load_config(None, ["model.mixer=attention", "model.gate=true"])
+
+
+def test_a_mixers_own_values_are_written_down() -> None:
+    """So that a run goes on where a recipe gave them, or an older one had no such key."""
+    model = load_config(None, []).model
+    assert (model.ffn, model.positions, model.embedding_norm) == ("gelu", "rotary", False)
+    assert load_config(None, ["model.ffn=gelu", "model.positions=rotary"]).model == model
 
 
 def test_values_that_make_no_model_name_the_key() -> None:

@@ -9,6 +9,7 @@ import pytest
 from retnet import RetNetConfig
 from retnet.data import DataSpec
 from retnet.errors import UserError
+from retnet.model import MIXERS
 from retnet.training.config import load_config, to_yaml
 from retnet.training.spec import RESUMABLE_KEYS, Config, TrainSpec, describe_keys, flatten
 
@@ -46,7 +47,7 @@ def test_every_key_is_described() -> None:
     lines = "\n".join(describe_keys())
     for key in flatten(Config()):
         assert f"  {key}: " in lines
-    assert "model.mixer: retention | attention = retention\n" in lines
+    assert f"model.mixer: {' | '.join(MIXERS)} = retention\n" in lines
     assert "data.validation: str | null = null\n" in lines
     for section in (Config().model, DataSpec, TrainSpec):
         for option in dataclasses.fields(section):
