@@ -32,7 +32,14 @@ from retnet.data.prepared import (
 from retnet.data.record import NULL, entry, unusable
 from retnet.data.sources import Source, open_source, open_validation, reopen_source
 from retnet.data.spec import BPE, DataSpec
-from retnet.data.split import DocumentsHash, SplitRule, Survey, choose_split, survey_documents
+from retnet.data.split import (
+    DocumentsHash,
+    SplitRule,
+    Survey,
+    choose_split,
+    choose_tuning_split,
+    survey_documents,
+)
 from retnet.data.streaming import stream_fingerprint, write_stream
 from retnet.data.tokenizer import load_tokenizer, max_token_id, tokenizer_hash, train_bpe
 from retnet.data.writing import phase, read_documents_of, write_tokens
@@ -71,6 +78,8 @@ class _Inputs:
             "tokenizers": tokenizers.__version__,
             "max_tokens": spec.max_tokens,
         } | ({"streaming": True} if spec.streaming else {})
+        if spec.tuning_fraction:
+            decides["tuning"] = [spec.tuning_fraction, spec.validation is not None]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         only = re.ASCII if sys.getfilesystemencoding() != "utf-8" else 0  # what a name may have
         label = re.sub(r"[^\w.-]+", "-", Path(spec.source).name, flags=only)
@@ -85,7 +94,8 @@ def prepare_data(spec: DataSpec) -> PreparedData:
     """
     spec.validate()
     source = open_source(spec)
-    validation = open_validation(spec, source)
+    # under tuning it is not looked at
+    validation = None if spec.tuning_fraction else open_validation(spec, source)
     tokenizer = None
     if spec.tokenizer != BPE:
         tokenizer = load_tokenizer(spec.tokenizer)
@@ -173,12 +183,13 @@ def _build(folder: Path, inputs: _Inputs) -> None:
     spec, source, validation = inputs.spec, inputs.source, inputs.validation
     folder.mkdir(exist_ok=True)
     survey = None if spec.streaming else _survey(source, "data.source")
-    if validation is None:
+    rule = SplitRule("given")
+    if spec.validation is None:
         rule = choose_split(survey, spec.validation_fraction, spec.source)
-    else:
-        rule = SplitRule("given")
-        if survey is not None:
-            _survey(validation, "data.validation")
+    elif survey is not None and validation is not None:
+        _survey(validation, "data.validation")
+    if spec.tuning_fraction:
+        rule = choose_tuning_split(rule, survey, spec.tuning_fraction, spec.source)
     tokenizer = inputs.tokenizer or _train_tokenizer(
         folder, inputs, rule, survey.num_bytes if survey else STREAMED_TOKENIZER_BYTES
     )

@@ -43,6 +43,11 @@ class DataSpec:
         "share held back when data.validation is null: whole documents by content hash when there "
         "are at least 20 and none holds over 5 % of the bytes, else the tail of each document",
     )
+    tuning_fraction: float = _option(
+        0.0,
+        "above 0: train on that much less, judge on it, and leave the validation text alone: to "
+        "choose settings by",
+    )
     tokenizer: str = _option(
         BPE,
         "bytes, bpe (byte-level BPE trained on the training text), or the name or folder of a "
@@ -73,6 +78,11 @@ class DataSpec:
             problems.append(
                 f"data.validation_fraction ({self.validation_fraction}) is out of range: "
                 "use a share between 0 and 1, 0.1 for instance"
+            )
+        if not 0.0 <= self.tuning_fraction < 1.0:
+            problems.append(
+                f"data.tuning_fraction ({self.tuning_fraction}) is out of range: use 0 for none, "
+                "or a share below 1, 0.1 for instance"
             )
         if self.tokenizer == BPE and self.vocab_size < MIN_BPE_VOCAB_SIZE:
             problems.append(

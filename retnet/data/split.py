@@ -8,12 +8,12 @@ import hashlib
 import re
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from retnet.data.record import entry, unusable
+from retnet.data.record import NULL, entry, unusable
 from retnet.errors import UserError
 
 MIN_DOCUMENTS = 20
@@ -64,14 +64,20 @@ class SplitRule:
     ``documents``: whole documents, those with a hash below ``threshold`` are validation.
     ``tail``: the last ``fraction`` of each document's characters is validation.
     ``given``: validation comes from elsewhere, every document is training.
+
+    A rule ``within`` another one divides what that leaves for training; what that one holds back is
+    on neither side then.
     """
 
     kind: Kind
     fraction: float = 0.0
     threshold: int = 0
+    within: "SplitRule | None" = None
 
     def divide(self, text: str) -> tuple[str, str]:
         """The training part and the validation part of a document; either may be empty."""
+        if self.within is not None:
+            text, _ = self.within.divide(text)
         if self.kind == "documents":
             return ("", text) if document_hash(text.encode()) < self.threshold else (text, "")
         if self.kind == "tail":
@@ -82,7 +88,9 @@ class SplitRule:
 
     def to_record(self) -> dict[str, Any]:
         """A JSON-able form (the threshold in hex: not every reader of JSON has 64-bit integers)."""
-        return asdict(self) | {"threshold": f"{self.threshold:x}"}
+        own = asdict(self) | {"threshold": f"{self.threshold:x}"}
+        del own["within"]
+        return own if self.within is None else own | {"within": self.within.to_record()}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "SplitRule":
@@ -95,7 +103,9 @@ class SplitRule:
             raise unusable(record, "fraction")
         if not re.fullmatch("[0-9a-f]{1,17}", threshold) or int(threshold, 16) > HASH_RANGE:
             raise unusable(record, "threshold")
-        return cls(kind, float(fraction), int(threshold, 16))
+        within = entry(record, "within", dict, NULL, missing=None)
+        within = None if within is None else cls.from_record(within)
+        return cls(kind, float(fraction), int(threshold, 16), within)
 
 
 def survey_documents(documents: Iterable[bytes]) -> Survey:
@@ -108,15 +118,40 @@ def survey_documents(documents: Iterable[bytes]) -> Survey:
     return Survey(sizes, hashes, total.hexdigest())
 
 
-def choose_split(survey: Survey | None, fraction: float, source: str) -> SplitRule:
+def choose_tuning_split(
+    rule: SplitRule, survey: Survey | None, fraction: float, source: str
+) -> SplitRule:
+    """The rule that divides the training side of ``rule`` in the same way, to choose settings by.
+
+    A ``UserError`` as of ``choose_split``.
+    """
+    if rule.kind == "tail":
+        return SplitRule("tail", fraction, within=rule)
+    hashes = None if survey is None else np.frombuffer(survey.hashes, dtype=np.uint64)
+    if hashes is not None and survey is not None and rule.kind == "documents":
+        left = np.flatnonzero(hashes >= np.uint64(rule.threshold))
+        survey = Survey(
+            array("Q", np.frombuffer(survey.sizes, dtype=np.uint64)[left].tolist()),
+            array("Q", hashes[left].tolist()),
+            survey.sha256,
+        )
+    chosen = choose_split(survey, fraction, source, above=rule.threshold)
+    return replace(chosen, within=rule)
+
+
+def choose_split(
+    survey: Survey | None, fraction: float, source: str, *, above: int = 0
+) -> SplitRule:
     """The rule for a source without validation data of its own; neither side will be empty.
 
     Whole documents by hash when there are at least 20 and none holds more than 5 % of the bytes,
     else (or when all documents are equal) the tail of each; a ``UserError`` where it is too short.
-    Without a survey (of a stream) by hash, and a side may turn out to be empty.
+    Without a survey (of a stream) by hash, and a side may turn out to be empty. Only documents with
+    hashes from ``above`` on are there.
     """
+    threshold = above + int(fraction * (HASH_RANGE - above))
     if survey is None:
-        return SplitRule("documents", fraction, int(fraction * HASH_RANGE))
+        return SplitRule("documents", fraction, threshold)
     sizes = np.frombuffer(survey.sizes, dtype=np.uint64)
     hashes = np.frombuffer(survey.hashes, dtype=np.uint64)
     total = int(sizes.sum())
@@ -124,7 +159,7 @@ def choose_split(survey: Survey | None, fraction: float, source: str) -> SplitRu
         smallest, largest = int(hashes.min()), int(hashes.max())
         if smallest < largest:
             # A side that chance left empty gets the one document nearest to the threshold.
-            threshold = min(max(int(fraction * HASH_RANGE), smallest + 1), largest)
+            threshold = min(max(threshold, smallest + 1), largest)
             return SplitRule("documents", fraction, threshold)
     # Bytes bound characters from above: exact counting is only needed near the limit, where the
     # writer of the token files checks again.

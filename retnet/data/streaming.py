@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.hub import HubSource
-from retnet.data.prepared import SIDES, TRAIN, VALIDATION
+from retnet.data.prepared import SIDES, TRAIN
 from retnet.data.record import entry
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
@@ -54,14 +54,17 @@ class _Hashes:
         self.all, self.sides = DocumentsHash(), {side: DocumentsHash() for side in SIDES}
         self.documents = 0
 
-    def side(self, text: str) -> str:
-        return TRAIN if self._rule.divide(text)[0] else VALIDATION
+    def side(self, text: str) -> str | None:
+        """Which one a document is on, if any."""
+        parts = zip(SIDES, self._rule.divide(text), strict=True)
+        return next((side for side, part in parts if part), None)
 
-    def add(self, text: str, side: str) -> int:
-        """Append a document of a side; returns its UTF-8 bytes."""
+    def add(self, text: str, side: str | None) -> int:
+        """Append a document; returns its UTF-8 bytes."""
         encoded = text.encode()
         self.all.add(encoded)
-        self.sides[side].add(encoded)
+        if side is not None:
+            self.sides[side].add(encoded)
         self.documents += 1
         return len(encoded)
 
@@ -159,8 +162,9 @@ def _append(
         for name in writers
     }
     for text, side in sided:
-        _, pieces = next(encoded[side])
-        add_document(writers[side], pieces, max_tokens if side == TRAIN else None)
+        if side is not None:
+            _, pieces = next(encoded[side])
+            add_document(writers[side], pieces, max_tokens if side == TRAIN else None)
         counter.advance(hashes.add(text, side))
         if side == TRAIN and writers[side].num_tokens == max_tokens:
             return True

@@ -388,3 +388,23 @@ def test_phases_are_logged(
     prepare_data(spec_for(path, tokenizer="bpe", vocab_size=280))
     for phase in ("reading", "training the tokenizer", "tokenising train", "tokenising validation"):
         assert any(line.startswith(phase) and "documents" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_tuning_leaves_the_validation_text_alone(
+    tmp_path: Path, spec_for: SpecFor, streaming: bool, given: bool
+) -> None:
+    """It trains on less, judges on that, and the record finds it again."""
+    source = write_documents(tmp_path / "a.jsonl", 400)
+    own = {"validation": str(write_documents(tmp_path / "b.jsonl", 30))} if given else {}
+    plain, tuning = (
+        prepare_data(spec_for(source, streaming=streaming, tuning_fraction=share, **own))
+        for share in (0.0, 0.3)
+    )
+    judged = rebuild_validation(tuning.record)
+    assert len(judged) == tuning.validation.num_documents > 0
+    kept = tuning.train.num_documents + tuning.validation.num_documents
+    assert kept == plain.train.num_documents
+    if not given:
+        assert not set(judged) & set(rebuild_validation(plain.record))

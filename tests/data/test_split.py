@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet.data.split import SplitRule, choose_split, survey_documents
+from retnet.data.split import SplitRule, choose_split, choose_tuning_split, survey_documents
 from retnet.errors import UserError
 
 
@@ -69,3 +69,30 @@ def test_too_short_to_divide() -> None:
 def test_rule_survives_its_record() -> None:
     for rule in (SplitRule("tail", 0.1), SplitRule("documents", 0.1, 2**63 + 12345)):
         assert SplitRule.from_record(rule.to_record()) == rule
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.text("abcdef", min_size=4, max_size=9), min_size=3, max_size=80),
+    st.sampled_from(["given", "chosen"]),
+    st.floats(0.05, 0.5),
+)
+def test_tuning_divides_the_training_side_alone(texts: list[str], kind: str, share: float) -> None:
+    survey = survey_documents(text.encode() for text in texts)
+    rule = SplitRule("given") if kind == "given" else choose_split(survey, 0.2, "here")
+    inner = choose_tuning_split(rule, survey, share, "here")
+    for text in texts:
+        whole, held_back = rule.divide(text)
+        train, tuning = inner.divide(text)
+        assert train + tuning == whole, held_back
+    assert SplitRule.from_record(inner.to_record()) == inner
+
+
+def test_tuning_holds_back_what_it_should() -> None:
+    texts = [f"document number {i}" for i in range(4000)]
+    survey = survey_documents(text.encode() for text in texts)
+    rule = choose_split(survey, 0.1, "here")
+    inner = choose_tuning_split(rule, survey, 0.25, "here")
+    train, tuning = (sum(map(bool, side)) for side in zip(*map(inner.divide, texts), strict=True))
+    assert tuning / (train + tuning) == pytest.approx(0.25, abs=0.03)
+    assert (train + tuning) / 4000 == pytest.approx(0.9, abs=0.03)
