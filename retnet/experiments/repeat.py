@@ -1,28 +1,24 @@
-"""Train one recipe with both mixers and several seeds, and print the mean with its spread.
+"""Train one recipe with several contenders and seeds, and print the mean with its spread.
 
     python -m retnet.experiments.repeat configs/shakespeare-char.yaml --seeds 0 1 2 \
-        --vary train.learning_rate=2e-3,4e-3 data.source=PATH
+        --mixers retention attention --vary train.learning_rate=2e-3,4e-3 data.source=PATH
 
 Each run has its own folder, so what was interrupted goes on and what is finished is only read.
+``--tuned FILE`` gives each contender the settings that ``retnet.experiments.tune`` chose for it.
 """
 
 import argparse
 import itertools
-import json
-import logging
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError
-from retnet.model.mixers import MIXERS
-from retnet.training import key_of, load_config, train
-from retnet.training.tracking import METRICS
-
-logger = logging.getLogger(__name__)
+from retnet.experiments.contenders import Contender, add_options, choices, contenders, run_once
+from retnet.experiments.tune import read_tuned
 
 
 @dataclass(frozen=True)
@@ -39,47 +35,36 @@ class Row:
         return f"{self.setting:<44} {mean:8.4f} {spread:8.4f}   {each}"
 
 
-def final_loss(run_folder: Path) -> float:
-    """The validation loss of a finished run's last step."""
-    last = json.loads((run_folder / METRICS).read_text().splitlines()[-1])
-    return float(last["val/loss"])
-
-
 def repeat(
     recipe: str,
+    who: Sequence[Contender],
     *,
     seeds: Sequence[int],
-    mixers: Sequence[str],
-    variations: Sequence[str],
+    variations: Mapping[str, Sequence[str]],
     overrides: Sequence[str],
+    tuned: Mapping[str, Sequence[str]],
     out: Path,
 ) -> list[Row]:
-    """Train every combination of mixer, variation and seed.
+    """Train every combination of contender, variation and seed.
 
-    Each value of a variation, "key=a,b,c", is a setting of its own; several multiply.
+    Each value of a variation is a setting of its own; several multiply. ``tuned``: more keys of
+    each contender.
 
     Raises:
         UserError: A run did not finish, or an argument is wrong.
     """
-    choices = []
-    for variation in variations:
-        key, equals, values = variation.partition("=")
-        if not equals or not values:
-            raise UserError(f"--vary ({variation}) must be key=value,value")
-        choices.append([f"{key}={value}" for value in values.split(",")])
     rows = []
-    for mixer, *chosen in itertools.product(mixers, *choices):
-        setting = [f"model.mixer={mixer}", *chosen]
+    options = [[f"{key}={value}" for value in values] for key, values in variations.items()]
+    for contender, varied in itertools.product(who, itertools.product(*options)):
+        setting = [*contender.keys, *tuned.get(contender.name, ()), *varied]
+        own = [value for key, _, value in (s.partition("=") for s in setting[1:])]
         losses = []
         for seed in seeds:
-            name = "-".join([Path(recipe).stem, *(s.split("=")[1] for s in setting), str(seed)])
-            folder = out / name
-            arguments = [*overrides, *setting, f"train.seed={seed}", f"train.out_dir={folder}"]
-            logger.info("== %s", name)
-            if train(load_config(recipe, arguments), [*map(key_of, arguments)]) != 0:
-                raise UserError(f"run ({folder}) did not finish: see its messages above")
-            losses.append(final_loss(folder))
-        rows.append(Row(", ".join(s.split(".")[-1] for s in setting), losses))
+            name = "-".join([Path(recipe).stem, contender.name, *own, str(seed)])
+            keys = [*overrides, *setting, f"train.seed={seed}"]
+            losses.append(run_once(recipe, out / name.replace("/", "_"), keys))
+        shown = [contender.name, *(s.partition(".")[2] for s in setting[1:])]
+        rows.append(Row(", ".join(shown), losses))
     return rows
 
 
@@ -87,20 +72,24 @@ def main(argv: Sequence[str]) -> None:
     """Parse, train, print the table to stdout."""
     parser = ArgumentParser(prog="python -m retnet.experiments.repeat", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
-    parser.add_argument("--vary", action="append", default=[], metavar="key=a,b", help="settings")
+    add_options(parser)
     add = parser.add_argument
-    add("--out", type=file_path, default=Path("runs"), help="folder of the run folders")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--vary", action="append", default=[], metavar="key=a,b", help="settings")
+    add("--tuned", type=file_path, metavar="FILE", help="what tune chose for each contender")
     arguments = parser.parse_intermixed_args(argv)
+    who = contenders(arguments)
+    tuned = read_tuned(arguments.tuned) if arguments.tuned else {}
+    for contender in who:
+        if arguments.tuned and contender.name not in tuned:
+            raise UserError(f"--tuned ({arguments.tuned}) says nothing of {contender.name}")
     rows = repeat(
         arguments.recipe,
+        who,
         seeds=arguments.seeds,
-        mixers=arguments.mixers,
-        variations=arguments.vary,
+        variations=choices("--vary", arguments.vary),
         overrides=arguments.overrides,
+        tuned=tuned,
         out=arguments.out,
     )
     print(f"{'validation loss, nats/token':<44} {'mean':>8} {'sd':>8}   seeds {arguments.seeds}")

@@ -1,18 +1,23 @@
 """Several seeds and settings of a recipe."""
 
+import json
 import re
 import statistics
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from retnet import cli
 from retnet.errors import UserError
+from retnet.experiments import contenders as module
 from retnet.experiments import repeat
+from retnet.experiments.contenders import contenders
+from retnet.model import MIXERS
 
 
-@pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
+@pytest.fixture(name="arguments")
+def small_runs(tmp_path: Path) -> list[str]:
     text = tmp_path / "text.txt"
     text.write_text("every token adds its key and value to the state, and the state decays. " * 40)
     return [
@@ -24,20 +29,21 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def test_a_row_for_each_mixer_and_setting(arguments, tmp_path: Path, capsys) -> None:
-    vary = ["--seeds", "0", "1", "--vary", "train.learning_rate=1e-3,1e-1"]
+    vary = ["--mixers", "retention", "attention"]
+    vary += ["--seeds", "0", "1", "--vary", "train.learning_rate=1e-3,1e-1"]
     assert cli.run(repeat.main, [*arguments, *vary]) == 0
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 1 + 2 * 2
     settings = [re.split(r"  +", row)[0] for row in table[1:]]
     assert settings == [
-        "mixer=retention, learning_rate=1e-3", "mixer=retention, learning_rate=1e-1",
-        "mixer=attention, learning_rate=1e-3", "mixer=attention, learning_rate=1e-1",
+        "retention, learning_rate=1e-3", "retention, learning_rate=1e-1",
+        "attention, learning_rate=1e-3", "attention, learning_rate=1e-1",
     ]  # fmt: skip
     mean, spread, *each = map(float, table[1].split()[2:])
     assert mean == pytest.approx(statistics.mean(each), abs=1e-4)
     assert spread == pytest.approx(statistics.stdev(each), abs=1e-4)
-    folder = tmp_path / "runs/shakespeare-char-retention-1e-3-0"
-    assert repeat.final_loss(folder) == pytest.approx(each[0], abs=1e-4)
+    last = (tmp_path / "runs/shakespeare-char-retention-1e-3-0/metrics.jsonl").read_text()
+    assert json.loads(last.splitlines()[-1])["val/loss"] == pytest.approx(each[0], abs=1e-4)
 
     assert cli.run(repeat.main, [*arguments, *vary]) == 0  # finished runs are only read
     again = capsys.readouterr()
@@ -47,15 +53,36 @@ def test_a_row_for_each_mixer_and_setting(arguments, tmp_path: Path, capsys) -> 
 def test_one_mixer_one_seed(arguments, capsys) -> None:
     assert cli.run(repeat.main, [*arguments, "--seeds", "3", "--mixers", "attention"]) == 0
     (row,) = capsys.readouterr().out.splitlines()[1:]
-    assert row.startswith("mixer=attention ") and "nan" in row
+    assert row.startswith("attention ") and "nan" in row
 
 
-def test_mistakes(arguments, capsys) -> None:
-    assert cli.run(repeat.main, [*arguments, "--vary", "train.seed"]) == 2
-    assert "--vary (train.seed) must be key=value,value" in capsys.readouterr().err
+def test_every_mixer_takes_part_and_variants_too(arguments, capsys) -> None:
+    variant = ["--variant", "short", "retention", "model.decay=0.9"]
+    assert cli.run(repeat.main, [*arguments, *variant, "--seeds", "0"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert row.startswith("short, decay=0.9 ")
+    who = contenders(Namespace(mixers=None, variant=[]))
+    assert [one.name for one in who] == list(MIXERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--vary", "train.seed"], "--vary (train.seed) must be key=value,value"),
+        (["--vary", "train.seed=1,"], "--vary (train.seed=1,) must be key=value,value"),
+        (["--variant", "a"], "--variant (a) must be NAME MIXER KEY=VALUE"),
+        (["--variant", "a", "lstm"], "--variant (a lstm) must be NAME MIXER KEY=VALUE"),
+        (["--variant", "a/b", "retention"], "--variant (a/b) must be a folder's name"),
+        (["--variant", "a", "retention", "--variant", "a", "attention"], "--variant (a) must be"),
+        (["--tuned", "no.json"], "no.json is not readable JSON"),
+    ],
+)
+def test_mistakes(arguments, capsys, options: list[str], words: str) -> None:
+    assert cli.run(repeat.main, [*arguments, *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_finish(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeat, "train", lambda *_: 3)
+    monkeypatch.setattr(module, "train", lambda *_: 3)
     with pytest.raises(UserError, match="did not finish"):
         repeat.main([*arguments, "--seeds", "0"])

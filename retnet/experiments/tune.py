@@ -1,0 +1,198 @@
+"""Choose settings for several contenders with equal effort, on text that is not reported.
+
+    python -m retnet.experiments.tune configs/shakespeare-char.yaml data.source=PATH \
+        --mixers retention attention --grid train.learning_rate=2e-3,4e-3,8e-3 --json tuned.json
+
+Every contender gets the same grid. A trial trains on the training side less a tuning split
+(data.tuning_fraction) and is judged on that split; the validation text is never looked at. Where a
+contender's best value is at an end of the grid, the grid is continued there once, for all of them.
+All trials are printed and written down; ``python -m retnet.experiments.repeat --tuned FILE`` takes
+the chosen values, with the whole training side.
+"""
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from retnet.cli import ArgumentParser, file_path, number, positive_int, run
+from retnet.errors import UserError, os_errors
+from retnet.experiments.contenders import Contender, add_options, choices, contenders, run_once
+from retnet.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+Grid = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: whose, the grid's values by key, nats per token on the tuning split."""
+
+    contender: str
+    values: dict[str, str]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A contender's best trial, and the keys whose value is still at an end of the grid."""
+
+    contender: str
+    values: dict[str, str]
+    loss: float
+    at_edge: list[str]
+
+
+def tune(
+    recipe: str,
+    who: Sequence[Contender],
+    grid: Grid,
+    *,
+    overrides: Sequence[str],
+    fraction: float,
+    seed: int,
+    out: Path,
+) -> tuple[list[Trial], list[Chosen]]:
+    """All trials, and what is best for each; each run folder says whose it is and of which values.
+
+    Raises:
+        UserError: A run did not finish, or an argument is wrong.
+    """
+    common = [*overrides, f"data.tuning_fraction={fraction}", f"train.seed={seed}"]
+
+    def trials_of(grid: Grid, known: Sequence[Trial]) -> list[Trial]:
+        found = list(known)
+        settings = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
+        for contender, setting in itertools.product(who, settings):
+            if any(t.contender == contender.name and t.values == setting for t in found):
+                continue
+            name = "-".join(
+                [Path(recipe).stem, "tune", contender.name, *setting.values(), str(seed)]
+            )
+            keys = [*common, *contender.keys, *(f"{key}={value}" for key, value in setting.items())]
+            found.append(Trial(contender.name, setting, run_once(recipe, out / name, keys)))
+        return found
+
+    trials = trials_of(grid, [])
+    wider = widened(grid, [best_of(trials, contender.name, grid) for contender in who])
+    if wider != grid:
+        logger.info("the best value is at an end of the grid: it is continued there, for all")
+        trials = trials_of(wider, trials)
+    return trials, [best_of(trials, contender.name, wider) for contender in who]
+
+
+def best_of(trials: Sequence[Trial], name: str, grid: Grid) -> Chosen:
+    """The best of a contender's trials."""
+    best = min((t for t in trials if t.contender == name), key=lambda trial: trial.loss)
+    edges = [key for key, end in _ends(best.values, grid)]
+    return Chosen(name, best.values, best.loss, edges)
+
+
+def _ends(values: Mapping[str, str], grid: Grid) -> list[tuple[str, int]]:
+    """Keys with numbers whose value is the smallest (0) or largest (-1) of several."""
+    found = []
+    for key, options in grid.items():
+        ordered = _numbers(options)
+        if len(ordered) > 1:
+            found += [(key, end) for end in (0, -1) if float(values[key]) == ordered[end]]
+    return found
+
+
+def _numbers(options: Sequence[str]) -> list[float]:
+    """The values in order; nothing where they are no numbers above 0."""
+    try:
+        found = sorted(map(float, options))
+    except ValueError:
+        return []
+    return found if found[0] > 0 else []
+
+
+def widened(grid: Grid, chosen: Sequence[Chosen]) -> dict[str, list[str]]:
+    """The grid, continued by its own ratio at each end where somebody's best value is."""
+    wider = {key: list(options) for key, options in grid.items()}
+    for key, end in sorted({found for best in chosen for found in _ends(best.values, grid)}):
+        ordered = _numbers(grid[key])
+        next_one = ordered[1] if end == 0 else ordered[-2]
+        wider[key].append(f"{ordered[end] ** 2 / next_one:.6g}")
+    return wider
+
+
+def to_json(trials: Sequence[Trial], chosen: Sequence[Chosen], **facts: Any) -> dict[str, Any]:
+    """What ``read_tuned`` and people read."""
+    return {
+        **facts,
+        "chosen": [asdict(best) for best in chosen],
+        "trials": [asdict(trial) for trial in trials],
+    }
+
+
+def read_tuned(path: Path) -> dict[str, list[str]]:
+    """The chosen ``key=value`` of each contender in a file of this experiment.
+
+    Raises:
+        UserError: It can't be read, or is none.
+    """
+    fix = "name the file that python -m retnet.experiments.tune --json wrote"
+    content = read_json(path, fix)
+    try:
+        return {
+            best["contender"]: [f"{key}={value}" for key, value in best["values"].items()]
+            for best in content["chosen"]
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no chosen settings: {fix}") from error
+
+
+def table(trials: Sequence[Trial], chosen: Sequence[Chosen]) -> list[str]:
+    """All trials by contender, the chosen ones marked."""
+    lines = [f"{'contender':<24} {'setting':<44} {'loss':>8}  nats/token on the tuning split"]
+    for best in chosen:
+        for trial in sorted(
+            (t for t in trials if t.contender == best.contender), key=lambda trial: trial.loss
+        ):
+            mark = ""
+            if trial.values == best.values:
+                mark = "  chosen" + ", at an end of the grid" * bool(best.at_edge)
+            setting = ", ".join(f"{key}={value}" for key, value in trial.values.items())
+            lines.append(f"{trial.contender:<24} {setting:<44} {trial.loss:8.4f}{mark}")
+    return lines
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, run all trials, print the table to stdout."""
+    parser = ArgumentParser(prog="python -m retnet.experiments.tune", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_options(parser)
+    add = parser.add_argument
+    add("--grid", action="append", required=True, metavar="key=a,b", help="values to try")
+    add("--tuning-fraction", type=number, default=0.1, help="of the training side (0.1)")
+    add("--seed", type=positive_int, default=1, help="of all trials (1)")
+    add("--json", type=file_path, metavar="FILE", help="also write all trials to this file")
+    arguments = parser.parse_intermixed_args(argv)
+    who, grid = contenders(arguments), choices("--grid", arguments.grid)
+    if not 0 < arguments.tuning_fraction < 1:
+        raise UserError(f"--tuning-fraction ({arguments.tuning_fraction}) must be between 0 and 1")
+    trials, chosen = tune(
+        arguments.recipe,
+        who,
+        grid,
+        overrides=arguments.overrides,
+        fraction=arguments.tuning_fraction,
+        seed=arguments.seed,
+        out=arguments.out,
+    )
+    print("\n".join(table(trials, chosen)))
+    if arguments.json:
+        facts = {"recipe": arguments.recipe, "overrides": arguments.overrides}
+        facts |= {"tuning_fraction": arguments.tuning_fraction, "seed": arguments.seed}
+        with os_errors(f"--json ({arguments.json}) cannot be written", "name another file"):
+            write_json(arguments.json, to_json(trials, chosen, **facts))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
