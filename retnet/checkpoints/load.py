@@ -18,8 +18,9 @@ from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import check_size, stored_shapes, stored_tensors
 from retnet.data.tokenizer import max_token_id
+from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError, is_out_of_memory
-from retnet.files import read_json, unreadable
+from retnet.files import read_json
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
@@ -170,11 +171,7 @@ def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTr
             f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
             "the run's other checkpoints"
         )
-    for file in (folder / TOKENIZER, *folder.glob("*token*.json")):
-        try:
-            file.open("rb").close()
-        except PermissionError as error:
-            raise UserError(unreadable(file)) from error
+    check_tokenizer_files(folder, "copy its tokenizer files again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder,

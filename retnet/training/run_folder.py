@@ -22,6 +22,7 @@ from retnet.paths import kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
+from retnet.training.tracking import check_metrics_file
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def open_run_folder(config: Config, start: Start) -> bool:
     can't be written.
     """
     run = config.train.run_folder
+    check_metrics_file(run)
     with writing(run):
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)

@@ -223,6 +223,17 @@ def test_keys_that_are_none_of_a_models_do_nothing(
     assert loaded.model.config.head_dim == 8
 
 
+def test_many_and_strange_keys_are_few_lines(copy: Path, caplog) -> None:
+    """A name with a line break could have begun a line of its own."""
+    change_config(copy, **{"\nerror: forged\x1b[2J": 1, "x" * 10**6: 1})
+    change_config(copy, **{f"zz_{number}": number for number in range(1000)})
+    load_checkpoint(copy)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 9 and not any("\n" in line or len(line) > 400 for line in lines)
+    assert r"config.json: '\nerror: forged\x1b[2J' is no field of RetNetConfig" in lines[0]
+    assert lines[-1].startswith(f"{copy}/config.json: so have 994 more keys, which are no fields")
+
+
 def test_more_layers_than_weights(copy: Path, monkeypatch) -> None:
     """Of narrow layers so many fit into the bytes of a file that building them takes gigabytes."""
     sizes = {"hidden_size": 2, "num_heads": 1, "intermediate_size": 1, "value_size": 1}

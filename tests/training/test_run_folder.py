@@ -1,6 +1,7 @@
 """A finished run's folder that lost something: nothing that is left in it gets lost too."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_a_manifest_without_files_makes_no_whole_checkpoint(
     assert run(options, train__max_steps=8) == 0
     printed = capsys.readouterr().err
     assert "manifest.json says nothing of optimizer.safetensors: going back to step_4" in printed
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_metrics_that_are_no_file(options, finished: Path, capsys, make) -> None:
+    """A pipe was waited for without end."""
+    file = finished / "metrics.jsonl"
+    file.unlink()
+    make(file)
+    words = f"{file} is a folder, pipe or device: remove it"
+    is_refused(finished, options, capsys, words, train__max_steps=8)
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "final"])
