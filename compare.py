@@ -50,10 +50,19 @@ def build_parser() -> ArgumentParser:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--no-speed", action="store_true", help="do not measure decoding")
     after = f"measure decoding after so many tokens ({' '.join(map(str, CONTEXTS))})"
-    speed.add_argument("--contexts", nargs="+", type=positive_int, metavar="N", help=after)
+    speed.add_argument("--contexts", nargs="+", type=decoded_after, metavar="N", help=after)
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     add_loading_options(parser)
     return parser
+
+
+def decoded_after(text: str) -> int:
+    """An argparse type: one of --contexts, which takes all that follows it."""
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        reason = f"{error}; checkpoints are named before --contexts"
+        raise argparse.ArgumentTypeError(reason) from error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
         )
     if arguments.json:
         check_writable(arguments.json)
+    if arguments.text_field == "":
+        raise UserError("--text-field ('') is empty: name a field, or leave it out")
     if arguments.text_field is not None and arguments.text is None:
         raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None

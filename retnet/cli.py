@@ -234,6 +234,13 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         return _run(main, [*map(_as_utf8, sys.argv[1:])] if argv is None else argv)
 
 
+def _has_current_folder() -> bool:
+    try:
+        return bool(os.getcwd())  # noqa: PTH109
+    except OSError:
+        return False
+
+
 def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     try:
         return main(argv) or 0
@@ -245,9 +252,12 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
         reason = str(error).strip() or "an allocation failed"
         message = f"out of memory ({reason}): make the model, the batch or the text smaller"
     except OSError as error:
-        if error.filename is None:  # not of a file that the user could know
+        if not _has_current_folder():
+            message = "the current folder has been removed: go to another one (cd) and start again"
+        elif error.filename is None:  # not of a file that the user could know
             raise
-        message = f"{error.filename}: {error.strerror}"
+        else:
+            message = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

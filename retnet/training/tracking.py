@@ -21,7 +21,6 @@ from tqdm import tqdm
 from retnet.cli import shown
 from retnet.errors import UserError
 from retnet.files import write_text
-from retnet.paths import kind_of
 from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)
@@ -61,14 +60,6 @@ class MetricsFile:
         self._file.close()
 
 
-def check_metrics_file(run: Path) -> None:
-    """Raise a ``UserError`` where a run folder's metrics.jsonl is none that can be gone on with."""
-    if kind_of(run / METRICS, "train.out_dir") not in (None, "file"):
-        raise UserError(
-            f"{run / METRICS} is a folder, pipe or device: remove it, or set another train.out_dir"
-        )
-
-
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of the steps up to ``step``, each once and in order.
 
@@ -99,7 +90,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 def _step_of_line(line: bytes) -> int | None:
     """The step that a line of metrics.jsonl is of; None when it is none that a run wrote."""
     try:
-        entry = json.loads(line.decode())  # which guesses the encoding of bytes
+        entry = json.loads(line.decode())  # other encodings than UTF-8 would be guessed
         step, loss = entry["step"], entry["train/loss"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -37,7 +37,7 @@ def test_checkpoints_that_can_not_be_listed(options, finished: Path, capsys) -> 
     assert len(metrics(finished)) == 6
     shutil.rmtree(folder)
     folder.touch()
-    is_refused(finished, options, capsys, f"{folder} can't be read (Not a dir", train__max_steps=8)
+    is_refused(finished, options, capsys, f"{folder} is no folder, as a run", train__max_steps=8)
 
 
 def test_a_folder_with_the_name_of_no_step(options, finished: Path) -> None:
@@ -125,7 +125,7 @@ def test_metrics_that_are_no_file(options, finished: Path, capsys, make) -> None
     file = finished / "metrics.jsonl"
     file.unlink()
     make(file)
-    words = f"{file} is a folder, pipe or device: remove it"
+    words = f"{file} is no file, as a run has it there: move it away"
     is_refused(finished, options, capsys, words, train__max_steps=8)
 
 
