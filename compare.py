@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 try:  # the imports take seconds
     from retnet.checkpoints import load_checkpoint
-    from retnet.cli import ArgumentParser, deliver, file_path, positive_int, run
+    from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
         CONTEXTS,
@@ -26,6 +26,7 @@ try:  # the imports take seconds
         write_json,
     )
     from retnet.generation import add_loading_options, loading_arguments, text_output
+    from retnet.terminal import deliver
 except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)

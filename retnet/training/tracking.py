@@ -18,9 +18,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from retnet.cli import shown
 from retnet.errors import UserError
 from retnet.files import write_text
+from retnet.terminal import shown
 from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ def test_dtype_and_record(saved: Path) -> None:
     assert load_checkpoint(saved).model.dtype == torch.float32
     loaded = load_checkpoint(saved, dtype=torch.float64)
     assert loaded.model.dtype == torch.float64
-    assert loaded.data_record == {"key": 1}
+    assert loaded.data_record["key"] == 1
 
 
 def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
