@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 try:  # the imports take seconds
     from retnet.checkpoints import load_checkpoint
-    from retnet.cli import ArgumentParser, deliver, file_path, positive_int, run
+    from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
         CONTEXTS,
@@ -26,6 +26,7 @@ try:  # the imports take seconds
         write_json,
     )
     from retnet.generation import add_loading_options, loading_arguments, text_output
+    from retnet.terminal import deliver
 except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
@@ -50,10 +51,19 @@ def build_parser() -> ArgumentParser:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--no-speed", action="store_true", help="do not measure decoding")
     after = f"measure decoding after so many tokens ({' '.join(map(str, CONTEXTS))})"
-    speed.add_argument("--contexts", nargs="+", type=positive_int, metavar="N", help=after)
+    speed.add_argument("--contexts", nargs="+", type=decoded_after, metavar="N", help=after)
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     add_loading_options(parser)
     return parser
+
+
+def decoded_after(text: str) -> int:
+    """An argparse type: one of --contexts, which takes all that follows it."""
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        reason = f"{error}; checkpoints are named before --contexts"
+        raise argparse.ArgumentTypeError(reason) from error
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
         )
     if arguments.json:
         check_writable(arguments.json)
+    if arguments.text_field == "":
+        raise UserError("--text-field ('') is empty: name a field, or leave it out")
     if arguments.text_field is not None and arguments.text is None:
         raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None

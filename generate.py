@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser("generate.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run folder (its final, best or newest)")
-    add("stdin", nargs="?", choices=["-"], help="read the prompt from standard input")
+    add("stdin", nargs="?", type=dash, metavar="-", help="read the prompt from standard input")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="the text to continue; without one it starts from <bos>")
     prompt.add_argument(
@@ -66,6 +66,16 @@ def build_parser() -> ArgumentParser:
     add("--compile", action="store_true", help="compile the step first: for thousands of tokens")
     add_loading_options(parser)
     return parser
+
+
+def dash(text: str) -> str:
+    """An argparse type: what may follow the checkpoint."""
+    if text != "-":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is one argument too many: there is one checkpoint, and the text to continue "
+            "is given as --prompt 'TEXT', in quotes as a whole, or as - on standard input"
+        )
+    return text
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

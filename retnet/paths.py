@@ -6,6 +6,7 @@ Every path of every command goes through it once, so ``~`` means the same everyw
 
 import errno
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal
 from retnet.errors import UserError
 
 Kind = Literal["file", "folder", "other"]
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # C:/ is a path
 NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # the last: a link that leads to itself
 
 
@@ -25,13 +27,18 @@ def expand(path: str | Path, key: str, *, for_libraries: bool = False) -> Path:
     that are text here.
 
     Raises:
-        UserError: It is empty, no name that a file can have, or begins with the name of a user
-            that there is not.
+        UserError: It is empty, an address (https://), no name that a file can have, or begins
+            with the name of a user that there is not.
     """
     if isinstance(path, Path):
         return path
     if not path.strip():
         raise UserError(f"{key} ({path!r}) is empty: name a path, . for the current folder")
+    if ADDRESS.match(path):
+        raise UserError(
+            f"{key} ({path}) is an address, and nothing is loaded from one: download it, and name "
+            "the file or folder on this machine"
+        )
     if "\0" in path:
         raise UserError(f"{key} ({path}) cannot be a path, it has a null byte: remove that")
     try:  # the escapes are bytes that were no text when they were typed
@@ -75,3 +82,18 @@ def kind_of(path: Path, key: str) -> Kind | None:
     if stat.S_ISREG(mode):
         return "file"
     return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def check_folder(path: Path, key: str) -> None:
+    """Raise a ``UserError`` where no folder is nor can be made: something else stands in its way.
+
+    The other may be a file or a link to nothing, at the path or above it.
+    """
+    for place in (path, *path.parents):
+        kind = kind_of(place, key)
+        if kind == "folder":
+            return
+        if kind is not None or place.is_symlink():
+            what = {None: "a link to nothing", "file": "a file"}.get(kind, "a pipe or device")
+            where = "" if place == path else f": {place}"
+            raise UserError(f"{key} ({path}){where} is {what}: name a folder")

@@ -11,7 +11,7 @@ TRIED = {
     "torch": ("2.13", "2.14"),
     "transformers": ("5.20", "5.25"),
     "datasets": ("5.0", "5.3"),
-    "tokenizers": ("0.22.2", "0.24"),
+    "tokenizers": ("0.23.1", "0.24"),
     "accelerate": ("1.14", "1.16"),
 }
 

@@ -13,15 +13,17 @@ import torch
 from retnet.model.mixers import MIXERS
 from retnet.model.models import PUBLIC, configuration
 
-LEAVES = {"cli", "errors", "files", "machine", "paths"}
+LEAVES = {"cli", "errors", "files", "interrupts", "machine", "paths", "terminal"}
 PACKAGES = ("model", "data", "checkpoints", "generation", "evaluation", "training", "experiments")
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "cli": {"errors", "machine", "paths"},
+    "cli": {"errors", "interrupts", "machine", "paths", "terminal"},
     "files": {"errors"},
     "machine": {"errors"},
     "paths": {"errors"},
     "versions": set(),
+    "interrupts": set(),
+    "terminal": {"errors"},
     "model": set(),
     **{name: LEAVES | set(PACKAGES[:i]) for i, name in enumerate(PACKAGES) if i},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retnet import cli
+from retnet import cli, terminal
 from retnet.errors import UserError
 
 
@@ -23,9 +23,9 @@ SHOWN = r"a\x1b[2J\x1b]0;title\x07b\rc\x08d\x7fe\x9b1mf\u202eg\u2066h\x00i"
 
 
 def test_nothing_is_left_that_a_terminal_obeys() -> None:
-    assert cli.harmless(HOSTILE) == SHOWN
+    assert terminal.harmless(HOSTILE) == SHOWN
     text = "naïve\t\u05e9\u05dc\u200f 漢字 🙂\n"
-    assert cli.harmless(text) == text
+    assert terminal.harmless(text) == text
 
 
 @pytest.mark.parametrize(("stream", "expected"), [(Terminal(), SHOWN), (io.StringIO(), HOSTILE)])
@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_each_other() -> None:
         raise UserError(f"{what} cannot be written")
 
     with pytest.raises(UserError, match=r"^one cannot be written; two cannot be written$"):
-        cli.deliver(lambda: fails("one"), lambda: done.append(1), lambda: fails("two"))
+        terminal.deliver(lambda: fails("one"), lambda: done.append(1), lambda: fails("two"))
     assert done == [1]
 
 

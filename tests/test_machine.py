@@ -29,10 +29,10 @@ from retnet.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def use():
-    torch.ones(20_000_000)  # 80 MB
+    torch.ones(10_000_000)  # 40 MB
 use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(30):  # small blocks that settle in between may move it a few times
+for _ in range(10):  # small blocks that settle in between may move it a few times
     use()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

@@ -249,7 +249,7 @@ COMPARISON = [
 ]
 
 ROWS = [
-    pytest.param(entry, arguments, words, id=f"{entry}-{number:02}")
+    pytest.param((entry, arguments, words), id=f"{entry}-{number:02}")
     for entry, table in (
         ("train", CONFIGURATION), ("train", DATA), ("generate", GENERATION), ("compare", COMPARISON)
     )
@@ -263,11 +263,16 @@ def tree(*folders: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns if file.is_file() else 0 for file in files}
 
 
-@pytest.mark.parametrize(("entry", "arguments", "words"), ROWS)
-def test_a_mistake(
-    places: dict[str, Path], tmp_path: Path, capsys, monkeypatch, entry: str, arguments: str,
-    words: str,
+@pytest.mark.parametrize("row", ROWS)
+def test_a_mistake(row, places: dict[str, Path], tmp_path: Path, capsys, monkeypatch) -> None:
+    is_answered(*row, places, tmp_path, capsys, monkeypatch)
+
+
+def is_answered(
+    entry: str, arguments: str, words: str, places: dict[str, Path], tmp_path: Path, capsys,
+    monkeypatch,
 ) -> None:  # fmt: skip
+    """Check that a mistake ends as all do; nothing in ``tmp_path``, {new}, may have changed."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
 from retnet.checkpoints.weights import NUMBERS
-from retnet.cli import MOST, shortened
+from retnet.cli import MOST, SHOWN, shortened
 from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.model.configuration import DecoderConfig
@@ -31,6 +31,7 @@ CORRECT = "correct it, or copy the checkpoint again"
 NOTES = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype",
          "transformers_version"}  # fmt: skip
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in NUMBERS)
+MOST_WARNINGS = 8  # of keys without effect, a line each
 OWN_KERNELS = (None, "eager", "sdpa")  # what transformers has in itself
 
 
@@ -119,16 +120,22 @@ def _check_own_code(
 
 
 def _keys_of(own: type[DecoderConfig], file: Path, stored: dict[str, Any]) -> dict[str, Any]:
-    """The keys that describe the model; one warning names the others, which have no effect."""
+    """The keys that describe the model; warnings name the others, which have no effect."""
     known = {field.name for field in fields(own)} - {
         field.name for field in fields(PretrainedConfig)
     }
     known |= own.attribute_map.keys()
-    for key in sorted(stored.keys() - known - NOTES):
-        near = difflib.get_close_matches(key, known, n=1)
+    others = sorted(stored.keys() - known - NOTES)
+    for key in others[:MOST_WARNINGS]:
+        name = key if key.isidentifier() and len(key) <= SHOWN else shortened(key)
+        near = difflib.get_close_matches(key[:SHOWN], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         logger.warning(
-            "%s: %s is no field of %s and has no effect%s", file, key, own.__name__, hint
+            "%s: %s is no field of %s and has no effect%s", file, name, own.__name__, hint
+        )
+    if (more := len(others) - MOST_WARNINGS) > 0:
+        logger.warning(
+            "%s: so have %s more keys, which are no fields of %s", file, f"{more:,}", own.__name__
         )
     keys: dict[str, Any] = {}
     for key in sorted(stored.keys() & known, key=lambda key: key in own.attribute_map):

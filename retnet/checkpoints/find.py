@@ -33,7 +33,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if kind is None:
         raise UserError(f"checkpoint ({path}) does not exist: {_suggest(path)}")
     if kind != "folder":
-        raise UserError(f"checkpoint ({path}) is a file: name its folder ({path.parent})")
+        near = f"its folder ({path.parent})"
+        if kind_of(path.parent / CONFIG, "checkpoint") != "file":
+            near = f"a checkpoint or run folder; {_suggest(path)}"
+        raise UserError(f"checkpoint ({path}) is a file: name {near}")
     steps = in_order((*path.glob(f"{CHECKPOINTS}/*"), *path.glob("*")))
     for folder in (path, path / FINAL, path / BEST, *reversed(steps)):
         if kind_of(folder / CONFIG, "checkpoint") == "file":

@@ -1,5 +1,6 @@
 """Loading a checkpoint: local files and safetensors only."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import check_size, stored_shapes, stored_tensors
-from retnet.data.tokenizer import max_token_id
+from retnet.data.tokenizer import max_token_id, tokenizer_hash
+from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError, is_out_of_memory
-from retnet.files import read_json, unreadable
+from retnet.files import read_json
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
 from retnet.model.models import model_class
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ def load_checkpoint(
         tokenizer = _load_tokenizer(folder, model.config, trust_remote_code)
     record_file = folder / DATA_RECORD
     record = read_json(record_file, COPY_AGAIN) if record_file.is_file() else None
+    if (record or {}).get("tokenizer_sha256") not in (None, tokenizer_hash(tokenizer)):
+        logger.warning(
+            f"{folder / TOKENIZER} is not the tokenizer that the model was trained with: copy it "
+            "again, if you did not change it yourself"
+        )
     return Checkpoint(folder, model.eval(), tokenizer, record)
 
 
@@ -170,11 +179,7 @@ def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTr
             f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
             "the run's other checkpoints"
         )
-    for file in (folder / TOKENIZER, *folder.glob("*token*.json")):
-        try:
-            file.open("rb").close()
-        except PermissionError as error:
-            raise UserError(unreadable(file)) from error
+    check_tokenizer_files(folder, "copy its tokenizer files again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder,

@@ -17,7 +17,8 @@ from retnet.checkpoints.format import (
     WEIGHTS,
     read_progress,
 )
-from retnet.checkpoints.weights import weight_files
+from retnet.checkpoints.weights import is_path, weight_files
+from retnet.data.record import entry
 from retnet.errors import UserError
 from retnet.files import read_json, sha256, unreadable, write_json
 
@@ -42,11 +43,13 @@ def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None
         return f"{MANIFEST} is missing"
     try:
         described = {
-            name: (written["bytes"], written["sha256"])
+            name: (entry(written, "bytes", int), entry(written, "sha256", str))
             for name, written in _described(folder).items()
             if only is None or name in only
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if any(is_path(name) for name in described):
+            raise ValueError("a name leads out of the folder")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error.__cause__, PermissionError):
             raise
         return f"{MANIFEST} cannot be read"

@@ -1,6 +1,6 @@
 """The weights of a checkpoint folder: which files they are, and whether they may be loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _shards(folder: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must name a file for each weight: {COPY_AGAIN}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or _is_path(shard):
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or is_path(shard):
             raise UserError(
                 f"{index}: weight_map puts {name} into {shard!r}, which is no .safetensors file of "
                 "the folder, and others can run code: save the weights again"
@@ -58,7 +58,7 @@ def _shards(folder: Path) -> list[str]:
     return shards
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether a name leads out of its folder, on this system or another; or is none at all."""
     return any(sign in name for sign in ("/", "\\", ":", "\0"))
 
@@ -66,12 +66,14 @@ def _is_path(name: str) -> bool:
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a folder's weights, read from the heads of their files.
 
-    A ``SafetensorError`` where a file is cut off or none of the format.
+    A ``SafetensorError`` where a file is cut off or none of the format, a ``UserError`` where two
+    files have a weight of the same name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weight_files(folder):
         with _opened(folder / name) as file:
             names = file.keys()
+            _check_new(folder / name, names, shapes)
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
     return shapes
 
@@ -89,6 +91,16 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                         "computed here: save the weights as floating-point numbers"
                     )
                 yield key, tensor
+
+
+def _check_new(file: Path, names: Iterable[str], known: Mapping[str, Any]) -> None:
+    """Raise a ``UserError`` where a file has a weight that another file has too."""
+    twice = sorted(name for name in names if name in known)
+    if twice:
+        raise UserError(
+            f"{file}: {twice[0]} is in another file of weights too ({len(twice)} such), and which "
+            "is meant is not told: remove one of them, or copy the checkpoint again"
+        )
 
 
 def _opened(path: Path) -> Any:
@@ -128,7 +140,9 @@ def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for name in weight_files(folder):
-        weights |= load_file(folder / name)
+        more = load_file(folder / name)
+        _check_new(folder / name, more, weights)
+        weights |= more
     if tied and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return weights

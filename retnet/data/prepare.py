@@ -45,7 +45,7 @@ from retnet.data.tokenizer import load_tokenizer, max_token_id, tokenizer_hash, 
 from retnet.data.writing import phase, read_documents_of, write_tokens
 from retnet.errors import UserError
 from retnet.files import replacing, write_json
-from retnet.paths import expand
+from retnet.paths import check_folder, expand
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def prepare_data(spec: DataSpec) -> PreparedData:
     inputs = _Inputs(spec, source, validation, tokenizer)
     fingerprints = inputs.fingerprints()
     cache = expand(spec.cache_dir, "data.cache_dir", for_libraries=True)
+    check_folder(cache, "data.cache_dir")
     entry = cache / inputs.entry_name(fingerprints)
     prepared = open_entry(entry, tokenizer)
     remove_abandoned(entry.parent)

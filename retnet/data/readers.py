@@ -19,6 +19,7 @@ from retnet.errors import UserError, os_errors
 from retnet.files import sha256
 
 PARQUET_ROWS = 1024
+MAX_LINE = 1 << 30  # bytes of a .jsonl line: a small packed file may hold more than any memory
 MAX_CSV_FIELD = 2**31 - 1  # what a C long holds on every system
 BOM = codecs.BOM_UTF8.decode()
 
@@ -103,11 +104,16 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     with _open_binary(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        lines = iter(lambda: stream.readline(MAX_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            if len(line) > MAX_LINE:
+                raise UserError(
+                    f"{where} has more than {MAX_LINE:,} bytes: spread its text over several lines"
+                )
             text = line.decode("utf-8").removeprefix(BOM)
             if not text.strip():
                 continue
-            where = f"{path} line {number}"
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
@@ -126,6 +132,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
 
 def _read_csv(path: Path, text_field: str) -> Iterator[str]:
     # The csv module refuses fields over 128 KiB by default; a document may be any length.
+    line = 1
     limit = csv.field_size_limit(MAX_CSV_FIELD)
     try:
         with _open_binary(path) as stream:
@@ -145,7 +152,9 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str]:
                     yield dict(zip(fields, row, strict=True))[text_field]
                 line = rows.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path} is not valid CSV ({error}): repair that line") from error
+        raise UserError(
+            f"{path} is not valid CSV ({error}): repair the row that begins at line {line}"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
@@ -159,6 +168,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             names = table.schema_arrow.names
             if text_field not in names:
                 raise missing_field(text_field, names, str(path))
+            _check_text(table.schema_arrow.field(names.index(text_field)).type, text_field, path)
             batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
             values = (value for batch in batches for value in batch.column(0))
             for number, value in enumerate(values, start=1):
@@ -175,6 +185,20 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"
         ) from error
+
+
+def _check_text(kind: Any, text_field: str, path: Path) -> None:
+    """Raise a ``UserError`` where a column's type is none of text: others may not even be read."""
+    import pyarrow.types as of
+
+    if of.is_dictionary(kind):
+        kind = kind.value_type
+    if not (of.is_string(kind) or of.is_large_string(kind) or of.is_string_view(kind)
+            or of.is_null(kind)):  # fmt: skip
+        raise UserError(
+            f"data.text_field ({text_field}) of {path} holds {str(kind)[:80]}, not text: name a "
+            "field of strings"
+        )
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {

@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet.data.network import HubUnreachableError, hub_revision, while_reachable
 from retnet.data.spec import BPE, BYTES
+from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 
@@ -254,6 +255,8 @@ def _load(name: str) -> PreTrainedTokenizerBase:
         kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1
     ):
         raise UserError(f"{what} is not a folder: name the folder that holds tokenizer.json")
+    if kind == "folder":
+        check_tokenizer_files(folder, f"name another folder than data.tokenizer ({name})")
     try:
         return _from_pretrained(str(folder) if kind else name, local_files_only=True)
     except Exception as error:  # missing, damaged and unknown files each raise another kind

@@ -22,6 +22,9 @@ def check_writable(path: Path) -> None:
     among the files of a checkpoint or run, or it is where standard output goes.
     """
     kind = kind_of(path, "--json")
+    if str(path) == "-":
+        raise UserError("--json (-) would be a file of that name, standard output gets the table: "
+                        "name a file")  # fmt: skip
     if kind == "folder":
         raise UserError(f"--json ({path}) is a folder: name a file in it")
     if kind == "other":

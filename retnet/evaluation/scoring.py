@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from retnet.cli import harmless
 from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.evaluation import metrics
@@ -27,6 +26,7 @@ from retnet.generation import evaluation_mode
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.loss import IGNORE_INDEX
+from retnet.terminal import harmless
 
 LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss
 TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small

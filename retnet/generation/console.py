@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from retnet.cli import discard, harmless
 from retnet.errors import UserError
+from retnet.terminal import discard, harmless
 
 # What writing to a full disk, a lost terminal or a descriptor for reading only raises.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)

@@ -9,6 +9,7 @@ feed-forward network wider; give ``intermediate_size`` to keep that fixed instea
 import difflib
 import logging
 import math
+import reprlib
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -168,6 +169,7 @@ class DecoderConfig(PretrainedConfig):
             problems += self.check_size(key)
         if self.intermediate_size is not None:
             problems += self.check_size("intermediate_size")
+        problems += self._check_ids()
         problems += self.check_choice("norm", NORMS)
         problems += self.check_choice("ffn", (*FEED_FORWARDS, *self.mixer_class.feed_forwards))
         problems += self.check_choice("positions", POSITIONS)
@@ -201,6 +203,18 @@ class DecoderConfig(PretrainedConfig):
             )
         return problems
 
+    def _check_ids(self) -> list[str]:
+        """The problems of the special tokens' ids, which other libraries compare with numbers."""
+        problems = []
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, key)
+            several = key == "eos_token_id"
+            ids = value if several and isinstance(value, list) else [value]
+            if value is not None and any(type(token) is not int for token in ids):
+                rule = "a whole number, a list of them" if several else "a whole number"
+                problems.append(f"{key} ({reprlib.repr(value)}) must be {rule} or null")
+        return problems
+
     def check_size(self, key: str) -> list[str]:
         """The problem of a key whose value must be a count, if it is one."""
         value = getattr(self, key)
@@ -213,8 +227,9 @@ class DecoderConfig(PretrainedConfig):
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return [f"{key} ({value!r}) must be a number"]
-        if not low <= value <= high:
-            return [f"{key} ({value!r}) must be between {low} and {high}"]
+        if not low <= value <= high or value == math.inf:
+            rule = f"between {low} and {high}" if high < math.inf else f"finite and at least {low}"
+            return [f"{key} ({value!r}) must be {rule}"]
         return []
 
     def check_choice(self, key: str, choices: tuple[str, ...]) -> list[str]:

@@ -38,6 +38,8 @@ def load_config(
     """
     file = None if path is None else expand(path, "configuration")
     in_file = {} if file is None else _read_file(file)
+    if recorded and (lost := _keys().keys() - {key.partition(".")[0] for key in in_file}):
+        raise UserError(f"configuration ({path}) lacks the sections {', '.join(sorted(lost))}")
     given = dict(_read_override(text) for text in overrides)
     if not recorded:
         plain = [key for key, value in in_file.items() if "${" in str(value)]
@@ -124,7 +126,7 @@ def _flat(content: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
     """The values of a file, each of a key that there is and of its type."""
     for section, values in content.items():
         if str(section) not in _keys():
-            raise _unknown(str(section), str(section), _keys())
+            raise _no_section(str(section))
         if not isinstance(values, dict | None):
             raise UserError(f"{section} ({shown(values)}) must be a section with keys")
         for name, value in (values or {}).items():
@@ -136,13 +138,23 @@ def _read_override(text: str) -> tuple[str, Any]:
     """Key and value of a ``section.key=value`` argument."""
     key, equals, value = text.partition("=")
     if text.startswith("-"):
-        plain = text.lstrip("-")
+        meant = key.lstrip("-")
+        if "." not in meant and not _meant_by(meant):
+            raise UserError(
+                f"argument ({text}) is not known: there are a YAML file, which comes first, keys "
+                "as train.max_steps=100 and --print-config"
+            )
+        meant = "".join(_meant_by(meant)[:1]) or meant
         raise UserError(
             f"argument ({text}) is not known: keys are written without dashes, as in "
-            f"{plain if equals else plain + '=VALUE'}"
+            f"{meant}={value if equals else 'VALUE'}"
         )
     if not equals or "." not in key:
-        raise UserError(f"argument ({text}) must be section.key=value, as train.max_steps=100")
+        example = [f"{name}={value}" for name in _meant_by(key) if equals and value]
+        raise UserError(
+            f"argument ({text}) must be section.key=value without blanks, as "
+            f"{(example or ['train.max_steps=100'])[0]}"
+        )
     if text != text.encode(errors="ignore").decode():
         raise UserError(f"argument ({text!r}) is not UTF-8: write it in UTF-8")
     kind = _option(key).type
@@ -158,6 +170,25 @@ def _keys() -> dict[str, dict[str, Field]]:
     """All keys by section."""
     sections = vars(config_schema()())
     return {name: {f.name: f for f in dataclasses.fields(of)} for name, of in sections.items()}
+
+
+def _meant_by(name: str) -> list[str]:
+    """The keys that a name may mean which is written without its section, or as an option."""
+    plain = name.strip().replace("-", "_")
+    keys = [(section, key) for section, names in _keys().items() for key in names]
+    return [f"{section}.{key}" for section, key in keys if plain in (key, f"{section}.{key}")]
+
+
+def _no_section(name: str) -> UserError:
+    """The error for what stands in a file where only sections may."""
+    meant = _meant_by(name)
+    if not meant:
+        return _unknown(name, name, _keys())
+    section, _, key = meant[0].partition(".")
+    return UserError(
+        f"configuration key ({name}) stands outside of its section: write {key} in a line below "
+        f"{section}:, indented by two blanks"
+    )
 
 
 def _option(key: str) -> Field:

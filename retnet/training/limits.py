@@ -7,7 +7,7 @@ import torch
 from retnet.errors import UserError
 from retnet.machine import memory_of
 from retnet.model.mixers import MIXERS
-from retnet.training.spec import Config, TrainSpec
+from retnet.training.spec import Config, TrainSpec, flatten
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
@@ -16,6 +16,7 @@ MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
 
 NOT_EMPTY = ("model.init_from", "data.hub_config", "train.out_dir", "train.resume")
+NO_PATHS = ("train.sample_prompt", "data.text_field", "data.hub_config", "data.split")
 COUNTS = (
     "max_steps", "batch_size", "gradient_accumulation_steps", "eval_every", "save_every", "keep",
     "log_every",
@@ -28,11 +29,13 @@ def problems(config: Config) -> Iterator[str]:
     for key, holds, rule in _rules(train):
         if not holds:
             yield f"train.{key} ({getattr(train, key)}) {rule}"
+    given = flatten(config)
     for key in NOT_EMPTY:
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None and not value.strip():
-            yield f"{key} ({value!r}) must not be empty: set it or leave it out"
+        if given[key] is not None and not given[key].strip():
+            yield f"{key} ({given[key]!r}) must not be empty: set it or leave it out"
+    for key in NO_PATHS:  # paths may have bytes that are no text
+        if any("\ud800" <= letter <= "\udfff" for letter in given[key] or ""):
+            yield f"{key} ({given[key]!r}) has half a surrogate pair: write it in UTF-8"
     for tracker in train.trackers:
         if tracker not in TRACKERS:
             names = ", ".join(TRACKERS)

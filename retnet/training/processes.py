@@ -129,6 +129,11 @@ def _world_size() -> int:
                     f"{name} ({os.environ[name]}) is set, but WORLD_SIZE not: unset it, or start "
                     "several processes with torchrun instead of mpirun"
                 )
+        if os.environ.get("RANK", "0") != "0":  # such a process says nothing
+            raise UserError(
+                f"RANK ({os.environ['RANK']}) is set, but WORLD_SIZE not: unset it, or start "
+                "several processes with torchrun, which sets both"
+            )
         return 1
     size = _number("WORLD_SIZE", least=1)
     missing = [name for name in LAUNCHED_WITH if name not in os.environ]

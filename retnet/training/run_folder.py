@@ -10,23 +10,28 @@ from filelock import FileLock, Timeout
 
 from retnet.checkpoints.format import (
     BEST,
+    CHECKPOINTS,
     FINAL,
     list_checkpoints,
     read_progress,
     step_number,
 )
+from retnet.checkpoints.format import CONFIG as CHECKPOINT_CONFIG
 from retnet.checkpoints.save import remove_unfinished
 from retnet.errors import UserError, os_errors
 from retnet.files import missing_folders, write_text
-from retnet.paths import kind_of
+from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
+from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
+         CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder"}  # fmt: skip
 SET_ASIDE = "set-aside-"
 ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 
@@ -59,8 +64,8 @@ class RunLock:
 
         A ``UserError`` where another process trains there, or the folder can't be written.
         """
-        if kind_of(self._run, "train.out_dir") not in (None, "folder"):
-            raise UserError(f"train.out_dir ({self._run}) is a file: name a folder")
+        check_folder(self._run, "train.out_dir")
+        _check_kinds(self._run)
         with writing(self._run):
             for left in reversed(range(ATTEMPTS)):
                 try:
@@ -94,6 +99,22 @@ class RunLock:
                     (self._run / LOCK).unlink()
                     _remove_empty(self._made)
         self._lock.release(force=True)
+
+
+def _check_kinds(run: Path) -> None:
+    """Raise a ``UserError`` where a folder holds what a run would replace or stumble over."""
+    if kind_of(run / CHECKPOINT_CONFIG, "train.out_dir") and any(run.glob("*.safetensors")):
+        raise UserError(
+            f"train.out_dir ({run}) is a checkpoint: set another folder, or go on from this one by "
+            f"train.resume={run}"
+        )
+    for name, kind in KINDS.items():
+        found = kind_of(run / name, "train.out_dir")
+        if found not in (None, kind):
+            raise UserError(
+                f"train.out_dir ({run}): {run / name} is no {kind}, as a run has it there: move it "
+                "away, or set another train.out_dir"
+            )
 
 
 def _names(folder: Path) -> set[str]:

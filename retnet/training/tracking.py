@@ -18,9 +18,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from retnet.cli import shown
 from retnet.errors import UserError
 from retnet.files import write_text
+from retnet.terminal import shown
 from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 def _step_of_line(line: bytes) -> int | None:
     """The step that a line of metrics.jsonl is of; None when it is none that a run wrote."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode())  # other encodings than UTF-8 would be guessed
         step, loss = entry["step"], entry["train/loss"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -40,6 +40,14 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise yaml.constructor.ConstructorError(  # the library trusts a tag that is written out
+                None, None, f"a value that is none of its tag {node.tag}", node.start_mark
+            ) from error
+
 
 class _Dumper(yaml.SafeDumper):
     """The same numbers as in ``_Loader``, so that text which looks like one is quoted."""

@@ -54,6 +54,11 @@ def test_nothing_near(tmp_path: Path) -> None:
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UserError, match="is a file: name its folder"):
-        find_checkpoint(tmp_path / "model.safetensors")
+    final = fake(tmp_path / "run/final")
+    for place, words in (
+        (final, r"its folder \("),
+        (tmp_path, "a checkpoint or run folder; check"),
+    ):
+        (place / "model.safetensors").touch()
+        with pytest.raises(UserError, match=f"is a file: name {words}"):
+            find_checkpoint(place / "model.safetensors")

@@ -37,7 +37,7 @@ def test_dtype_and_record(saved: Path) -> None:
     assert load_checkpoint(saved).model.dtype == torch.float32
     loaded = load_checkpoint(saved, dtype=torch.float64)
     assert loaded.model.dtype == torch.float64
-    assert loaded.data_record == {"key": 1}
+    assert loaded.data_record["key"] == 1
 
 
 def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
@@ -221,6 +221,17 @@ def test_keys_that_are_none_of_a_models_do_nothing(
     assert line.split("; did you mean")[0] == expected
     assert capfd.readouterr().err in ("", f"{line}\n")  # where an entry point ran before
     assert loaded.model.config.head_dim == 8
+
+
+def test_many_and_strange_keys_are_few_lines(copy: Path, caplog) -> None:
+    """A name with a line break could have begun a line of its own."""
+    change_config(copy, **{"\nerror: forged\x1b[2J": 1, "x" * 10**6: 1})
+    change_config(copy, **{f"zz_{number}": number for number in range(1000)})
+    load_checkpoint(copy)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 9 and not any("\n" in line or len(line) > 400 for line in lines)
+    assert r"config.json: '\nerror: forged\x1b[2J' is no field of RetNetConfig" in lines[0]
+    assert lines[-1].startswith(f"{copy}/config.json: so have 994 more keys, which are no fields")
 
 
 def test_more_layers_than_weights(copy: Path, monkeypatch) -> None:

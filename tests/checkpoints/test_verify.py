@@ -29,6 +29,10 @@ def manifest(content: object) -> Callable[[Path], object]:
     return lambda folder: (folder / "manifest.json").write_text(json.dumps(content))
 
 
+def described(name: str = "data.json", **changes: object) -> Callable[[Path], object]:
+    return manifest({"files": {name: {"bytes": 2, "sha256": "0"} | changes}})
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -41,6 +45,10 @@ def manifest(content: object) -> Callable[[Path], object]:
         (manifest({}), "manifest.json cannot be read"),
         (manifest({"files": []}), "manifest.json cannot be read"),
         (manifest({"files": {"data.json": 3}}), "manifest.json cannot be read"),
+        (described(bytes="many"), "manifest.json cannot be read"),
+        (described(bytes=1.5), "manifest.json cannot be read"),
+        (described(sha256=None), "manifest.json cannot be read"),
+        (described("../data.json"), "manifest.json cannot be read"),
     ],
 )
 def test_damage_is_named(whole: Path, spoil: Callable[[Path], object], words: str) -> None:

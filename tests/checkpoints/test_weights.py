@@ -42,6 +42,17 @@ def test_a_missing_shard(copy: Path) -> None:
         load_checkpoint(copy)
 
 
+def test_a_weight_in_two_files(copy: Path) -> None:
+    """The one of the later name was taken, whatever the index said."""
+    shard(copy)
+    name, weight = next(iter(load_file(copy / "model-1.safetensors").items()))
+    more = load_file(copy / "model-2.safetensors") | {name: weight * 0}
+    save_file(more, copy / "model-2.safetensors", metadata={"format": "pt"})
+    for load in (load_checkpoint, lambda folder: read_weights(folder, tied=False)):
+        with pytest.raises(UserError, match=rf"model-2\.safetensors: {name} is in another file"):
+            load(copy)
+
+
 @pytest.mark.parametrize("where", ["shard.bin", "../shard.safetensors", "", None, 3, ["x"]])
 def test_an_index_names_safetensors_files_of_its_folder_only(copy: Path, where: object) -> None:
     """transformers would unpickle shard.bin."""

@@ -159,7 +159,11 @@ BAD_FILES = {
     "no.jsonl.gz": (b"not compressed", r"no\.jsonl\.gz is damaged"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"cut\.jsonl\.gz is damaged"),
     "no.parquet": (b"PAR1", r"no\.parquet is not a readable parquet file"),
-    "quote.csv": (b'text\n"a"b\n', r"quote\.csv is not valid CSV"),
+    "quote.csv": (
+        b'text\na\n"b\n"\n"a"b\n',
+        r"quote\.csv is not valid CSV .*: repair the row that begins at line 5",
+    ),
+    "open.csv": (b'text\na\n"b\nc\n', r"open\.csv is not valid CSV .* begins at line 3"),
     "more.csv": (
         b'id,text\n0,"a\nb"\n\n1,hello, world\n',
         r"more\.csv line 5 has 3 fields and the "
@@ -179,6 +183,47 @@ def test_files_that_cannot_be_read(tmp_path: Path, spec_for: SpecFor, name: str)
     with pytest.raises(UserError, match=message) as caught:
         documents(spec_for(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_no_memory_holds(
+    tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Ten megabytes can be packed that unpack to as many gigabytes."""
+    monkeypatch.setattr("retnet.data.readers.MAX_LINE", 100)
+    fits, long = (json.dumps({"text": "x" * number}) for number in (87, 89))
+    pack = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(f"{fits}\n{fits}\n".encode()))
+    assert documents(spec_for(tmp_path / name)) == ["x" * 87] * 2
+    (tmp_path / name).write_bytes(pack(f"{fits}\n{long}\n".encode()))
+    with pytest.raises(UserError, match=rf"{name} line 2 has more than 100 bytes: spread its text"):
+        documents(spec_for(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([10**15], pa.timestamp("ms")),  # a year that Python does not know
+        pa.array([["a"]]),
+        pa.array([{"text": "a"}]),
+        pa.array([b"a"]),
+    ],
+)
+def test_a_parquet_column_that_is_no_text(tmp_path: Path, spec_for: SpecFor, column) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"data\.text_field \(text\) of .*a\.parquet holds .*, not t"
+    ):
+        documents(spec_for(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array(["a"], pa.large_string()), pa.array(["a"]).dictionary_encode(), pa.array([None])],
+)
+def test_all_kinds_of_text_in_parquet(tmp_path: Path, spec_for: SpecFor, column) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert documents(spec_for(tmp_path / "a.parquet")) == [column[0].as_py() or ""]
 
 
 def test_a_parquet_row_that_is_not_utf8(tmp_path: Path, spec_for: SpecFor) -> None:

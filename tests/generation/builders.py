@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.data.tokenizer import tokenizer_hash
 
 MIXERS = ("retention", "attention")
 BOS, EOS, PAD = 256, 257, 258
@@ -58,5 +59,6 @@ def save_checkpoint(
     tiny_model(mixer, dtype=torch.float32, seed=seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     if record is not None:
-        (folder / "data.json").write_text(json.dumps(record))
+        own = {"tokenizer_sha256": tokenizer_hash(byte_tokenizer())}
+        (folder / "data.json").write_text(json.dumps(record | own))
     return folder

@@ -151,7 +151,9 @@ def test_a_memory_as_long_as_the_prompt_is_refused(model) -> None:
     for chunk in ({}, {"prefill_chunk_size": 2}):
         with pytest.raises(ValueError, match=r"past_key_values holds 17 .* has 6: .*deepcopy"):
             model.generate(ids, **GREEDY, **chunk, past_key_values=cache)
-    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=kept), whole)
+    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=copy.deepcopy(kept)), whole)
+    with pytest.raises(ValueError, match=r"past_key_values holds 4 .* has 4: "):
+        model.generate(ids[:, :4], **GREEDY, past_key_values=kept)
 
 
 def test_one_prefix_for_all_beams(model) -> None:

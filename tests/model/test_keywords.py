@@ -129,6 +129,17 @@ def test_boundaries_of_another_shape(forward, packed) -> None:
         forward(row, cu_seq_lens_q=torch.tensor([0]))
 
 
+def test_a_document_goes_on_in_the_next_call(model) -> None:
+    """Its number in seq_idx is the same, whatever else was in the row before."""
+    ids, numbers = random_ids(1, 8), torch.tensor([[4, 4, 5, 5, 5, 5, 6, 6]])
+    whole = model(ids, seq_idx=numbers).logits
+    cache = model.new_cache()
+    parts = [
+        model(ids[:, c], cache=cache, seq_idx=numbers[:, c]).logits for c in (slice(4), slice(4, 8))
+    ]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-12)
+
+
 def test_columns_are_not_counted_from_an_earlier_call(model, packed) -> None:
     row, _ = packed
     cache = model.new_cache()

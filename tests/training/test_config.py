@@ -74,6 +74,10 @@ def test_every_key_is_described() -> None:
         ("train.max_steps=0x1" + "0" * 5000, "train.max_steps (a number of hundreds of digits) m"),
         ("train.max_steps=1" + "0" * 5000, "argument (train.max_steps=1000"),
         ("train.seed", "must be section.key=value"),
+        (
+            "train.seed=!!int ''",
+            "argument (train.seed=!!int '') can't be read: a value that is non",
+        ),
         ("=3", "must be section.key=value"),
         ("train.trackers=[wandb", "argument (train.trackers=[wandb) can't be read"),
         ("train.trackers=[comet]", "train.trackers (comet) must be any of wandb, tensorboard"),
@@ -109,6 +113,12 @@ def test_files_that_are_no_configuration(tmp_path) -> None:
         ("1: 2", r"configuration key \(1\) is not known"),
         ("train:\n  ? [a]\n  : 1", "not valid YAML"),
         ("train: &a\n  seed: *a", "not valid YAML: more than 10,000 values"),
+        ("train: {compile: !!bool maybe}", "a value that is none of its tag .*:bool\n.* line 1"),
+        ("train: {seed: !!int ''}", "not valid YAML: a value that is none of its tag .*:int"),
+        ("train: {beta1: !!float ''}", "not valid YAML: a value that is none of its tag .*:float"),
+        ("data: {split: !!timestamp x}", "a value that is none of its tag .*:timestamp"),
+        ('train: {sample_prompt: "\\ud800"}', r"sample_prompt \('\\ud800'\) has half a surrogate"),
+        ('data: {text_field: "a\\udc80"}', r"data\.text_field \('a\\udc80'\) has half a surrogate"),
         ("train:\n  trackers: [1]", r"train\.trackers \(a list\) must be a list, as \[a, b\]"),
     ):
         file = tmp_path / "bad.yaml"

@@ -69,7 +69,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert trees[0] == trees[1]
 
 
-@pytest.mark.parametrize("carry", ["false", "true"])
+@pytest.mark.parametrize("carry", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_run_killed_in_each_phase_is_the_uninterrupted_run(
     arguments, tmp_path: Path, carry: str
 ) -> None:

@@ -1,6 +1,7 @@
 """A finished run's folder that lost something: nothing that is left in it gets lost too."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_checkpoints_that_can_not_be_listed(options, finished: Path, capsys) -> 
     assert len(metrics(finished)) == 6
     shutil.rmtree(folder)
     folder.touch()
-    is_refused(finished, options, capsys, f"{folder} can't be read (Not a dir", train__max_steps=8)
+    is_refused(finished, options, capsys, f"{folder} is no folder, as a run", train__max_steps=8)
 
 
 def test_a_folder_with_the_name_of_no_step(options, finished: Path) -> None:
@@ -116,6 +117,16 @@ def test_a_manifest_without_files_makes_no_whole_checkpoint(
     assert run(options, train__max_steps=8) == 0
     printed = capsys.readouterr().err
     assert "manifest.json says nothing of optimizer.safetensors: going back to step_4" in printed
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_metrics_that_are_no_file(options, finished: Path, capsys, make) -> None:
+    """A pipe was waited for without end."""
+    file = finished / "metrics.jsonl"
+    file.unlink()
+    make(file)
+    words = f"{file} is no file, as a run has it there: move it away"
+    is_refused(finished, options, capsys, words, train__max_steps=8)
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "final"])

@@ -140,7 +140,7 @@ def test_nothing_raises_after_the_end_of_a_process(monkeypatch) -> None:
         assert cli.run(interrupted) == 130
         handler = signal.getsignal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr("retnet.cli.BURST_S", 0)
+        monkeypatch.setattr("retnet.interrupts.BURST_S", 0)
         monkeypatch.setattr(signal, "raise_signal", lambda number: ends.append(number))
         with pytest.raises(KeyboardInterrupt):  # where the default had ended the process
             handler(signal.SIGINT, None)

@@ -86,6 +86,7 @@ def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path, caplog) -> No
     """Alone: the good ones after it stay. What an interruption cut off is no damage."""
     good = [json.dumps({"step": step, "train/loss": 9.0 - step}).encode() for step in range(1, 8)]
     bad = [b"\xff\xfe", b'{"train/loss": 1.0}', b'{"step": 2}', b"[]", b"", good[1][:-4],
+           line(2).decode().encode("utf-16"), b'{"a": "\xed\xa0\x80", ' + line(2)[1:],
            b"[" * 100_000, line(3.5), line(True), line(-2), line(2, "1.0"), line(2, 10**400),
            line(2, math.nan)]  # fmt: skip
     for damage in bad:

@@ -1,0 +1,62 @@
+"""The files of a tokenizer, looked at before the libraries that read them are trusted with them.
+
+They wait for a pipe without end, and a few lines of tokenizer.json can have every letter become
+gigabytes, which ends the process where memory does.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from retnet.errors import UserError
+from retnet.files import read_json, unreadable
+from retnet.paths import kind_of
+
+TOKENIZER = "tokenizer.json"
+MOST_GROWTH = 1000  # characters that a text's single one may become
+
+
+def check_tokenizer_files(folder: Path, fix: str) -> None:
+    """Raise a ``UserError`` where one is no file, may not be read, or has texts grow too much.
+
+    The message ends with ``fix`` where a file is at fault.
+    """
+    for file in sorted({folder / TOKENIZER, *folder.glob("*token*.json")}):
+        kind = kind_of(file, TOKENIZER)
+        if kind not in (None, "file"):
+            raise UserError(f"{file} is a folder, pipe or device, where a file is needed: {fix}")
+        try:
+            if kind is not None:
+                file.open("rb").close()
+        except PermissionError as error:
+            raise UserError(unreadable(file)) from error
+    if not (folder / TOKENIZER).exists():
+        return
+    try:
+        content = read_json(folder / TOKENIZER, fix)
+    except UserError:  # the library says what is wrong with it
+        return
+    for parts in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        where, growth = " and ".join(parts), math.prod(_growth(content.get(part)) for part in parts)
+        if growth > MOST_GROWTH:
+            raise UserError(
+                f"{folder / TOKENIZER}: the {where} can make more than {MOST_GROWTH:,} characters "
+                f"of one: leave replacements out there, or {fix}"
+            )
+
+
+def _growth(part: Any) -> float:
+    """How many characters a part of the pipeline makes of one, at most; 1 where it has no say."""
+    if not isinstance(part, dict):
+        return 1
+    growth = 1.0
+    for steps in (part.get("normalizers"), part.get("pretokenizers"), part.get("decoders")):
+        for step in steps if isinstance(steps, list) else ():
+            growth *= _growth(step)
+    if part.get("type") == "ByteLevel":
+        return 2  # of a byte that is no letter a letter of two bytes
+    content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") == "Replace" and isinstance(content, str) and isinstance(pattern, dict):
+        text = pattern.get("String")  # else an expression, which may match between letters too
+        return max(1, len(content) / len(text)) if text else 1 + len(content)
+    return growth
