@@ -119,9 +119,11 @@ class AttentionFree(Mixer):
         self.k_proj = nn.Linear(hidden, hidden, bias=False)
         self.v_proj = nn.Linear(hidden, hidden, bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
-        for name in self.no_matrices:
-            w = torch.empty(config.max_position_embeddings, config.aft_rank)
-            self.register_parameter(name, None if config.reach == 0 else nn.Parameter(w))
+        self.w_u: nn.Parameter | None = None
+        self.w_v: nn.Parameter | None = None
+        if config.reach != 0:
+            shape = config.max_position_embeddings, config.aft_rank
+            self.w_u, self.w_v = (nn.Parameter(torch.empty(shape)) for _ in range(2))
 
     @property
     def w(self) -> tuple[Tensor | None, Tensor | None]:
