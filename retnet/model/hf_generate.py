@@ -68,22 +68,23 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
-    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> Any:
+    def _prepare_generation_config(  # type: ignore[override]
+        self, generation_config: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """generate's hook: whether a length was asked for by hand, in the call itself."""
-        made, others = super()._prepare_generation_config(generation_config, **kwargs)
-        made.length_by_hand = any(
-            kwargs.get(k) is not None for k in ("max_new_tokens", "max_length")
-        )
+        parent: Any = super()
+        made, others = parent._prepare_generation_config(generation_config, **kwargs)
+        lengths = kwargs.get("max_new_tokens"), kwargs.get("max_length")
+        made.length_by_hand = lengths != (None, None)
         return made, others
 
     def _prepare_generated_length(  # type: ignore[override]
-        self, generation_config: Any, *args: Any, inputs_tensor: Tensor, **kwargs: Any
+        self, generation_config: Any, **kwargs: Any
     ) -> Any:
         """generate's hook: how many columns it is given."""
-        generation_config.prompt_columns = inputs_tensor.shape[1]
-        return super()._prepare_generated_length(
-            generation_config, *args, inputs_tensor=inputs_tensor, **kwargs
-        )
+        generation_config.prompt_columns = kwargs["inputs_tensor"].shape[1]
+        parent: Any = super()
+        return parent._prepare_generated_length(generation_config=generation_config, **kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
