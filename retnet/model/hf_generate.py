@@ -68,7 +68,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
-    def _prepare_generation_config(  # type: ignore[override]
+    def _prepare_generation_config(
         self, generation_config: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """generate's hook: whether a length was asked for by hand, in the call itself."""
