@@ -41,6 +41,8 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
+MAX_NEW_TOKENS = 200
+
 
 def build_parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
@@ -53,7 +55,8 @@ def build_parser() -> ArgumentParser:
     prompt.add_argument(
         "--prompt-file", type=file_path, help="a UTF-8 file to continue; - is stdin"
     )
-    add("--max-new-tokens", type=positive_int, default=200, help="the most to make (200)")
+    most = f"the most to make ({MAX_NEW_TOKENS}, or what the model has room for)"
+    add("--max-new-tokens", type=positive_int, help=most)
     temperature = f"above 0, lower is more cautious ({Sampling.temperature})"
     add("--temperature", type=number, help=temperature)
     add("--top-k", type=whole_number, help="keep the k most likely tokens (all)")
@@ -110,7 +113,8 @@ def main(argv: Sequence[str]) -> int:
         checkpoint.model,
         checkpoint.tokenizer,
         prompt,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
+        by_hand=arguments.max_new_tokens is not None,
         sampling=sampling,
         num_samples=arguments.num_samples,
         stop=arguments.stop,

@@ -1,6 +1,8 @@
 """Train, run and understand Retentive Networks (RetNet, arXiv 2307.08621)."""
 
 from .model import (
+    AFTConfig,
+    AFTForCausalLM,
     MultiScaleRetention,
     RetNetConfig,
     RetNetForCausalLM,
@@ -13,6 +15,8 @@ from .versions import warn_of_untried
 __version__ = "0.1.0"
 
 __all__ = [
+    "AFTConfig",
+    "AFTForCausalLM",
     "MultiScaleRetention",
     "RetNetConfig",
     "RetNetForCausalLM",

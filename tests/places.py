@@ -19,6 +19,9 @@ RUN = "{tiny} data.source={corpus} data.tokenizer=bytes data.seq_len=8 data.cach
       "train.out_dir={new}/run model.hidden_size=16 model.num_heads=2 train.max_steps=1 "\
       "train.warmup_steps=0 train.device=cpu"  # fmt: skip
 
+# And of a model whose positions end, for which num_heads means nothing.
+AFT = RUN.replace(" model.num_heads=2", " model.mixer=aft")
+
 # Arguments of generate.py and compare.py without a mistake.
 G, C = "{runs}/retention", "{runs}/retention {runs}/attention --no-speed"
 
@@ -76,7 +79,7 @@ def make_places(folder: Path) -> dict[str, Path]:
     spec = DataSpec(source=str(places["corpus"]), tokenizer="bytes", seq_len=8,
                     cache_dir=str(folder / "cache"))  # fmt: skip
     record = prepare_data(spec).record
-    for mixer in MIXERS:
+    for mixer in (*MIXERS, "aft"):
         save_checkpoint(places["runs"] / mixer / "final", mixer, record=record)
     save_checkpoint(places["runs"] / "unrecorded" / "final")
     lost = record | {"validation_sha256": "0" * 64}

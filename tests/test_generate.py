@@ -21,7 +21,7 @@ SOAK_TOKENS = int(os.environ.get("SOAK_TOKENS", "1000000"))
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    for mixer in MIXERS:
+    for mixer in (*MIXERS, "aft"):
         save_checkpoint(folder / mixer / "final", mixer)
     return folder
 
@@ -48,6 +48,17 @@ def test_prompt_text_and_summary(main, mixer: str) -> None:
         r"state: [\d,]+ bytes \| fast step\n",
         err,
     )
+
+
+def test_a_length_that_nobody_typed_ends_with_the_models_positions(main) -> None:
+    """It has 16, of which the prompt takes 6."""
+    code, out, err = main("--prompt", "hello", "--seed", "1", checkpoint="aft")
+    assert code == 0 and out.startswith("hello")
+    said, summary = err.splitlines()
+    assert said == "the text ends at 16 tokens, for which this aft model is defined: 10 new ones"
+    assert "new: 10 tokens" in summary
+    typed = main("--prompt", "hello", "--seed", "1", "--max-new-tokens", "10", checkpoint="aft")
+    assert typed[:2] == (0, out) and len(typed[2].splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from retnet import cli
-from tests.places import MAINS, RUN, C, G
+from tests.places import AFT, MAINS, RUN, C, G
 
 CONFIGURATION = [
     ("", "the following arguments are required: config"),
@@ -69,6 +69,18 @@ CONFIGURATION = [
     (RUN + " model.ffn=relu", "model.ffn ('relu') must be"),
     (RUN + " model.chunk_size=0", "model.chunk_size (0)"),
     (RUN + " model.mixer=attention train.carry_state=true", "train.carry_state (true) needs a"),
+    (RUN + " model.mixer=aft", "model.num_heads (2) has no meaning with model.mixer=aft"),
+    (RUN + " model.aft_rank=8", "model.aft_rank (8) has no meaning with model.mixer=retention"),
+    (AFT + " model.rotary_layout=half", "model.rotary_layout (half) has no meaning with"),
+    (AFT + " model.aft_window=9", "model.aft_window (9) must be at most max_position_embeddings"),
+    (AFT + " model.aft_variant=full model.aft_window=4", "model.aft_window (4) has no meaning"),
+    (AFT + " model.aft_variant=conv", "model.aft_variant ('conv') must be one of local, simple"),
+    (AFT + " model.positions=rotary", "model.positions ('rotary') has no meaning for aft"),
+    (AFT + " train.carry_state=true", "train.carry_state (true) leads beyond data.seq_len (8)"),
+    (RUN + " model.positions=learned train.carry_state=true", "leads beyond data.seq_len (8)"),
+    (AFT + " model.init_from={runs}/aft data.seq_len=17", "data.seq_len (17) is beyond the 16"),
+    (AFT + " train.sample_prompt=twelveletter data.cache_dir={folder}/cache",
+     "train.sample_prompt has 13 tokens (with <bos>) and leaves no room"),
     (RUN + " train.carry_state=true data.reset_state_at_documents=false", "keeps documents apart"),
     (RUN + " train.carry_state=true train.gradient_checkpointing=true", "set it to false"),
     (RUN + " train.carry_state=true train.batch_size=999 data.cache_dir={folder}/cache",
@@ -203,6 +215,9 @@ GENERATION = [
     (G + " --device meta", "--device (meta) cannot be used"),
     (G + " --prompt a --max-new-tokens 999999999999", "--max-new-tokens (999,999,999,999) need"),
     (G + " --prompt a --stop \udcff", "has no token in the model's vocabulary"),
+    ("{runs}/aft --max-new-tokens 16", "--max-new-tokens (16) after a prompt of 1 tokens leads"),
+    ("{runs}/aft --prompt fifteen_letters --max-new-tokens 1", "has 16 tokens (with <bos>) and"),
+    ("{runs}/aft --prompt fifteen_letters", "has 16 tokens (with <bos>) and leaves no room"),
     (G + " --wrong", "unrecognized arguments: --wrong"),
 ]
 
@@ -231,6 +246,8 @@ COMPARISON = [
     (C + " --context 99999", "--context (99999) is longer than the text"),
     (C + " --context 8 --stride 9", "stride (9) must be from 1 to context (8)"),
     (C + " --carry-state", "--carry-state needs a recurrent model"),
+    ("{runs}/retention {runs}/aft --no-speed --context 17", "--context (17) is beyond the 16"),
+    ("{runs}/retention {runs}/aft --no-speed --carry-state", "--carry-state leads beyond the 16"),
     (C + " --contexts 8", "not allowed with argument --no-speed"),
     (
         "{runs}/retention {runs}/attention --contexts 8 99999999999999",

@@ -113,8 +113,11 @@ def _speed(comparison: Comparison) -> list[str]:
     rows = [["decoding", "after tokens", "ms/token", "quartiles", "bytes of state or cache"]]
     for entries in zip(*(model.speed for model in comparison.models), strict=True):
         for label, entry in zip(_labels(comparison), entries, strict=True):
-            ms, quartiles = f"{entry.ms_per_token:.2f}", f"{entry.ms_low:.2f}-{entry.ms_high:.2f}"
-            rows.append([label, f"{entry.context:,}", ms, quartiles, f"{entry.cache_bytes:,}"])
+            figures = ["not defined", "", ""]
+            if entry.ms_per_token is not None:
+                quartiles = f"{entry.ms_low:.2f}-{entry.ms_high:.2f}"
+                figures = [f"{entry.ms_per_token:.2f}", quartiles, f"{entry.cache_bytes:,}"]
+            rows.append([label, f"{entry.context:,}", *figures])
     rounds = f"{ROUNDS} interleaved rounds of {TOKENS_PER_ROUND} tokens"
     return [*format_table(rows), f"[batch 1, median of {rounds}, after one to warm up]"]
 

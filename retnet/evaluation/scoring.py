@@ -126,10 +126,21 @@ def check_windows(
     """The stride that these options mean for this model; a ``UserError`` where they do not fit."""
     if context < 1:
         raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
+    longest, kind = model.config.longest, type(model).__name__
+    if longest is not None and carry_state:
+        raise UserError(
+            f"--carry-state leads beyond the {longest:,} tokens for which a {kind} is defined: "
+            "leave it out, or compare other models"
+        )
+    if longest is not None and context > longest:
+        raise UserError(
+            f"--context ({context:,}) is beyond the {longest:,} tokens for which a {kind} is "
+            f"defined: take --context {longest} for all models"
+        )
     if carry_state:
         if model.grows:
             raise UserError(
-                f"--carry-state needs a recurrent model, not a {type(model).__name__}: leave it "
+                f"--carry-state needs a recurrent model, not a {kind}: leave it "
                 "out, or compare models whose state has a constant size"
             )
         if stride is not None:

@@ -48,13 +48,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decoding after a context of a given length, batch 1."""
+    """Decoding after a context of a given length, batch 1; None where it is not defined."""
 
     context: int  # tokens in the cache when the clock starts
-    ms_per_token: float  # median over the rounds
-    ms_low: float  # first quartile
-    ms_high: float  # third quartile
-    cache_bytes: int  # of the state, or of the used part of the key-value cache
+    ms_per_token: float | None = None  # median over the rounds
+    ms_low: float | None = None  # first quartile
+    ms_high: float | None = None  # third quartile
+    cache_bytes: int | None = None  # of the state, or of the used part of the key-value cache
 
 
 def interleaved(
@@ -118,16 +118,25 @@ def decode_speed(
     results: list[list[DecodeSpeed]] = [[] for _ in models]
     bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
     for context in bar:
-        caches = [_read_context(model, context, tokens) for model in models]
+        measured = [i for i, model in enumerate(models) if _has_room(model, context + tokens)]
+        caches = [_read_context(models[i], context, tokens) for i in measured]
         prepares = [
-            _decoding(model, cache, tokens) for model, cache in zip(models, caches, strict=True)
+            _decoding(models[i], cache, tokens) for i, cache in zip(measured, caches, strict=True)
         ]
         timings = interleaved(prepares, models[0].device, rounds=rounds)
-        for own, cache, timing in zip(results, caches, timings, strict=True):
+        for own in results:
+            own.append(DecodeSpeed(context))
+        for i, cache, timing in zip(measured, caches, timings, strict=True):
             ms = 1000 / tokens
             spread = (ms * timing.median, ms * timing.low, ms * timing.high)
-            own.append(DecodeSpeed(context, *spread, cache_bytes=cache.num_bytes()))
+            results[i][-1] = DecodeSpeed(context, *spread, cache_bytes=cache.num_bytes())
     return results
+
+
+def _has_room(model: DecoderForCausalLM, tokens: int) -> bool:
+    """Whether the model is defined for texts of so many tokens."""
+    longest = model.config.longest
+    return longest is None or tokens <= longest
 
 
 def _read_context(model: DecoderForCausalLM, context: int, tokens: int) -> DecoderCache:

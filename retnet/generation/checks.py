@@ -29,6 +29,39 @@ def check_finite(checkpoint: Checkpoint) -> None:
         )
 
 
+def fit_length(
+    model: DecoderForCausalLM,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    option: str | None = None,
+    *,
+    prompt: str = "the prompt",
+    quiet: bool = False,
+) -> int:
+    """The new tokens for which a model has room, with a line where they are fewer than wanted.
+
+    A ``UserError`` where there is no room, or less than was asked for by hand with an option.
+    ``prompt`` is what messages call it.
+    """
+    longest = model.config.longest
+    if longest is None:
+        return max_new_tokens
+    what, room = f"this {model.config.mixer_class.name} model is defined", longest - prompt_tokens
+    if room < 1:
+        raise UserError(
+            f"{prompt} has {prompt_tokens:,} tokens (with <bos>) and leaves no room, as {what} for "
+            f"texts of {longest:,}: give it a shorter one"
+        )
+    if max_new_tokens > room and option is not None:
+        raise UserError(
+            f"{option} ({max_new_tokens:,}) after a prompt of {prompt_tokens:,} tokens leads "
+            f"beyond the {longest:,} for which {what}: take at most {room:,}"
+        )
+    if max_new_tokens > room and not quiet:
+        logger.info(f"the text ends at {longest:,} tokens, for which {what}: {room:,} new ones")
+    return min(max_new_tokens, room)
+
+
 def check_length(
     model: DecoderForCausalLM, prompt_tokens: int, max_new_tokens: int, num_samples: int
 ) -> None:

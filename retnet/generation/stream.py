@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data.tokenizer import naming
 from retnet.errors import UserError
-from retnet.generation.checks import check_length
+from retnet.generation.checks import check_length, fit_length
 from retnet.generation.decode import ENDED, NotFiniteError, Usage, generate
 from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
@@ -160,10 +160,14 @@ def stream_text(
     stop: Sequence[str] = (),
     usage: Usage | None = None,
     compile: bool = False,
+    by_hand: bool = True,
 ) -> Iterator[list[str]]:
     """Continue a prompt and hand out the text as it is made; the options are as of ``generate``.
 
-    An empty prompt starts from ``<bos>``. A sample ends before the first ``stop`` in its new text.
+    Where a model has no room for so many tokens, the text ends at its last position, or it is an
+    error if the number was given ``by_hand``. An empty prompt starts from ``<bos>``. A sample ends
+    before the first ``stop`` in its new text.
+
     Yields the new text of each sample, ``num_samples`` strings, after every token and at the end. A
     ``UserError`` comes at once, before anything is made: a stop string cannot occur, there is no
     compiler, or so many tokens cannot fit. A ``NotFiniteError`` comes after the text made so far.
@@ -172,6 +176,8 @@ def stream_text(
     if compile:
         set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
+    option = "--max-new-tokens" if by_hand else None
+    max_new_tokens = fit_length(model, input_ids.shape[1], max_new_tokens, option)
     check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
     prompt_ids = input_ids[0].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]

@@ -57,6 +57,7 @@ class DecoderCache(Cache):
 
     Attributes:
         length: Columns seen, padding included.
+        shifted: Whether a call said its tokens' positions, which then may be more than their count.
         rows: By row: ``record`` int64 [B, 3] (see ``documents``), ``last_hidden`` [B, d] (each
             row's last output, kept while calls have a mask), and what mixers keep there.
     """
@@ -67,7 +68,7 @@ class DecoderCache(Cache):
     def __init__(self, growing: list[tuple[str, ...]], capacity: int | None = None) -> None:
         super().__init__(layers=[LayerState(names) for names in growing])
         self.capacity = capacity
-        self.length = 0
+        self.length, self.shifted = 0, False
         self.rows: State = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -116,12 +117,12 @@ class DecoderCache(Cache):
         self.rows = {}
         for layer in self.layers:
             layer.mixer, layer.ffn = {}, {}
-        self.length = 0
+        self.length, self.shifted = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecoderCache":
         """A memory of its own, whatever made this one; with gradients on, in the same graph."""
         new = type(self)([layer.growing for layer in self.layers], self.capacity)
-        new.length = self.length
+        new.length, new.shifted = self.length, self.shifted
         for name, x in self.tensors().items():
             new.put(name, x.clone())
         return new

@@ -108,10 +108,13 @@ class DecoderModel(DecoderPreTrainedModel):
             record=rows.get("record"),
             past=past,
         )
-        self._check_length(tokens, position_ids is not None)
+        self._check_length(tokens, position_ids is not None or bool(cache and cache.shifted))
         shared = Shared(self.layers, tokens, rows)
         if self.embed_positions is not None:
-            hidden = hidden + self.embed_positions(tokens.positions.clamp(min=0))
+            positions = tokens.positions
+            if tokens.valid is not None:  # at padding they may be anything
+                positions = positions.masked_fill(~tokens.valid, 0)
+            hidden = hidden + self.embed_positions(positions)
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden)
         hidden = self.dropout(hidden)
@@ -136,6 +139,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 shared.rows["last_hidden"] = hidden[:, -1].clone()
             cache.rows = shared.rows
             cache.length += hidden.shape[1]
+            cache.shifted |= position_ids is not None
         if all_hidden is not None:
             all_hidden[-1] = hidden
         result = DecoderOutput(
@@ -148,16 +152,20 @@ class DecoderModel(DecoderPreTrainedModel):
     def _check_length(self, tokens: TokenInfo, given: bool) -> None:
         """Raise where a document is longer than what is indexed by position.
 
-        Nothing is read back from a device where the tokens are few enough however they lie.
+        Nothing is read back from a device where the tokens are few enough however they lie, nor
+        while a program is made, which has no numbers yet.
         """
-        longest = self.config.longest
-        if longest is None or (tokens.past + tokens.shape[1] <= longest and not given):
+        longest, positions = self.config.longest, tokens.positions
+        made = torch.compiler.is_compiling() or torch.jit.is_tracing() or positions.is_meta
+        if longest is None or made or (tokens.past + tokens.shape[1] <= longest and not given):
             return
-        length = int(tokens.positions.amax()) + 1
-        if length > longest:
+        if tokens.valid is not None:
+            positions = positions.masked_fill(~tokens.valid, 0)
+        first, last = positions.amin().item(), positions.amax().item()
+        if first < 0 or last >= longest:
             raise ValueError(
-                f"a document of {length} tokens is longer than max_position_embeddings "
-                f"({longest}), beyond which this model is not defined: give it a shorter text"
+                f"a document has positions {first} to {last}, and this model is not defined beyond "
+                f"those from 0 to {longest - 1} (max_position_embeddings): give it a shorter text"
             )
 
     def _begin(self, layer: Any, own: LayerState, hidden: Tensor, capacity: int | None) -> None:

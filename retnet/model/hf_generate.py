@@ -6,6 +6,7 @@ Most of these hooks are private to transformers; a test fails when one of them i
 
 import copy
 import functools
+import logging
 from typing import Any, NoReturn
 
 import torch
@@ -15,8 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache import DecoderCache
 from .decoder import DecoderForCausalLM
+from .documents import NEXT_POSITION, describe_tokens
 from .keywords import one_memory
 from .outputs import MEMORY, NAMES
+
+logger = logging.getLogger(__name__)
 
 # keywords of forward, and the values with which they change nothing for a token fed to a cache
 _NO_MATTER = {
@@ -64,16 +68,47 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             "the left and call generate"
         )
 
+    def _prepare_generation_config(
+        self, generation_config: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """generate's hook: whether a length was asked for by hand, in the call itself."""
+        parent: Any = super()
+        made, others = parent._prepare_generation_config(generation_config, **kwargs)
+        lengths = kwargs.get("max_new_tokens"), kwargs.get("max_length")
+        made.length_by_hand = lengths != (None, None)
+        return made, others
+
+    def _prepare_generated_length(  # type: ignore[override]
+        self, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """generate's hook: how many columns it is given."""
+        generation_config.prompt_columns = kwargs["inputs_tensor"].shape[1]
+        parent: Any = super()
+        return parent._prepare_generated_length(generation_config=generation_config, **kwargs)
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: Any,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
-        *args: Any,
-        **kwargs: Any,
+        max_cache_length: int,
     ) -> None:
         """generate's hook: our own memory instead of a DynamicCache, and the step for one token."""
+        if self.config.longest is not None:
+            new = max_cache_length + 1 - generation_config.prompt_columns
+            room = self._room(self.config.longest, generation_config.prompt_columns, **model_kwargs)
+            if new > room and generation_config.length_by_hand:
+                raise ValueError(
+                    f"{new} new tokens lead beyond max_position_embeddings ({self.config.longest}),"
+                    f" where this model is not defined: ask for at most {room}"
+                )
+            if new > room:
+                logger.warning(
+                    f"the text ends at max_position_embeddings ({self.config.longest}), beyond "
+                    f"which this model is not defined: at most {room} new tokens"
+                )
+                generation_config.max_length -= new - room
         if generation_config.is_assistant:
             raise ValueError(f"{type(self).__name__} can't assist: its state can't go back")
         if generation_config.cache_implementation is not None:
@@ -97,6 +132,44 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
         elif cache is None and generation_config.use_cache is not False:
             model_kwargs[MEMORY] = self.new_cache()
         model_kwargs["decode_step"] = _decode_step(self)
+
+    def _room(
+        self,
+        longest: int,
+        columns: int,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: Any,
+    ) -> int:
+        """New tokens for which there are positions after a prompt of so many columns.
+
+        A ``ValueError`` where there is none.
+        """
+        memory, record, past = others.get(MEMORY), None, 0
+        ids = (attention_mask, segment_ids, position_ids)
+        rows = max((x.shape[0] for x in ids if x is not None), default=1)
+        if memory is not None and memory.record is not None:
+            past = memory.length
+            record = memory.record.amax(0, keepdim=True).expand(rows, -1)
+            only_new = attention_mask is not None and attention_mask.shape[1] > columns
+            columns -= 0 if only_new else past
+        told = [None if x is None else x[:, -columns:] for x in (segment_ids, position_ids)]
+        tokens = describe_tokens(
+            torch.empty(rows, columns, 0, device=self.device),
+            attention_mask=None if attention_mask is None else attention_mask[:, -columns:],
+            segment_ids=told[0],
+            position_ids=told[1],
+            record=record,
+            past=past,
+        )
+        room = longest - int(tokens.record[:, NEXT_POSITION].amax())
+        if room < 1:
+            raise ValueError(
+                f"the prompt ends at position {longest - room}, and this model is not defined "
+                f"beyond {longest} tokens (max_position_embeddings): give it a shorter one"
+            )
+        return room
 
     def prepare_inputs_for_generation(
         self,

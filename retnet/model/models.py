@@ -12,6 +12,7 @@ from .configuration import DecoderConfig
 from .decoder import DecoderForCausalLM, DecoderModel
 from .hf_generate import GeneratingDecoder
 from .mixers import MIXERS
+from .mixers.aft import AFTOptions, AttentionFree
 from .mixers.attention import AttentionOptions, CausalAttention
 from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
@@ -45,6 +46,20 @@ class TransformerForCausalLM(GeneratingDecoder):
     config_class, model_class = TransformerConfig, TransformerModel
 
 
+class AFTConfig(AFTOptions):
+    """An attention-free transformer (arXiv 2105.14103)."""
+
+    mixer_class, model_type = AttentionFree, "aft_lm"
+
+
+class AFTModel(DecoderModel):
+    config_class = AFTConfig
+
+
+class AFTForCausalLM(GeneratingDecoder):
+    config_class, model_class = AFTConfig, AFTModel
+
+
 class GatedRetNetConfig(GatedRetentionOptions):
     """A RetNet with gated retention (arXiv 2405.05254)."""
 
@@ -62,6 +77,7 @@ class GatedRetNetForCausalLM(GeneratingDecoder):
 PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     RetNetForCausalLM,
     TransformerForCausalLM,
+    AFTForCausalLM,
     GatedRetNetForCausalLM,
 )
 

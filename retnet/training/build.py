@@ -7,15 +7,16 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
-from retnet.checkpoints.format import TOKENIZER
+from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER
 from retnet.checkpoints.match import check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
+from retnet.files import read_json
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.models import configuration, model_class
-from retnet.training.spec import NOT_OF_THE_MODEL, Config
+from retnet.training.spec import NOT_OF_THE_MODEL, Config, is_bounded
 
 
 def model_config(config: Config, vocab_size: int, **special_ids: Any) -> DecoderConfig:
@@ -24,7 +25,7 @@ def model_config(config: Config, vocab_size: int, **special_ids: Any) -> Decoder
     A ``UserError`` where the values make no model.
     """
     section = vars(config.model)
-    keys: dict[str, Any] = {"max_position_embeddings": config.data.seq_len, **special_ids}
+    keys: dict[str, Any] = {"max_position_embeddings": _positions(config), **special_ids}
     keys |= {k: v for k, v in section.items() if v is not None and k not in NOT_OF_THE_MODEL}
     try:
         return configuration(model_class(section["mixer"]))(vocab_size=vocab_size, **keys)
@@ -32,6 +33,25 @@ def model_config(config: Config, vocab_size: int, **special_ids: Any) -> Decoder
         parts = str(error).split("; ")
         named = [f"model.{part}" if part.split()[0] in section else part for part in parts]
         raise UserError("; ".join(named)) from error
+
+
+def _positions(config: Config) -> int:
+    """T_max: data.seq_len, or where positions are weights that of ``model.init_from``.
+
+    A ``UserError`` where that is less.
+    """
+    wanted, source = config.data.seq_len, config.model.init_from
+    if not source or not is_bounded(config.model):
+        return wanted
+    stored = read_json(find_checkpoint(source) / CONFIG, COPY_AGAIN).get("max_position_embeddings")
+    if type(stored) is not int:
+        return wanted
+    if wanted > stored:
+        raise UserError(
+            f"data.seq_len ({wanted}) is beyond the {stored} positions that model.init_from "
+            f"({source}) is defined for: set data.seq_len={stored} or less"
+        )
+    return stored
 
 
 def build_model(config: DecoderConfig) -> DecoderForCausalLM:

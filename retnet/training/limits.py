@@ -1,13 +1,14 @@
 """Values that can't be: out of range, in contradiction, or larger than this machine can hold."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from retnet.errors import UserError
 from retnet.machine import memory_of
 from retnet.model.mixers import MIXERS
-from retnet.training.spec import Config, TrainSpec, flatten
+from retnet.training.spec import Config, TrainSpec, flatten, is_bounded
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
@@ -42,8 +43,13 @@ def problems(config: Config) -> Iterator[str]:
             yield f"train.trackers ({tracker}) must be any of {names}, as in train.trackers=[wandb]"
     carry = "train.carry_state (true)"
     if train.carry_state and MIXERS[model.mixer].growing(model):
-        constant = (mixer for mixer, kind in MIXERS.items() if not kind.growing(model))
-        yield f"{carry} needs a state to carry: set model.mixer={' or '.join(constant)}"
+        yield f"{carry} needs a state to carry: set model.mixer={' or '.join(_carrying(model))}"
+    elif train.carry_state and is_bounded(model):
+        yield (
+            f"{carry} leads beyond data.seq_len ({data.seq_len}) tokens, where model.mixer="
+            f"{model.mixer} with positions ({model.positions}) is not defined: set it to false, or "
+            f"model.mixer={' or '.join(_carrying(model))}"
+        )
     if train.carry_state and not data.reset_state_at_documents:
         yield f"{carry} keeps documents apart: set data.reset_state_at_documents=true"
     if train.carry_state and train.gradient_checkpointing:
@@ -53,6 +59,15 @@ def problems(config: Config) -> Iterator[str]:
             most = MOST.get(f"{section}.{key}", INT64)
             if isinstance(value, int) and value > most:
                 yield f"{section}.{key} ({value}) must be at most {most}"
+
+
+def _carrying(model: Any) -> list[str]:
+    """Mixers whose state is of constant size and goes on for ever, as they are by default."""
+    return [
+        mixer
+        for mixer, kind in MIXERS.items()
+        if not (kind.growing(model) or kind.positions == "learned" or kind.bounded(model))
+    ]
 
 
 def _rules(train: TrainSpec) -> Iterator[tuple[str, bool, str]]:

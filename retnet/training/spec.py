@@ -84,6 +84,11 @@ def settled(section: Any, by_hand: Collection[str] = ()) -> Any:
     return type(section)(**values)
 
 
+def is_bounded(section: Any) -> bool:
+    """Whether the section's model is undefined beyond a number of tokens of a document."""
+    return bool(section.positions == "learned" or MIXERS[section.mixer].bounded(section))
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """The ``train`` section."""

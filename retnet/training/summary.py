@@ -11,7 +11,10 @@ from retnet.training.build import build_model
 from retnet.training.loop import Trainer
 
 GIB = 2**30
-PARTS = {"embed_tokens": "embedding", "lm_head": "output", "mixer": "mixers", "ffn": "feed-forward"}
+PARTS = {
+    "embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "output",
+    "mixer": "mixers", "ffn": "feed-forward",
+}  # fmt: skip
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

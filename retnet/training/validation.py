@@ -10,7 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
 from retnet.evaluation import evaluate_batches, metrics
-from retnet.generation import Sampling, check_text_fits, encode_prompt, sample_text
+from retnet.generation import (
+    Sampling,
+    check_text_fits,
+    encode_prompt,
+    fit_length,
+    sample_text,
+)
 from retnet.model.decoder import DecoderForCausalLM as Model
 from retnet.training.spec import Config, TrainSpec
 
@@ -56,10 +62,14 @@ def sum_losses(model: Model, batches: ValidationBatches) -> tuple[float, int]:
 
 
 def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec) -> None:
-    """Raise a ``UserError`` when no memory holds a sample of ``train.sample_tokens``."""
+    """Say where a sample ends before ``train.sample_tokens``, as the model has no more positions.
+
+    A ``UserError`` where its prompt leaves no room, or no memory holds it.
+    """
     if not spec.sample_tokens:
         return
     prompt, new = encode_prompt(tokenizer, spec.sample_prompt).shape[1], spec.sample_tokens
+    new = fit_length(model, prompt, new, prompt="train.sample_prompt")
     what = f"a prompt of {prompt:,} tokens and train.sample_tokens ({new:,}) need"
     check_text_fits(model, prompt + new, 1, what)
 
@@ -70,7 +80,9 @@ def sample_lines(
     """The lines of a sample text, for the console."""
     if not spec.sample_tokens:
         return
-    prompt, new, sampling = spec.sample_prompt, spec.sample_tokens, Sampling(seed=spec.seed)
+    prompt, sampling = spec.sample_prompt, Sampling(seed=spec.seed)
+    length = encode_prompt(tokenizer, prompt).shape[1]
+    new = fit_length(model, length, spec.sample_tokens, quiet=True)
     # its lengths vary: compiling it would cost more than it gives
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         text = sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from retnet.evaluation import decode_speed, interleaved
+from retnet.evaluation.speed import DecodeSpeed
 from tests.generation.builders import MIXERS, tiny_model
 
 CPU = torch.device("cpu")
@@ -47,6 +48,18 @@ def test_state_stays_and_cache_grows_with_the_context() -> None:
     assert attention[1].cache_bytes == 4 * attention[0].cache_bytes
     for entry in (*retention, *attention):
         assert 0 < entry.ms_low <= entry.ms_per_token <= entry.ms_high
+
+
+def test_a_context_for_which_a_model_is_not_defined() -> None:
+    """The others are measured, and nothing is found out about it."""
+    results = decode_speed(
+        [tiny_model("retention"), tiny_model("aft")], (8, 20), tokens=3, rounds=2
+    )
+    (_, long), (short, none) = results
+    assert long.ms_per_token and short.ms_per_token and short.cache_bytes
+    assert none == DecodeSpeed(20)
+    alone = decode_speed([tiny_model("aft")], (14,), tokens=3, rounds=2)
+    assert alone == [[DecodeSpeed(14)]]
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.data.tokenizer import tokenizer_hash
+from retnet.model.models import model_class
 
 MIXERS = ("retention", "attention")
 BOS, EOS, PAD = 256, 257, 258
@@ -33,7 +34,7 @@ def tiny_model(
     mixer: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, vocab_size: int = VOCAB
 ) -> PreTrainedModel:
     """Two layers of width 16; wide weights, so that the logits differ clearly."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -44,10 +45,10 @@ def tiny_model(
         "pad_token_id": PAD,
     }
     torch.manual_seed(seed)
-    if mixer == "retention":
-        model = RetNetForCausalLM(RetNetConfig(**sizes, chunk_size=4))
-    else:
-        model = TransformerForCausalLM(TransformerConfig(**sizes))
+    kind: Any = model_class(mixer)
+    own = {"chunk_size": 4, "aft_rank": 4}
+    sizes |= {k: v for k, v in own.items() if k in kind.config_class.__dataclass_fields__}
+    model = kind(kind.config_class(**sizes))
     model.lm_head.weight.data.mul_(20)
     return model.to(dtype).eval()
 

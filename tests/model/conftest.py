@@ -17,7 +17,10 @@ def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
     torch.manual_seed(seed)
     keys = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
     keys |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    keys |= {"chunk_size": 5} if "chunk_size" in MIXERS[mixer].options.__dataclass_fields__ else {}
+    own = {"chunk_size": 5, "aft_window": 3, "aft_rank": 4}
+    keys |= {k: v for k, v in own.items() if k in MIXERS[mixer].options.__dataclass_fields__}
+    if MIXERS[mixer].positions == "learned":
+        keys["max_position_embeddings"] = 64  # the table is a part of the layers
     kind: Any = model_class(mixer)
     model = kind(kind.config_class(**keys | values))
     with torch.no_grad():

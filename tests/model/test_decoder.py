@@ -88,7 +88,8 @@ def test_every_pair_of_modes_at_every_split(
     together = torch.cat(parts, dim=1)
     assert (together - whole.logits)[keep].abs().max() < TOLERANCE if keep.any() else True
     for mine, theirs in zip(cache.layers, whole.past_key_values.layers, strict=True):
-        assert (mine.mixer["state"] - theirs.mixer["state"]).abs().max() < TOLERANCE
+        for name, expected in theirs.mixer.items():
+            assert (mine.mixer[name] - expected).abs().max() < TOLERANCE, name
     assert torch.equal(cache.record, whole.past_key_values.record)
     if keep.any():
         for mine, theirs in zip(
@@ -148,6 +149,10 @@ def test_a_text_shifted_by_ten_million_positions(model) -> None:
     ids = random_ids(2, 12)
     far = torch.arange(12)[None] + 10_000_000
     plain = logits(model, ids)
+    if model.config.longest is not None:
+        with pytest.raises(ValueError, match="not defined beyond those from 0 to 63"):
+            model(ids, position_ids=far)
+        return
     assert (logits(model, ids, position_ids=far) - plain).abs().max() < 1e-6
     cache = model.new_cache()  # through the state: the rest goes on from the cache
     first = logits(model, ids[:, :5], position_ids=far[:, :5], past_key_values=cache)
@@ -343,7 +348,11 @@ def test_dropout_acts_in_training_only(mixer: str) -> None:
     ],
 )
 def test_each_variant_changes_the_output(mixer: str, change: dict) -> None:
-    if mixer == "attention" and next(iter(change)).startswith("rotary_"):
+    (key,) = change
+    kind = MIXERS[mixer]
+    if key in kind.unused or (key.startswith("rotary_") and not kind.rotates):
+        pytest.skip("no key of this mixer")
+    if mixer == "attention" and key.startswith("rotary_"):
         opposite = {"half": "interleaved", "standard": "linspace"}
         change = {key: opposite.get(value, value) for key, value in change.items()}
     ids = random_ids(1, 12)

@@ -123,3 +123,20 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="can't be read"):
         load_initial_weights(second, str(tmp_path / "a"), tokenizer)
+
+
+def test_positions_are_those_of_the_initial_weights(tmp_path: Path) -> None:
+    """Where they are weights: a shorter seq_len uses the first of them, a longer one is refused."""
+    sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.aft_rank=4"]
+    sizes += ["model.mixer=aft", "data.seq_len=24", "model.aft_window=20"]
+    first = build_model(model_config(load_config(None, sizes), 300))
+    tokenizer = load_tokenizer("bytes")
+    first.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = [*sizes, f"model.init_from={tmp_path}"]
+    shorter = build_model(model_config(load_config(None, [*again, "data.seq_len=16"]), 300))
+    assert shorter.config.max_position_embeddings == 24
+    load_initial_weights(shorter, str(tmp_path), tokenizer)
+    assert torch.equal(first.model.embed_positions.weight, shorter.model.embed_positions.weight)
+    with pytest.raises(UserError, match=r"data\.seq_len \(25\) is beyond the 24 positions"):
+        model_config(load_config(None, [*again, "data.seq_len=25"]), 300)

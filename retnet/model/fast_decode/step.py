@@ -113,7 +113,7 @@ class DecodeStep:
         self.number = next(_numbers)
         self.packed = self.compiled = False
         self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
-        self.grows = model.grows
+        self.grows, self.longest = model.grows, model.config.longest
         self.embedding = model.model.embed_tokens.weight.detach()
         first, table = model.model.embed_norm, model.model.embed_positions
         self.positions = None if table is None else table.weight.detach()
@@ -132,8 +132,13 @@ class DecodeStep:
                 self.parts.append((step_norm(norm), step, kinds.index(type(part))))
 
     def fits(self, cache: DecoderCache) -> bool:
-        """Whether the cache holds something, nothing that needs a mask, and can be written here."""
+        """Whether the cache holds something, nothing that needs a mask, and can be written here.
+
+        And has room, where that is bounded: the model's own pass says what is wrong otherwise.
+        """
         plain = cache.rows.keys() <= {"record", "last_hidden"}
+        if self.longest is not None:
+            plain = plain and cache.length < self.longest and not cache.shifted
         return cache.record is not None and plain and not is_locked(cache.record)
 
     def compile(self) -> "DecodeStep":

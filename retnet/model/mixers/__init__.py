@@ -3,6 +3,7 @@
 Everything that lists mixers reads this table when it is asked.
 """
 
+from .aft import AttentionFree
 from .attention import CausalAttention
 from .base import Mixer
 from .gated_retention import GatedRetention
@@ -11,5 +12,6 @@ from .retention import MultiScaleRetention
 MIXERS: dict[str, type[Mixer]] = {
     "retention": MultiScaleRetention,
     "attention": CausalAttention,
+    "aft": AttentionFree,
     "gated_retention": GatedRetention,
 }

@@ -22,10 +22,12 @@ larger maximum, the sums over the tokens before the span, over those in the quer
 and over neighbouring blocks of C, 2C, ... P / 2 tokens, each with a maximum of its own of keys that
 are earlier than all of its queries: no later key, however loud, changes anything. Sums over blocks
 are products of e^(k - max k) and e^(w - max w). They lose keys where the w of one query differ by
-more than about 80 (float32; 700 in float64).
+more than about 80 (float32; 700 in float64). Programs for texts of any length (``torch.export``)
+have one block of all pairs instead, [B, T, T, d].
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +139,10 @@ def aft_parallel(
         columns, state = grow(state, text, k, v, w_v, valid, past)
     size = (SPAN_OF_ALL if window is None else SPAN) if span is None else span
     outputs, document, last = [], None, None
-    parts = [[None] * q.shape[1] if x is None else x.split(size, 1) for x in (*text, k, v, valid)]
+    given = (*text, k, v, valid)
+    parts: list[Any] = [[x] for x in given]
+    if not _is_open(q.shape[1]):
+        parts = [[None] * q.shape[1] if x is None else x.split(size, 1) for x in given]
     for index, (*fields, given_k, given_v, shown) in enumerate(zip(*parts, strict=False)):
         part = Tokens(*fields)
         if part.document is not None:  # counted from the last token before the span
@@ -154,6 +159,11 @@ def aft_parallel(
     return _gate(q, torch.cat(outputs, dim=1)), state
 
 
+def _is_open(length: Any) -> bool:
+    """Whether a program is made (exported, traced) whose texts may have any length."""
+    return torch.jit.is_tracing() or isinstance(length, torch.SymInt)
+
+
 def _gate(q: Tensor, mean: Tensor) -> Tensor:
     return torch.sigmoid(q.to(mean.dtype)) * mean
 
@@ -161,6 +171,8 @@ def _gate(q: Tensor, mean: Tensor) -> Tensor:
 def _mix(text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None) -> Tensor:
     """``mix_span`` of any number of tokens, filled up with hidden ones of the last document."""
     length = text.k.shape[1]
+    if _is_open(length):
+        return mix_span(text, old, sums, window, None)[0]
     short = (BLOCK << max(0, -(-length // BLOCK) - 1).bit_length()) - length
     if short:
         k = F.pad(text.k, (0, 0, 0, short), value=-math.inf)

@@ -53,23 +53,24 @@ class Tokens(NamedTuple):
 
 
 def mix_span(
-    text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None, block: int
+    text: Tokens, old: Tokens, sums: tuple[Tensor, ...], window: int | None, block: int | None
 ) -> tuple[Tensor, Tensor]:
     """AFT without its gate.
 
     Args:
-        text: The span, P = C 2^n tokens.
+        text: The span, P = C 2^n tokens; any number where C is None, one block.
         old: Tokens before the span, perhaps none, that its document 0 sees; their u and document
             are not asked for.
         sums: num, den and max [B, d], which document 0 sees; or empty.
         window: How far w reaches, None for everywhere, 0 where there is none.
-        block: C.
+        block: C, or None.
 
     Returns:
         out and the logarithm of its denominator [B, P, d], 0 where there is nothing to see.
     """
-    total, scale = (x.flatten(1, 2) for x in _direct(text.blocks(block), window))
-    for size in _sizes(text, block):
+    blocks = text.map(lambda x: x[:, None]) if block is None else text.blocks(block)
+    total, scale = (x.flatten(1, 2) for x in _direct(blocks, window))
+    for size in [] if block is None else _sizes(text, block):
         keys, queries = text.halves(size)
         (first, own), (first_scale, own_scale) = (_halves(x, size) for x in (total, scale))
         own, own_scale = _join((own, own_scale), _product(queries, keys, window))
@@ -260,7 +261,7 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
 
 def _before(text: Tokens, old: Tokens) -> tuple[Tokens, Tokens]:
     """The span as one block of queries, and the tokens before it as one of keys."""
-    queries, keys = (x.blocks(x.k.shape[1]) for x in (text, old))
+    queries, keys = (x.map(lambda y: y[:, None]) for x in (text, old))
     return queries, keys
 
 
