@@ -1,7 +1,11 @@
 """Train, run and understand Retentive Networks (RetNet, arXiv 2307.08621)."""
 
 from .model import (
+    LinearTransformerConfig,
+    LinearTransformerForCausalLM,
     MultiScaleRetention,
+    PerformerConfig,
+    PerformerForCausalLM,
     RetNetConfig,
     RetNetForCausalLM,
     TransformerConfig,
@@ -13,7 +17,11 @@ from .versions import warn_of_untried
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearTransformerConfig",
+    "LinearTransformerForCausalLM",
     "MultiScaleRetention",
+    "PerformerConfig",
+    "PerformerForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

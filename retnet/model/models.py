@@ -14,6 +14,8 @@ from .hf_generate import GeneratingDecoder
 from .mixers import MIXERS
 from .mixers.attention import AttentionOptions, CausalAttention
 from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
+from .mixers.linear import LinearAttention, LinearOptions
+from .mixers.performer import PerformerAttention, PerformerOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
 
 
@@ -45,6 +47,34 @@ class TransformerForCausalLM(GeneratingDecoder):
     config_class, model_class = TransformerConfig, TransformerModel
 
 
+class LinearTransformerConfig(LinearOptions):
+    """A linear Transformer (arXiv 2006.16236)."""
+
+    mixer_class, model_type = LinearAttention, "linear_transformer_lm"
+
+
+class LinearTransformerModel(DecoderModel):
+    config_class = LinearTransformerConfig
+
+
+class LinearTransformerForCausalLM(GeneratingDecoder):
+    config_class, model_class = LinearTransformerConfig, LinearTransformerModel
+
+
+class PerformerConfig(PerformerOptions):
+    """A Performer (arXiv 2009.14794)."""
+
+    mixer_class, model_type = PerformerAttention, "performer_lm"
+
+
+class PerformerModel(DecoderModel):
+    config_class = PerformerConfig
+
+
+class PerformerForCausalLM(GeneratingDecoder):
+    config_class, model_class = PerformerConfig, PerformerModel
+
+
 class GatedRetNetConfig(GatedRetentionOptions):
     """A RetNet with gated retention (arXiv 2405.05254)."""
 
@@ -62,6 +92,8 @@ class GatedRetNetForCausalLM(GeneratingDecoder):
 PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     RetNetForCausalLM,
     TransformerForCausalLM,
+    LinearTransformerForCausalLM,
+    PerformerForCausalLM,
     GatedRetNetForCausalLM,
 )
 

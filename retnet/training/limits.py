@@ -41,6 +41,12 @@ def problems(config: Config) -> Iterator[str]:
     if train.carry_state and MIXERS[model.mixer].growing(model):
         constant = (mixer for mixer, kind in MIXERS.items() if not kind.growing(model))
         yield f"{carry} needs a state to carry: set model.mixer={' or '.join(constant)}"
+    if train.carry_state:
+        yield from (f"{carry} {text}" for text in MIXERS[model.mixer].carry_problems(model))
+    learned = model.positions == "learned"
+    if train.carry_state and (learned or MIXERS[model.mixer].bounded(model)):
+        what = "model.positions (learned)" if learned else f"model.mixer ({model.mixer})"
+        yield f"{carry} goes on beyond data.seq_len, where {what} is not defined: set it to false"
     if train.carry_state and not data.reset_state_at_documents:
         yield f"{carry} keeps documents apart: set data.reset_state_at_documents=true"
     if train.carry_state and train.gradient_checkpointing:

@@ -6,10 +6,14 @@ Everything that lists mixers reads this table when it is asked.
 from .attention import CausalAttention
 from .base import Mixer
 from .gated_retention import GatedRetention
+from .linear import LinearAttention
+from .performer import PerformerAttention
 from .retention import MultiScaleRetention
 
 MIXERS: dict[str, type[Mixer]] = {
     "retention": MultiScaleRetention,
     "attention": CausalAttention,
+    "linear": LinearAttention,
+    "performer": PerformerAttention,
     "gated_retention": GatedRetention,
 }
