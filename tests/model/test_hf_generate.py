@@ -229,7 +229,8 @@ def test_generation_from_shifted_positions_and_from_embeddings(model, use_cache:
     whole = model.generate(ids, **GREEDY)
     far = (torch.arange(10) + 10_000_000).expand(2, -1)
     shifted = model.generate(ids, **GREEDY, position_ids=far, use_cache=use_cache)
-    assert torch.equal(shifted, whole)
+    if model.config.mixer_class.relative:
+        assert torch.equal(shifted, whole)
     embeddings = model.get_input_embeddings()(ids)
     out = model.generate(inputs_embeds=embeddings, **GREEDY, use_cache=use_cache)
     assert torch.equal(out, whole[:, 10:])

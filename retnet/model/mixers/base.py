@@ -127,6 +127,7 @@ class Mixer(Part):
         feed_forwards: Feed-forward networks that it brings, by their value of ``ffn``: classes with
             ``squares`` and ``matrices``, how many they have of d x d and d x intermediate_size.
         rotates: Whether it has queries and keys to rotate.
+        relative: Whether positions that rotate count by their differences alone.
         unused: Shared keys of a recipe that mean nothing to it.
     """
 
@@ -138,6 +139,7 @@ class Mixer(Part):
     embedding_norm: ClassVar[bool] = False
     feed_forwards: ClassVar[dict[str, Any]] = {}
     rotates: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:

@@ -10,7 +10,7 @@ authors learned an embedding for each position instead (``positions: learned``).
 not relative: shifting a text changes its outputs.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,9 @@ class LinearAttention(Mixer):
     modes = ("parallel", "chunkwise", "recurrent")
     positions = "rotary"
     rotates = True
+    relative = False
     joint = ("q_proj", "k_proj", "v_proj")
-    step = LinearStep
+    step: ClassVar[Any] = LinearStep
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)

@@ -9,7 +9,7 @@ each position (``positions: learned``).
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class PerformerAttention(LinearAttention):
 
     name = "performer"
     options = PerformerOptions
-    step = PerformerStep
+    step: ClassVar[Any] = PerformerStep
     wide = ("projection",)
     projection: Tensor
 

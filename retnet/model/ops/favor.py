@@ -109,6 +109,7 @@ def favor_recurrent(
     return quotient(torch.cat(outputs, dim=2)), FavorState(sums, maximum)
 
 
+@in_full_precision
 def favor_parallel(
     q: Tensor,
     k: Tensor,
@@ -123,8 +124,8 @@ def favor_parallel(
 
     Arguments, results and errors as in ``favor_recurrent``.
     """
-    flags = {"initial_state": initial_state, "valid": valid, "resets": resets}
-    return favor_chunkwise(q, k, v, projection, chunk_size=max(1, q.shape[2]), **flags)
+    q, k, v, projection, state, resets = _promote(q, k, v, projection, initial_state, valid, resets)
+    return _span(q, k, v, projection, state, valid, resets, chunk_size=q.shape[2])
 
 
 @in_full_precision
