@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.model.models import model_class
 
 MIXERS = ("retention", "attention")
 BOS, EOS, PAD = 256, 257, 258
@@ -43,10 +44,9 @@ def tiny_model(
         "pad_token_id": PAD,
     }
     torch.manual_seed(seed)
-    if mixer == "retention":
-        model = RetNetForCausalLM(RetNetConfig(**sizes, chunk_size=4))
-    else:
-        model = TransformerForCausalLM(TransformerConfig(**sizes))
+    kind: Any = model_class(mixer)
+    sizes |= {"chunk_size": 4} if hasattr(kind.config_class, "chunk_size") else {}
+    model = kind(kind.config_class(**sizes))
     model.lm_head.weight.data.mul_(20)
     return model.to(dtype).eval()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.model.models import PUBLIC, configuration
 
-KINDS = [(RetNetConfig, RetNetForCausalLM), (TransformerConfig, TransformerForCausalLM)]
+KINDS = [(configuration(model), model) for model in PUBLIC]
 
 
 @pytest.mark.parametrize(("config", "kind"), KINDS)
