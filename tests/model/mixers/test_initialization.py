@@ -27,7 +27,7 @@ KINDS = [(configuration(model), model) for model in PUBLIC]
 def test_first_loss(config, kind, tied: bool, size: dict, style: dict) -> None:
     torch.manual_seed(0)
     model = kind(config(**size, **style, tie_word_embeddings=tied)).eval()
-    ids = torch.randint(0, size["vocab_size"], (2, 64))
+    ids = torch.randint(0, size["vocab_size"], (8, 64))
     with torch.no_grad():
         out = model(ids, labels=ids)
     assert out.logits.std() <= 0.4
