@@ -3,7 +3,11 @@
 from .model import (
     AFTConfig,
     AFTForCausalLM,
+    LinearTransformerConfig,
+    LinearTransformerForCausalLM,
     MultiScaleRetention,
+    PerformerConfig,
+    PerformerForCausalLM,
     RetNetConfig,
     RetNetForCausalLM,
     TransformerConfig,
@@ -17,7 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AFTConfig",
     "AFTForCausalLM",
+    "LinearTransformerConfig",
+    "LinearTransformerForCausalLM",
     "MultiScaleRetention",
+    "PerformerConfig",
+    "PerformerForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

@@ -26,6 +26,7 @@ from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
 from retnet.model.models import model_class
+from retnet.model.ops.precision import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
-        weights = _converted(folder, dtype or config.dtype)
+        weights = _converted(folder, dtype or config.dtype, model.wide_names())
         _check_tied(folder, model, weights)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
@@ -134,12 +135,19 @@ def _build(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
-def _converted(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights in memory of their own; numbers of ``dtype``, or of the first one's."""
+def _converted(folder: Path, dtype: torch.dtype | None, wide: list[str]) -> dict[str, Tensor]:
+    """The weights in memory of their own; numbers of ``dtype``, or of the first one's.
+
+    Those that ``wide`` names are never below float32.
+    """
     weights = {}
     for name, tensor in stored_tensors(folder):
-        dtype = dtype or tensor.dtype
-        weights[name] = tensor.to(dtype, copy=True)
+        if name not in wide:
+            dtype = dtype or tensor.dtype
+            weights[name] = tensor.to(dtype, copy=True)
+        else:
+            least = wide_dtype(dtype or tensor.dtype)
+            weights[name] = tensor.to(least, copy=True)
     return weights
 
 

@@ -16,6 +16,7 @@ from .documents import TokenInfo, describe_tokens, repeat_at_padding
 from .keywords import one_memory, packed_segments, refuse
 from .layers import make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
+from .mixers.base import Part
 from .outputs import NAMES, CausalLMOutput, DecoderOutput, named
 
 
@@ -41,6 +42,21 @@ class DecoderPreTrainedModel(PreTrainedModel):
         kind = self.config.mixer_of(int(rest.split(".")[0])) if in_layers else None
         kind = kind or self.config.mixer_class
         kind.initialize(module, name.rpartition(".")[2], self.config)
+
+    def post_init(self) -> None:
+        self._keep_in_fp32_modules_strict = set(self.wide_names())
+        super().post_init()
+
+    def wide_names(self) -> list[str]:
+        """Names of the weights that are never below float32."""
+        parts = [(name, part) for name, part in self.named_modules() if isinstance(part, Part)]
+        return [f"{name}.{own}" for name, part in parts for own in part.wide]
+
+    def after_step(self, step: int, seed: int) -> None:
+        """To be called in training after each optimizer step 1, 2, ..., see ``Part``."""
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.after_step(step, seed)
 
 
 class DecoderModel(DecoderPreTrainedModel):

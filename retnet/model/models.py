@@ -15,6 +15,8 @@ from .mixers import MIXERS
 from .mixers.aft import AFTOptions, AttentionFree
 from .mixers.attention import AttentionOptions, CausalAttention
 from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
+from .mixers.linear import LinearAttention, LinearOptions
+from .mixers.performer import PerformerAttention, PerformerOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
 
 
@@ -60,6 +62,34 @@ class AFTForCausalLM(GeneratingDecoder):
     config_class, model_class = AFTConfig, AFTModel
 
 
+class LinearTransformerConfig(LinearOptions):
+    """A linear Transformer (arXiv 2006.16236)."""
+
+    mixer_class, model_type = LinearAttention, "linear_transformer_lm"
+
+
+class LinearTransformerModel(DecoderModel):
+    config_class = LinearTransformerConfig
+
+
+class LinearTransformerForCausalLM(GeneratingDecoder):
+    config_class, model_class = LinearTransformerConfig, LinearTransformerModel
+
+
+class PerformerConfig(PerformerOptions):
+    """A Performer (arXiv 2009.14794)."""
+
+    mixer_class, model_type = PerformerAttention, "performer_lm"
+
+
+class PerformerModel(DecoderModel):
+    config_class = PerformerConfig
+
+
+class PerformerForCausalLM(GeneratingDecoder):
+    config_class, model_class = PerformerConfig, PerformerModel
+
+
 class GatedRetNetConfig(GatedRetentionOptions):
     """A RetNet with gated retention (arXiv 2405.05254)."""
 
@@ -78,6 +108,8 @@ PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     RetNetForCausalLM,
     TransformerForCausalLM,
     AFTForCausalLM,
+    LinearTransformerForCausalLM,
+    PerformerForCausalLM,
     GatedRetNetForCausalLM,
 )
 

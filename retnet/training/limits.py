@@ -50,6 +50,8 @@ def problems(config: Config) -> Iterator[str]:
             f"{model.mixer} with positions ({model.positions}) is not defined: set it to false, or "
             f"model.mixer={' or '.join(_carrying(model))}"
         )
+    if train.carry_state:
+        yield from (f"{carry} {text}" for text in MIXERS[model.mixer].carry_problems(model))
     if train.carry_state and not data.reset_state_at_documents:
         yield f"{carry} keeps documents apart: set data.reset_state_at_documents=true"
     if train.carry_state and train.gradient_checkpointing:

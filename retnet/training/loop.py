@@ -126,6 +126,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.bare_model.after_step(step + 1, self.spec.seed)
         if self.carried is not None:
             self.carried.commit()
         seconds = time.perf_counter() - began

@@ -232,7 +232,7 @@ def test_generation_from_shifted_positions_and_from_embeddings(model, use_cache:
     far = (torch.arange(10) + 10_000_000).expand(2, -1)
     if model.config.longest is None:
         shifted = model.generate(ids, **GREEDY, position_ids=far, use_cache=use_cache)
-        assert torch.equal(shifted, whole)
+        assert torch.equal(shifted, whole) or not model.config.mixer_class.relative
     else:
         with pytest.raises(ValueError, match="max_position_embeddings"):
             model.generate(ids, **GREEDY, position_ids=far, use_cache=use_cache)

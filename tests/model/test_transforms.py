@@ -85,7 +85,7 @@ def test_second_derivatives_over_several_inputs(mixer: str, return_logits: bool)
     first = gradients(create_graph=True)
     along = sum((g * v).sum() for g, v in zip(first, vectors, strict=True))
     found = torch.autograd.grad(along, parameters)
-    step, ends = 1e-5, []
+    step, ends = 1e-6, []  # few features with a bend cross it
     for sign in (1, -2):
         with torch.no_grad():
             for p, v in zip(parameters, vectors, strict=True):

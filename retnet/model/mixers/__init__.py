@@ -7,11 +7,15 @@ from .aft import AttentionFree
 from .attention import CausalAttention
 from .base import Mixer
 from .gated_retention import GatedRetention
+from .linear import LinearAttention
+from .performer import PerformerAttention
 from .retention import MultiScaleRetention
 
 MIXERS: dict[str, type[Mixer]] = {
     "retention": MultiScaleRetention,
     "attention": CausalAttention,
     "aft": AttentionFree,
+    "linear": LinearAttention,
+    "performer": PerformerAttention,
     "gated_retention": GatedRetention,
 }

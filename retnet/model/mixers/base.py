@@ -37,12 +37,15 @@ class Part(nn.Module):
             class whose instances are made of the part, see ``Step``; or None.
         no_matrices: Names of parameters with two dimensions or more that are no matrices for an
             optimizer: embeddings over positions, say. They are not decayed.
+        wide: Names of its own parameters and buffers that are never below float32, whatever the
+            model is cast to.
     """
 
     joint: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str] = "o_proj"
     step: ClassVar[Any] = None  # a subclass of Step
     no_matrices: ClassVar[tuple[str, ...]] = ()
+    wide: ClassVar[tuple[str, ...]] = ()
     config: Any
 
     def init_state(
@@ -73,6 +76,23 @@ class Part(nn.Module):
             mode: One of the mixer's forms, or None for the fastest right one.
         """
         raise NotImplementedError
+
+    def after_step(self, step: int, seed: int) -> None:
+        """What training changes besides the weights after optimizer step 1, 2, ...
+
+        seed: Of the run. Only what follows from the arguments is the same in every process, and in
+        a run that goes on.
+        """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """nn.Module's, for every change of type or device."""
+        before = {name: getattr(self, name).data for name in self.wide}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != wide_dtype(new.dtype):
+                new.data = old.to(new.device, wide_dtype(new.dtype))
+        return self
 
 
 class Step:
@@ -107,6 +127,7 @@ class Mixer(Part):
         feed_forwards: Feed-forward networks that it brings, by their value of ``ffn``: classes with
             ``squares`` and ``matrices``, how many they have of d x d and d x intermediate_size.
         rotates: Whether it has queries and keys to rotate.
+        relative: Whether positions that rotate count by their differences alone.
         unused: Shared keys of a recipe that mean nothing to it.
     """
 
@@ -118,6 +139,7 @@ class Mixer(Part):
     embedding_norm: ClassVar[bool] = False
     feed_forwards: ClassVar[dict[str, Any]] = {}
     rotates: ClassVar[bool] = False
+    relative: ClassVar[bool] = True
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
@@ -136,6 +158,14 @@ class Mixer(Part):
     def bounded(cls, config: Any) -> bool:
         """Whether it is undefined beyond ``max_position_embeddings`` tokens of a document."""
         return False
+
+    @classmethod
+    def carry_problems(cls, config: Any) -> list[str]:
+        """Why training can't carry a state from window to window: what follows that key in a line.
+
+        config is a ``model`` section.
+        """
+        return []
 
     @classmethod
     def matrix_parameters(cls, config: Any) -> int:
@@ -227,3 +257,13 @@ class RotaryStep(Step):
         angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]
         cos, sin = rotation(angles, self.scale.dtype, positions.device)
         return Rotation(cos * self.scale, sin * self.scale, self.layout)
+
+
+def read_state(q: Tensor, state: Tensor) -> Tensor:
+    """q S for a step: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
+    rows, heads, _, width = q.shape
+    # strides as of a matrix of one row, also where compilers think them irrelevant, and torch's bmm
+    # under a name that they call as it is: for one row they write slower loops of their own
+    q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
+    state = state.flatten(0, 1)
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, state, beta=0).view(rows, heads, 1, -1)

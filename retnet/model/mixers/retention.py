@@ -19,7 +19,7 @@ from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
 from ..ops.precision import full_precision, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
-from .base import Mixer, RotaryStep, State, make_rotation, split_heads
+from .base import Mixer, RotaryStep, State, make_rotation, read_state, split_heads
 
 
 class HeadOptions(DecoderConfig):
@@ -129,24 +129,14 @@ class RetentionStep(RotaryStep):
             v = v.view(rows, heads, 1, -1).to(memory.dtype)
             decay = self.take_decay(others)
             if torch.compiler.is_compiling():  # so the new state is written once, and not read
-                out = _read(q, memory) * decay + (q * k).sum(-1, keepdim=True) * v
+                out = read_state(q, memory) * decay + (q * k).sum(-1, keepdim=True) * v
                 memory.mul_(decay).addcmul_(k.mT, v)
             else:
                 memory.mul_(decay).addcmul_(k.mT, v)
-                out = _read(q, memory)
+                out = read_state(q, memory)
             out = head_norm(out.view(rows, heads, -1), *self.norm).view(rows, -1)
         out = out.to(joined.dtype)
         return F.silu(others[0]) * out if others else out
-
-
-def _read(q: Tensor, state: Tensor) -> Tensor:
-    """q S: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
-    rows, heads, _, width = q.shape
-    # strides as of a matrix of one row, also where compilers think them irrelevant, and torch's bmm
-    # under a name that they call as it is: for one row they write slower loops of their own
-    q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
-    state = state.flatten(0, 1)
-    return torch.baddbmm(q.new_empty(1, 1, 1), q, state, beta=0).view(rows, heads, 1, -1)
 
 
 class MultiScaleRetention(Mixer):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .chunkwise import ChunkRetention, mix_chunks
 from .decay import ChunkDecays
+from .linear_attention import with_ones
 from .precision import in_full_precision, wide_dtype
 from .random_features import LOWEST, key_features, query_features
 
@@ -93,7 +94,7 @@ def favor_recurrent(
     sums, maximum = state
     queries = query_features(q, projection)
     keys, peaks = key_features(k, projection, valid)
-    v = _with_ones(v)
+    v = with_ones(v)
     outputs = []
     for t in range(q.shape[2]):
         if resets is not None:
@@ -105,9 +106,10 @@ def favor_recurrent(
         key = own * keys[:, :, t]  # [B, H, m]
         sums = torch.addcmul(kept[..., None] * sums, key[..., None], v[:, :, t, None, :])
         outputs.append(queries[:, :, t, None, :] @ sums)
-    return _quotient(torch.cat(outputs, dim=2)), FavorState(sums, maximum)
+    return quotient(torch.cat(outputs, dim=2)), FavorState(sums, maximum)
 
 
+@in_full_precision
 def favor_parallel(
     q: Tensor,
     k: Tensor,
@@ -122,8 +124,8 @@ def favor_parallel(
 
     Arguments, results and errors as in ``favor_recurrent``.
     """
-    flags = {"initial_state": initial_state, "valid": valid, "resets": resets}
-    return favor_chunkwise(q, k, v, projection, chunk_size=max(1, q.shape[2]), **flags)
+    q, k, v, projection, state, resets = _promote(q, k, v, projection, initial_state, valid, resets)
+    return _span(q, k, v, projection, state, valid, resets, chunk_size=q.shape[2])
 
 
 @in_full_precision
@@ -185,13 +187,13 @@ def _span(
     maxima = running_maximum(peaks, state.maximum, resets)
     decays = _decays(peaks, maxima, state.maximum, resets, chunk_size)
     queries, keys, values = (
-        x.unflatten(2, (-1, chunk_size)) for x in (queries, keys, _with_ones(v))
+        x.unflatten(2, (-1, chunk_size)) for x in (queries, keys, with_ones(v))
     )
     if torch.compiler.is_compiling():
         out, sums, _ = mix_chunks(queries, keys, values, state.sums, decays)
     else:
         out, sums, _ = ChunkRetention.apply(queries, keys, values, state.sums, *decays)
-    return _quotient(out.flatten(2, 3)), FavorState(sums, maxima[:, :, -1].clone())
+    return quotient(out.flatten(2, 3)), FavorState(sums, maxima[:, :, -1].clone())
 
 
 def running_maximum(values: Tensor, start: Tensor, resets: Tensor | None) -> Tensor:
@@ -246,12 +248,7 @@ def _factor(later: Tensor, earlier: Tensor) -> Tensor:
     return (earlier - later).clamp_(max=0).exp_()
 
 
-def _with_ones(v: Tensor) -> Tensor:
-    """[..., M] -> [..., M + 1], whose sums are numerators and denominators."""
-    return F.pad(v, (0, 1), value=1.0)
-
-
-def _quotient(sums: Tensor) -> Tensor:
+def quotient(sums: Tensor) -> Tensor:
     """Numerators over denominator [..., M + 1] -> [..., M].
 
     0 where all is padding, or where a query's weights of all keys vanish beside the loudest key.

@@ -74,7 +74,7 @@ def linear_attention_recurrent(
     Raises:
         ValueError: Shapes that do not fit together.
     """
-    return _normalised(retention_recurrent, q, k, v, initial_state, valid, resets)
+    return _attend(retention_recurrent, q, k, v, initial_state, valid, resets)
 
 
 def linear_attention_parallel(
@@ -90,7 +90,7 @@ def linear_attention_parallel(
 
     Arguments, results and errors as in ``linear_attention_recurrent``.
     """
-    return _normalised(retention_parallel, q, k, v, initial_state, valid, resets)
+    return _attend(retention_parallel, q, k, v, initial_state, valid, resets)
 
 
 def linear_attention_chunkwise(
@@ -108,12 +108,12 @@ def linear_attention_chunkwise(
     Arguments, results and errors as in ``linear_attention_recurrent``; ``chunk_size`` is C >= 1 and
     may be larger than T or not divide it.
     """
-    return _normalised(
+    return _attend(
         retention_chunkwise, q, k, v, initial_state, valid, resets, chunk_size=chunk_size
     )
 
 
-def _normalised(
+def _attend(
     form: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     k: Tensor,
@@ -127,12 +127,22 @@ def _normalised(
     sums, state = form(
         q,
         k,
-        F.pad(v, (0, 1), value=1.0),
+        with_ones(v),
         q.new_zeros(q.shape[1], dtype=wide_dtype(q.dtype)),
         initial_state=initial_state,
         valid=valid,
         resets=resets,
         **options,
     )
-    numerator, denominator = sums.split((v.shape[-1], 1), dim=-1)
-    return numerator / (denominator + EPS), state
+    return normalised(sums), state
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[..., M] -> [..., M + 1], whose sums are numerators and denominators."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def normalised(sums: Tensor) -> Tensor:
+    """Numerators over denominator [..., M + 1] -> [..., M]."""
+    numerator, denominator = sums.split((sums.shape[-1] - 1, 1), dim=-1)
+    return numerator / (denominator + EPS)

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet import RetNetConfig, RetNetForCausalLM
 from retnet.generation import Usage, decode_one, generate, make_step, prefill
 from retnet.model.fast_decode.step import MOST_PACKED, DecodeStep, make_decode_step
 from retnet.model.fast_decode.weights import MOST_LEFT, PackedWeight, lay_out_for_decoding
-from tests.generation.builders import MIXERS, VOCAB, tiny_model
+from retnet.model.mixers import MIXERS
+from retnet.model.models import model_class
+from tests.generation.builders import VOCAB, tiny_model
 
-both_mixers = pytest.mark.parametrize("mixer", MIXERS)
+both_mixers = pytest.mark.parametrize("mixer", [m for m in MIXERS if MIXERS[m].step])
 
 
 def random_ids(rows: int, length: int, vocab: int = VOCAB) -> torch.Tensor:
@@ -32,23 +34,23 @@ SHARED: dict[str, Any] = {
     "vocab_size": st.integers(3, 70),
     "tie_word_embeddings": st.booleans(),
 }
-RETENTION: dict[str, Any] = {
+OWN: dict[str, Any] = {
     "head_norm": st.sampled_from(["groupnorm", "rmsnorm", "none"]),
     "decay": st.sampled_from(["paper", "log_linear", 0.9, 1.0]),
     "gate": st.booleans(),
     "value_size": st.sampled_from([12, 24, 36]),
+    "num_features": st.sampled_from([1, 7, 16]),
 }
 
 
 def draw_model(draw: st.DataObject, mixer: str) -> Any:
-    fields = SHARED | (RETENTION if mixer == "retention" else {})
+    kind: Any = model_class(mixer)
+    keys = kind.config_class.__dataclass_fields__
+    fields = SHARED | {key: strategy for key, strategy in OWN.items() if key in keys}
     values = {key: draw.draw(strategy, label=key) for key, strategy in fields.items()}
     values |= {"hidden_size": 24, "num_hidden_layers": 2, "dropout": 0.5}
     torch.manual_seed(0)
-    if mixer == "retention":
-        model: Any = RetNetForCausalLM(RetNetConfig(**values))
-    else:
-        model = TransformerForCausalLM(TransformerConfig(**values))
+    model = kind(kind.config_class(**values))
     for weight in model.parameters():
         weight.data.mul_(1.0 if weight.dim() == 1 else 3.0)
     return model.double().eval()
@@ -122,14 +124,11 @@ def test_rows_that_began_with_padding(mixer: str) -> None:
     with torch.inference_mode():
         model(ids[:, :8], attention_mask=mask, past_key_values=cache)
         expected = decode_one(model, ids[:, 8], copy.deepcopy(cache))
-        assert DecodeStep(model).fits(cache) == (mixer == "retention")
+        assert DecodeStep(model).fits(cache) == (not model.grows)
         step = make_step(model)
         torch.testing.assert_close(step(ids[:, 8], cache), expected)
-    ways = {
-        "retention": "fast step",
-        "attention": "plain step: the cache needs a mask, or is empty",
-    }
-    assert step.path == ways[mixer]
+    plain = "plain step: the cache needs a mask, or is empty"
+    assert step.path == (plain if model.grows else "fast step")
 
 
 @both_mixers

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from retnet.model.models import PUBLIC, configuration
 
-KINDS = [(RetNetConfig, RetNetForCausalLM), (TransformerConfig, TransformerForCausalLM)]
+KINDS = [(configuration(model), model) for model in PUBLIC]
 
 
 @pytest.mark.parametrize(("config", "kind"), KINDS)
@@ -26,7 +27,7 @@ KINDS = [(RetNetConfig, RetNetForCausalLM), (TransformerConfig, TransformerForCa
 def test_first_loss(config, kind, tied: bool, size: dict, style: dict) -> None:
     torch.manual_seed(0)
     model = kind(config(**size, **style, tie_word_embeddings=tied)).eval()
-    ids = torch.randint(0, size["vocab_size"], (2, 64))
+    ids = torch.randint(0, size["vocab_size"], (8, 64))
     with torch.no_grad():
         out = model(ids, labels=ids)
     assert out.logits.std() <= 0.4
