@@ -4,6 +4,8 @@ from .model import (
     MultiScaleRetention,
     RetNetConfig,
     RetNetForCausalLM,
+    RWKVConfig,
+    RWKVForCausalLM,
     TransformerConfig,
     TransformerForCausalLM,
 )
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MultiScaleRetention",
+    "RWKVConfig",
+    "RWKVForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

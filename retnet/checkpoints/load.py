@@ -1,6 +1,6 @@
 """Loading a checkpoint: local files and safetensors only."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from retnet.files import read_json, unreadable
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
+from retnet.model.mixers.base import wide_names
 from retnet.model.models import model_class
+from retnet.model.ops.precision import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
-        weights = _converted(folder, dtype or config.dtype)
+        weights = _converted(folder, dtype or config.dtype, wide_names(model))
         _check_tied(folder, model, weights)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
@@ -125,12 +127,15 @@ def _build(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
-def _converted(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The weights in memory of their own; numbers of ``dtype``, or of the first one's."""
+def _converted(folder: Path, dtype: torch.dtype | None, wide: Collection[str]) -> dict[str, Tensor]:
+    """The weights in memory of their own; numbers of ``dtype``, or of the first one's.
+
+    Those that are named by ``wide`` are at least float32.
+    """
     weights = {}
     for name, tensor in stored_tensors(folder):
         dtype = dtype or tensor.dtype
-        weights[name] = tensor.to(dtype, copy=True)
+        weights[name] = tensor.to(wide_dtype(dtype) if name in wide else dtype, copy=True)
     return weights
 
 

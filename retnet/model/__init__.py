@@ -7,13 +7,22 @@ them, ``models`` the public classes; ``fast_decode`` is speed for one token and 
 from .cache import DecoderCache
 from .mixers import MIXERS
 from .mixers.retention import MultiScaleRetention
-from .models import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
+from .models import (
+    RetNetConfig,
+    RetNetForCausalLM,
+    RWKVConfig,
+    RWKVForCausalLM,
+    TransformerConfig,
+    TransformerForCausalLM,
+)
 from .ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 
 __all__ = [
     "MIXERS",
     "DecoderCache",
     "MultiScaleRetention",
+    "RWKVConfig",
+    "RWKVForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

@@ -188,6 +188,8 @@ class DecoderConfig(PretrainedConfig):
         for key in ("tie_word_embeddings", "use_cache", "embedding_norm"):
             if not isinstance(getattr(self, key), bool):
                 problems.append(f"{key} ({getattr(self, key)!r}) must be true or false")
+        if "num_heads" in self.mixer_class.unused:
+            return problems
         if not problems and self.hidden_size % self.num_heads:
             problems.append(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_heads "

@@ -16,6 +16,7 @@ from .documents import TokenInfo, describe_tokens, repeat_at_padding
 from .keywords import one_memory, packed_segments, refuse
 from .layers import make_norm
 from .loss import causal_lm_loss, linear_cross_entropy, shift_targets
+from .mixers.base import wide_names
 from .outputs import NAMES, CausalLMOutput, DecoderOutput, named
 
 
@@ -62,6 +63,8 @@ class DecoderModel(DecoderPreTrainedModel):
         self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
+        # transformers' from_pretrained knows them by the last word
+        self._keep_in_fp32_modules_strict = {name.split(".")[-1] for name in wide_names(self)}
         self.post_init()
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:

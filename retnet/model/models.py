@@ -15,6 +15,7 @@ from .mixers import MIXERS
 from .mixers.attention import AttentionOptions, CausalAttention
 from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
+from .mixers.rwkv import RWKVOptions, TimeMixing
 
 
 class RetNetConfig(RetentionOptions):
@@ -59,10 +60,25 @@ class GatedRetNetForCausalLM(GeneratingDecoder):
     config_class, model_class = GatedRetNetConfig, GatedRetNetModel
 
 
+class RWKVConfig(RWKVOptions):
+    """RWKV-4 (arXiv 2305.13048)."""
+
+    mixer_class, model_type = TimeMixing, "rwkv_lm"
+
+
+class RWKVModel(DecoderModel):
+    config_class = RWKVConfig
+
+
+class RWKVForCausalLM(GeneratingDecoder):
+    config_class, model_class = RWKVConfig, RWKVModel
+
+
 PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     RetNetForCausalLM,
     TransformerForCausalLM,
     GatedRetNetForCausalLM,
+    RWKVForCausalLM,
 )
 
 

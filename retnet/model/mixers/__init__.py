@@ -7,9 +7,11 @@ from .attention import CausalAttention
 from .base import Mixer
 from .gated_retention import GatedRetention
 from .retention import MultiScaleRetention
+from .rwkv import TimeMixing
 
 MIXERS: dict[str, type[Mixer]] = {
     "retention": MultiScaleRetention,
     "attention": CausalAttention,
     "gated_retention": GatedRetention,
+    "rwkv": TimeMixing,
 }

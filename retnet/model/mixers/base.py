@@ -9,6 +9,7 @@ into the tensors that it was given and return them, so that a key-value cache ne
 with gradients on it never does.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,13 +38,28 @@ class Part(nn.Module):
             class whose instances are made of the part, see ``Step``; or None.
         no_matrices: Names of parameters with two dimensions or more that are no matrices for an
             optimizer: embeddings over positions, say. They are not decayed.
+        wide: Names of parameters that stay float32 where the rest becomes narrower.
     """
 
     joint: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str] = "o_proj"
     step: ClassVar[Any] = None  # a subclass of Step
     no_matrices: ClassVar[tuple[str, ...]] = ()
+    wide: ClassVar[tuple[str, ...]] = ()
     config: Any
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``half`` and the like do to all tensors; ``wide`` ones keep their digits."""
+        own = [getattr(self, name) for name in self.wide]
+        kept = [x for parameter in own for x in (parameter, parameter.grad) if x is not None]
+
+        def apply(x: Tensor) -> Tensor:
+            y: Tensor = fn(x)
+            if any(x is other for other in kept) and y.dtype != wide_dtype(y.dtype):
+                return x.to(y.device, wide_dtype(y.dtype))
+            return y
+
+        return super()._apply(apply if kept else fn, recurse)
 
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
@@ -80,6 +96,14 @@ class Step:
 
     Instances are made of the part and keep what does not change from token to token.
     """
+
+    def inputs(self, x: Tensor, state: State) -> Sequence[Tensor] | None:
+        """What each ``joint`` layer reads of the part's input x [B, d], if not all of them x."""
+        return None
+
+    def gate(self, joined: Tensor) -> Tensor | None:
+        """What the output layer's result [B, d] is multiplied by."""
+        return None
 
     def shared(self, positions: Tensor, length: int) -> Any:
         """What all steps of this class share at one token.
@@ -181,6 +205,12 @@ class Mixer(Part):
         ends_block = role in ("o_proj", "down_proj")
         depth = (2 * config.num_hidden_layers) ** -0.5 if ends_block else 1.0
         init.normal_(linear.weight, std=0.02 * depth)
+
+
+def wide_names(model: nn.Module) -> set[str]:
+    """The names in a model of the parameters that are ``wide`` in one of its parts."""
+    parts = model.named_modules()  # by what they have: a checkpoint's own code has another Part
+    return {f"{prefix}.{name}" for prefix, part in parts for name in getattr(part, "wide", ())}
 
 
 def output_std(config: Any) -> float:
