@@ -130,7 +130,7 @@ def test_without_a_step_it_takes_the_plain_way_and_says_so() -> None:
 
 def test_its_keys_reach_help_and_configuration() -> None:
     text = "\n".join(describe_keys())
-    assert "model.mixer: retention | attention | average = retention\n" in text
+    assert f"model.mixer: {' | '.join(MIXERS)} = retention\n" in text
     assert "average: share of the average" in text
     with pytest.raises(ValueError, match=r"forget \(2\) must be between 0 and 1"):
         configuration(model_class("average"))(forget=2)
