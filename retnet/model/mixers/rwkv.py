@@ -22,8 +22,8 @@ from transformers import initialization as init
 
 from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
-from ..ops import rwkv_init
 from ..ops.precision import full_precision, wide_dtype
+from ..ops.rwkv_init import channel_mix, time_decay, time_first, time_mix
 from ..ops.wkv import (
     CHUNK_SIZE,
     WKVState,
@@ -153,7 +153,7 @@ class ChannelMixing(Shifting):
     def vectors(self) -> dict[str, Tensor]:
         """What the vectors start from."""
         config = self.config
-        mixes = rwkv_init.channel_mix(self.layer_idx, config.num_hidden_layers, config.hidden_size)
+        mixes = channel_mix(self.layer_idx, config.num_hidden_layers, config.hidden_size)
         return {f"mix_{name}": mu for name, mu in mixes.items()}
 
     def forward(
@@ -227,9 +227,9 @@ class TimeMixing(Shifting, Mixer):
     def vectors(self) -> dict[str, Tensor]:
         """What the vectors start from."""
         place = self.layer_idx, self.config.num_hidden_layers, self.config.hidden_size
-        mixes = {f"mix_{name}": mu for name, mu in rwkv_init.time_mix(*place).items()}
-        first = rwkv_init.time_first(self.config.hidden_size)
-        return mixes | {"time_decay": rwkv_init.time_decay(*place), "time_first": first}
+        mixes = {f"mix_{name}": mu for name, mu in time_mix(*place).items()}
+        first = time_first(self.config.hidden_size)
+        return mixes | {"time_decay": time_decay(*place), "time_first": first}
 
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
