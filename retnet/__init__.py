@@ -10,6 +10,8 @@ from .model import (
     PerformerForCausalLM,
     RetNetConfig,
     RetNetForCausalLM,
+    RWKVConfig,
+    RWKVForCausalLM,
     TransformerConfig,
     TransformerForCausalLM,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "MultiScaleRetention",
     "PerformerConfig",
     "PerformerForCausalLM",
+    "RWKVConfig",
+    "RWKVForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

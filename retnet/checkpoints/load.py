@@ -106,7 +106,8 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
-        weights = _converted(folder, dtype or config.dtype, model.wide_names())
+        wide: list[str] = getattr(model, "wide_names", list)()  # code of its own may know of none
+        weights = _converted(folder, dtype or config.dtype, wide)
         _check_tied(folder, model, weights)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
@@ -138,16 +139,12 @@ def _build(config: Any) -> Any:
 def _converted(folder: Path, dtype: torch.dtype | None, wide: list[str]) -> dict[str, Tensor]:
     """The weights in memory of their own; numbers of ``dtype``, or of the first one's.
 
-    Those that ``wide`` names are never below float32.
+    Those that are named by ``wide`` are never below float32.
     """
     weights = {}
     for name, tensor in stored_tensors(folder):
-        if name not in wide:
-            dtype = dtype or tensor.dtype
-            weights[name] = tensor.to(dtype, copy=True)
-        else:
-            least = wide_dtype(dtype or tensor.dtype)
-            weights[name] = tensor.to(least, copy=True)
+        dtype = dtype or tensor.dtype
+        weights[name] = tensor.to(wide_dtype(dtype) if name in wide else dtype, copy=True)
     return weights
 
 

@@ -16,6 +16,8 @@ from .models import (
     PerformerForCausalLM,
     RetNetConfig,
     RetNetForCausalLM,
+    RWKVConfig,
+    RWKVForCausalLM,
     TransformerConfig,
     TransformerForCausalLM,
 )
@@ -31,6 +33,8 @@ __all__ = [
     "MultiScaleRetention",
     "PerformerConfig",
     "PerformerForCausalLM",
+    "RWKVConfig",
+    "RWKVForCausalLM",
     "RetNetConfig",
     "RetNetForCausalLM",
     "TransformerConfig",

@@ -21,7 +21,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mixer_norm = make_norm(config)
         self.mixer = mixer
         self.ffn_norm = make_norm(config)
-        self.ffn = type(mixer).feed_forwards.get(config.ffn, FeedForward)(config)
+        self.ffn = type(mixer).feed_forwards.get(config.ffn, FeedForward)(config, mixer.layer_idx)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -78,6 +78,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
+        # transformers' from_pretrained knows them by the last word
         self.post_init()
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:

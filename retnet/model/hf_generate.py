@@ -196,6 +196,8 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
         one = tokens is not None and tokens.shape[1] == 1
         if decode_step is not None and plain and one and cache is not None:
             inputs["decode_step"] = decode_step if decode_step.fits(cache) else None
+        if cache is not None:  # peft looks for it by this name, and else puts its prompt anew
+            inputs["past_key_values"] = inputs.pop(MEMORY)
         return inputs
 
     def _update_model_kwargs_for_generation(

@@ -35,7 +35,7 @@ class FeedForward(Part):
     output = "down_proj"
     step = FeedForwardStep
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer_idx: int = 0) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         gated = config.ffn == "swiglu"

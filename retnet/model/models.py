@@ -18,6 +18,7 @@ from .mixers.gated_retention import GatedRetention, GatedRetentionOptions
 from .mixers.linear import LinearAttention, LinearOptions
 from .mixers.performer import PerformerAttention, PerformerOptions
 from .mixers.retention import MultiScaleRetention, RetentionOptions
+from .mixers.rwkv import RWKVOptions, TimeMixing
 
 
 class RetNetConfig(RetentionOptions):
@@ -104,6 +105,20 @@ class GatedRetNetForCausalLM(GeneratingDecoder):
     config_class, model_class = GatedRetNetConfig, GatedRetNetModel
 
 
+class RWKVConfig(RWKVOptions):
+    """RWKV-4 (arXiv 2305.13048)."""
+
+    mixer_class, model_type = TimeMixing, "rwkv_lm"
+
+
+class RWKVModel(DecoderModel):
+    config_class = RWKVConfig
+
+
+class RWKVForCausalLM(GeneratingDecoder):
+    config_class, model_class = RWKVConfig, RWKVModel
+
+
 PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     RetNetForCausalLM,
     TransformerForCausalLM,
@@ -111,6 +126,7 @@ PUBLIC: tuple[type[DecoderForCausalLM], ...] = (
     LinearTransformerForCausalLM,
     PerformerForCausalLM,
     GatedRetNetForCausalLM,
+    RWKVForCausalLM,
 )
 
 

@@ -27,6 +27,8 @@ def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(2)
+                if parameter.std() < 1e-3:  # some begin near zero
+                    parameter.normal_(std=0.2)
     return model.to(dtype).eval()
 
 

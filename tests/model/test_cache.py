@@ -43,10 +43,11 @@ def test_all_of_it_can_be_named_taken_out_and_put_back(model, prefilled) -> None
     """That is how a state is saved."""
     new, empty = random_ids(3, 2, seed=5), model.new_cache()
     kept = prefilled.tensors()
-    mixer = model.model.layers[0].mixer
-    names = mixer.init_state(1, model.device, model.dtype).keys()
+    first, given = model.model.layers[0], (1, model.device, model.dtype)
+    names = first.mixer.init_state(*given).keys()
     layers = {f"layers.{i}.mixer.{name}" for i in (0, 1) for name in names}
-    rows = {"valid", "document_start"} if isinstance(mixer, CausalAttention) else set()
+    layers |= {f"layers.{i}.ffn.{name}" for i in (0, 1) for name in first.ffn.init_state(*given)}
+    rows = {"valid", "document_start"} if isinstance(first.mixer, CausalAttention) else set()
     assert kept.keys() == layers | rows | {"record", "last_hidden"}
     for name, x in kept.items():
         empty.put(name, x.clone())

@@ -26,7 +26,7 @@ from ..block import DecoderLayer
 from ..cache import DecoderCache, State, is_locked
 from ..decoder import DecoderForCausalLM, DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
-from ..mixers.base import Part
+from ..mixers.base import Part, Step
 from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
@@ -89,15 +89,22 @@ class PartStep:
 
     def __init__(self, part: Part) -> None:
         assert part.step is not None
-        self.inputs = [Product(weight) for weight in joint_weights(joint_layers(part))]
+        layers = joint_layers(part)
+        self.core: Step = part.step(part)
+        weights = joint_weights(layers)
+        if type(self.core).inputs is not Step.inputs:
+            weights = [layer.weight.detach() for layer in layers]
+        self.inputs = [Product(weight) for weight in weights]
         self.output = Product(getattr(part, part.output).weight.detach())
-        self.core = part.step(part)
 
     def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
         """[B, d] -> [B, d]; the state is changed in place."""
-        joined = [product(x) for product in self.inputs]
+        inputs = self.core.inputs(x, state) or itertools.repeat(x)
+        joined = [product(y) for product, y in zip(self.inputs, inputs, strict=False)]
         whole = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
-        return self.output(self.core(whole, shared, state))
+        out = self.output(self.core(whole, shared, state))
+        gate = self.core.gate(whole)
+        return out if gate is None else gate * out
 
 
 class DecodeStep:

@@ -10,12 +10,14 @@ from .gated_retention import GatedRetention
 from .linear import LinearAttention
 from .performer import PerformerAttention
 from .retention import MultiScaleRetention
+from .rwkv import TimeMixing
 
 MIXERS: dict[str, type[Mixer]] = {
     "retention": MultiScaleRetention,
     "attention": CausalAttention,
-    "aft": AttentionFree,
     "linear": LinearAttention,
     "performer": PerformerAttention,
+    "aft": AttentionFree,
+    "rwkv": TimeMixing,
     "gated_retention": GatedRetention,
 }

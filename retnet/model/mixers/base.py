@@ -9,6 +9,7 @@ into the tensors that it was given and return them, so that a key-value cache ne
 with gradients on it never does.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,19 @@ class Part(nn.Module):
     wide: ClassVar[tuple[str, ...]] = ()
     config: Any
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``half`` and the like do to all tensors; ``wide`` ones keep their digits."""
+        own = [getattr(self, name) for name in self.wide]
+        kept = [x for parameter in own for x in (parameter, parameter.grad) if x is not None]
+
+        def apply(x: Tensor) -> Tensor:
+            y: Tensor = fn(x)
+            if any(x is other for other in kept) and y.dtype != wide_dtype(y.dtype):
+                return x.to(y.device, wide_dtype(y.dtype))
+            return y
+
+        return super()._apply(apply if kept else fn, recurse)
+
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
     ) -> State:
@@ -84,22 +98,20 @@ class Part(nn.Module):
         a run that goes on.
         """
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """nn.Module's, for every change of type or device."""
-        before = {name: getattr(self, name).data for name in self.wide}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype != wide_dtype(new.dtype):
-                new.data = old.to(new.device, wide_dtype(new.dtype))
-        return self
-
 
 class Step:
     """One token per row through a part, between its linear layers.
 
     Instances are made of the part and keep what does not change from token to token.
     """
+
+    def inputs(self, x: Tensor, state: State) -> Sequence[Tensor] | None:
+        """What each ``joint`` layer reads of the part's input x [B, d], if not all of them x."""
+        return None
+
+    def gate(self, joined: Tensor) -> Tensor | None:
+        """What the output layer's result [B, d] is multiplied by."""
+        return None
 
     def shared(self, positions: Tensor, length: int) -> Any:
         """What all steps of this class share at one token.

@@ -113,10 +113,8 @@ def wkv_recurrent(
         key, value = k[:, t], v[:, t]
         if resets is not None:
             num, den, scale = clear(resets[:, t, None], num, den, scale)
-        outputs.append(read(num, den, scale, key + bonus, value)[0])
-        unit = torch.maximum(scale - decay, key).detach()
-        keep, add = (scale - unit - decay).exp(), (key - unit).exp()
-        after = keep * num + add * value, keep * den + add, unit
+        out, after = wkv_token(key, value, decay, bonus, num, den, scale)
+        outputs.append(out)
         if valid is not None:
             own = valid[:, t, None]
             num, den, scale = (
@@ -125,6 +123,16 @@ def wkv_recurrent(
         else:
             num, den, scale = after
     return torch.stack(outputs, dim=1), WKVState(num, den, scale)
+
+
+def wkv_token(
+    k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor, num: Tensor, den: Tensor, scale: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """One token: out [B, d], and num, den and max after it; all in at least float32, w [d]."""
+    out = read(num, den, scale, k + bonus, v)[0]
+    unit = torch.maximum(scale - decay, k).detach()
+    keep, add = (scale - unit - decay).exp(), (k - unit).exp()
+    return out, (keep * num + add * v, keep * den + add, unit)
 
 
 @in_full_precision

@@ -26,8 +26,19 @@ class WKV(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _mix(*inputs)
+    def forward(
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        bonus: Tensor,
+        num: Tensor,
+        den: Tensor,
+        start: Tensor,
+        valid: Tensor | None,
+        resets: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, ...]:
+        return _mix(k, v, decay, bonus, num, den, start, valid, resets, chunk_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
