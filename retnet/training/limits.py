@@ -7,7 +7,7 @@ import torch
 from retnet.errors import UserError
 from retnet.machine import memory_of
 from retnet.model.mixers import MIXERS
-from retnet.training.spec import Config, TrainSpec
+from retnet.training.spec import Config, TrainSpec, mixer_keys
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
@@ -38,9 +38,11 @@ def problems(config: Config) -> Iterator[str]:
             names = ", ".join(TRACKERS)
             yield f"train.trackers ({tracker}) must be any of {names}, as in train.trackers=[wandb]"
     carry = "train.carry_state (true)"
-    if train.carry_state and MIXERS[model.mixer].growing(model):
-        constant = (mixer for mixer, kind in MIXERS.items() if not kind.growing(model))
-        yield f"{carry} needs a state to carry: set model.mixer={' or '.join(constant)}"
+    if train.carry_state and MIXERS[model.mixer].grows(model):
+        constant = [mixer for mixer, kind in MIXERS.items() if not kind.grows(model)]
+        fixes = [f"model.mixer={' or '.join(constant)}"] if constant else []
+        fixes += ["model.attention_window"] if "attention_window" in mixer_keys(model.mixer) else []
+        yield f"{carry} needs a state to carry: set {', or '.join(fixes)}"
     if train.carry_state and not data.reset_state_at_documents:
         yield f"{carry} keeps documents apart: set data.reset_state_at_documents=true"
     if train.carry_state and train.gradient_checkpointing:
