@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from retnet.model import MIXERS
-from tests.model.conftest import make_model, random_ids
+from tests.model.conftest import CONTENDERS, make_model, random_ids
 
 
 def last_logits(model, ids, **options):
@@ -14,8 +13,8 @@ def last_logits(model, ids, **options):
 
 def test_export_with_any_length(mixer: str) -> None:
     """Retention in its parallel form: the others unroll their chunks, as long as the example."""
-    model = make_model(mixer, torch.float32, num_hidden_layers=1)
-    options = {"mode": "parallel"} if "parallel" in MIXERS[mixer].modes else {}
+    model = make_model(mixer, torch.float32)
+    options = {"mode": "parallel"} if "parallel" in CONTENDERS[mixer].modes else {}
     example = {"input_ids": random_ids(1, 12), "use_cache": False} | options
     shapes = dict.fromkeys(example) | {"input_ids": {1: torch.export.Dim("length", min=2, max=512)}}
     exported = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False).module()

@@ -118,8 +118,9 @@ def banded_attention(
     """
     length = q.shape[2]
     front = k.shape[2] - length
-    if length <= 2 * window:  # blocks would be no smaller
-        if document is None and front == 0 and length <= window:
+    exported = torch.compiler.is_exporting()  # for any length: one form, though masks are [T, T]
+    if exported or length <= 2 * window:  # blocks would be no smaller
+        if not exported and document is None and front == 0 and length <= window:
             return F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         mask = band(length, front, window, q.device)[None]
         if document is not None:
