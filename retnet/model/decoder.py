@@ -68,7 +68,9 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory; ``max_length`` tokens are reserved at once where it grows."""
-        growing = [layer.mixer.growing(layer.mixer.config) for layer in self.layers]
+        config = self.config
+        indices = range(config.num_hidden_layers)
+        growing = [config.mixer_of(i).growing(config.config_of(i)) for i in indices]
         return DecoderCache(growing, capacity=max_length)
 
     def forward(

@@ -18,7 +18,6 @@ from ..ops.rotary import Rotation
 from ..ops.window_attention import empty_ring, window_attention, window_attention_step
 from .base import Mixer, RotaryStep, State, make_rotation, split_heads
 
-
 ROTATION = {"rotary_layout": "half", "rotary_frequencies": "standard"}  # Llama's
 
 
@@ -67,15 +66,15 @@ class HybridOptions(DecoderConfig):
             return self
         own = self._with_mixer(self.mixer_of(layer_idx))
         if own.intermediate_size is None:
-            super(HybridOptions, own).settle_intermediate_size()
+            DecoderConfig.settle_intermediate_size(own)
         return own
 
     def settle_intermediate_size(self) -> list[str]:
         if not self.attention_layers:
             return super().settle_intermediate_size()
         kinds = (self.mixer_class, self.mixer_of(self.attention_layers[0]))
-        both = (super(HybridOptions, self._with_mixer(kind)) for kind in kinds)
-        return list(dict.fromkeys(x for own in both for x in own.settle_intermediate_size()))
+        found = (DecoderConfig.settle_intermediate_size(self._with_mixer(kind)) for kind in kinds)
+        return list(dict.fromkeys(problem for problems in found for problem in problems))
 
     def _with_mixer(self, kind: Any) -> Any:
         """A copy for layers of one mixer."""
@@ -146,7 +145,7 @@ class CausalAttention(Mixer):
     positions = "rotary"
     rotates = True
     joint = ("q_proj", "k_proj", "v_proj")
-    step = AttentionStep
+    step: ClassVar[Any] = AttentionStep
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)

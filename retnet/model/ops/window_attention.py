@@ -168,9 +168,7 @@ def _count(before: Tensor, lengths: Tensor | int, document: Tensor | None) -> Te
     return torch.where(last[:, 0] > 0, new, before + new)
 
 
-def _ring(
-    keys: Tensor, values: Tensor, ends: Tensor | int, count: Tensor, window: int
-) -> State:
+def _ring(keys: Tensor, values: Tensor, ends: Tensor | int, count: Tensor, window: int) -> State:
     """The ring of documents of ``count`` [B] tokens that end before column ``ends`` [B]."""
     newest = count[:, None] - 1
     slot = torch.arange(window, device=keys.device)

@@ -100,9 +100,7 @@ def test_the_definition_at_every_split(least: int, data: st.DataObject) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 3), window=st.integers(1, 6), first=st.integers(0, 9), data=st.data()
-)
+@given(rows=st.integers(1, 3), window=st.integers(1, 6), first=st.integers(0, 9), data=st.data())
 def test_the_step_writes_the_same_ring(
     rows: int, window: int, first: int, data: st.DataObject
 ) -> None:
