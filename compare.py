@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
     add("--context", type=positive_int, metavar="N", help=context)
     stride = "tokens from one window to the next; less is more context (the context: no overlap)"
     add("--stride", type=positive_int, metavar="N", help=stride)
-    carry = "carry the state through each whole document, without windows; retention only"
+    carry = "carry a state of constant size through each whole document, without windows"
     add("--carry-state", action="store_true", help=carry)
     add("--batch-size", type=positive_int, metavar="N", help="windows at once (by their size)")
     speed = parser.add_mutually_exclusive_group()

@@ -122,8 +122,10 @@ def check_size(folder: Path, config: Any) -> None:
     number = len(stored_shapes(folder))
     stored = sum((folder / name).stat().st_size for name in weight_files(folder))
     width, layers = config.hidden_size, config.num_hidden_layers
-    block = getattr(config, "mixer_parameters", 0) + 2 * width * config.intermediate_size
-    least = config.vocab_size * width + layers * block
+    layer_of = getattr(config, "config_of", lambda layer_idx: config)
+    own = [layer_of(i) for i in range(min(layers, number))]
+    blocks = [getattr(x, "mixer_parameters", 0) + 2 * width * x.intermediate_size for x in own]
+    least = config.vocab_size * width + sum(blocks)
     described = f"{least:,} parameters" if least > stored else f"{layers:,} layers"
     if least > stored or layers > number:
         raise UserError(

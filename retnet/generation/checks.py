@@ -102,7 +102,7 @@ def bytes_of_row(model: DecoderForCausalLM) -> int:
     """What a row takes however long its text is: its state, and the drawing of a token."""
     total, device = DRAWING_BYTES * model.config.vocab_size, torch.device("meta")
     for layer in model.model.layers:
-        growing = layer.mixer.growing(model.config)
+        growing = layer.mixer.growing(layer.mixer.config)
         for part in (layer.mixer, layer.ffn):
             state = part.init_state(1, device, model.dtype, 1)
             total += sum(state[name].nbytes for name in state if name not in growing)

@@ -86,13 +86,7 @@ class DecoderConfig(PretrainedConfig):
         self.resolve()
         problems = self.problems()
         if not problems and self.intermediate_size is None:
-            self.intermediate_size = self._balanced_intermediate_size()
-            if self.intermediate_size < self.hidden_size:
-                problems.append(
-                    f"{self._large_keys()} leaves less than hidden_size ({self.hidden_size}) of a "
-                    "layer's 12 d^2 parameters for the feed-forward network: make it smaller, or "
-                    "give intermediate_size a number"
-                )
+            problems += self.settle_intermediate_size()
         if problems:
             raise ValueError("; ".join(problems))
         super().__post_init__(**kwargs)
@@ -100,6 +94,10 @@ class DecoderConfig(PretrainedConfig):
     def mixer_of(self, layer_idx: int) -> Any:
         """The mixer's class in a layer, counted from 0."""
         return self.mixer_class
+
+    def config_of(self, layer_idx: int) -> Any:
+        """The configuration of a layer, made when asked; the same where layers do not differ."""
+        return self
 
     def resolve(self) -> None:
         """Put the mixer's own values for what is None; called on construction, before checks."""
@@ -147,6 +145,17 @@ class DecoderConfig(PretrainedConfig):
                 found += [f"{key} ({value})"] if self._taken_parameters < whole else []
                 setattr(self, key, value)
         return ", ".join(sorted(found)) or "this mixer"
+
+    def settle_intermediate_size(self) -> list[str]:
+        """Resolve one that is null; the problem where too little is left for it, if so."""
+        self.intermediate_size = self._balanced_intermediate_size()
+        if self.intermediate_size >= self.hidden_size:
+            return []
+        return [
+            f"{self._large_keys()} leaves less than hidden_size ({self.hidden_size}) of a layer's "
+            "12 d^2 parameters for the feed-forward network: make it smaller, or give "
+            "intermediate_size a number"
+        ]
 
     def _balanced_intermediate_size(self) -> int:
         own = self.mixer_class.feed_forwards.get(self.ffn)

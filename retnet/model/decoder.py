@@ -39,9 +39,11 @@ class DecoderPreTrainedModel(PreTrainedModel):
         # transformers calls this for modules that have weights of their own, without their names
         name = next((name for name, other in self.named_modules() if other is module), "")
         _, in_layers, rest = name.rpartition("layers.")
-        kind = self.config.mixer_of(int(rest.split(".")[0])) if in_layers else None
-        kind = kind or self.config.mixer_class
-        kind.initialize(module, name.rpartition(".")[2], self.config)
+        kind, config = self.config.mixer_class, self.config
+        if in_layers:
+            index = int(rest.split(".")[0])
+            kind, config = config.mixer_of(index), config.config_of(index)
+        kind.initialize(module, name.rpartition(".")[2], config)
 
     def post_init(self) -> None:
         self._keep_in_fp32_modules_strict = set(self.wide_names())
@@ -72,8 +74,8 @@ class DecoderModel(DecoderPreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList(
-            DecoderLayer(config, config.mixer_of(i)(config, i))
-            for i in range(config.num_hidden_layers)
+            DecoderLayer(own, config.mixer_of(i)(own, i))
+            for i, own in enumerate(map(config.config_of, range(config.num_hidden_layers)))
         )
         self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -84,7 +86,8 @@ class DecoderModel(DecoderPreTrainedModel):
     def new_cache(self, max_length: int | None = None) -> DecoderCache:
         """An empty memory; ``max_length`` tokens are reserved at once where it grows."""
         config = self.config
-        growing = [config.mixer_of(i).growing(config) for i in range(config.num_hidden_layers)]
+        indices = range(config.num_hidden_layers)
+        growing = [config.mixer_of(i).growing(config.config_of(i)) for i in indices]
         return DecoderCache(growing, capacity=max_length)
 
     def forward(
@@ -269,7 +272,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
         """What a token adds to the state of a row; 0 where that has a constant size."""
         total = 0
         for layer in self.model.layers:
-            names = layer.mixer.growing(self.config)
+            names = layer.mixer.growing(layer.mixer.config)
             state = layer.mixer.init_state(1, torch.device("meta"), self.dtype, 1) if names else {}
             total += sum(state[name].nbytes for name in names)
         return total

@@ -8,7 +8,7 @@ import torch
 from retnet.errors import UserError
 from retnet.machine import memory_of
 from retnet.model.mixers import MIXERS
-from retnet.training.spec import Config, TrainSpec, flatten, is_bounded
+from retnet.training.spec import Config, TrainSpec, flatten, is_bounded, mixer_keys
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
@@ -42,8 +42,10 @@ def problems(config: Config) -> Iterator[str]:
             names = ", ".join(TRACKERS)
             yield f"train.trackers ({tracker}) must be any of {names}, as in train.trackers=[wandb]"
     carry = "train.carry_state (true)"
-    if train.carry_state and MIXERS[model.mixer].growing(model):
-        yield f"{carry} needs a state to carry: set model.mixer={' or '.join(_carrying(model))}"
+    if train.carry_state and MIXERS[model.mixer].grows(model):
+        fixes = [f"model.mixer={' or '.join(found)}"] if (found := _carrying(model)) else []
+        fixes += ["model.attention_window"] if "attention_window" in mixer_keys(model.mixer) else []
+        yield f"{carry} needs a state to carry: set {', or '.join(fixes)}"
     elif train.carry_state and is_bounded(model):
         yield (
             f"{carry} leads beyond data.seq_len ({data.seq_len}) tokens, where model.mixer="
@@ -68,7 +70,7 @@ def _carrying(model: Any) -> list[str]:
     return [
         mixer
         for mixer, kind in MIXERS.items()
-        if not (kind.growing(model) or kind.positions == "learned" or kind.bounded(model))
+        if not (kind.grows(model) or kind.positions == "learned" or kind.bounded(model))
     ]
 
 

@@ -84,7 +84,9 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         f"{per_step * spec.max_steps:,} tokens, {batches.epoch(spec.max_steps):.2f} times the "
         "corpus"
     )
-    yield from config.mixer_class.describe(config)
+    layers = range(config.num_hidden_layers)
+    for kind, own in {config.mixer_of(i): config.config_of(i) for i in layers}.items():
+        yield from kind.describe(own)
     device, processes = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"

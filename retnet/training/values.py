@@ -149,7 +149,7 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return "a list, as [a, b]"
+        return "a list of whole numbers, as [1, 3]" if kind == list[int] else "a list, as [a, b]"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, "null")
 

@@ -6,15 +6,32 @@ import pytest
 import torch
 
 from retnet.model import MIXERS
+from retnet.model.mixers.base import Mixer
 from retnet.model.models import model_class
 
 VOCAB = 61
 PAD, BOS, EOS = 60, 59, 58
 
 
+# models of which layers differ, or that a key makes another one: the contract holds for them too
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid": ("retention", {"attention_layers": [1]}),
+    "hybrid-window": ("gated_retention", {"attention_layers": [0], "attention_window": 5}),
+    "attention-window": ("attention", {"attention_window": 5}),
+}
+CONTENDERS: dict[str, type[Mixer]] = MIXERS | {
+    name: MIXERS[mixer] for name, (mixer, _) in VARIANTS.items()
+}
+
+
 def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **values: Any):
-    """A fresh two-layer model in eval mode, its weights large enough to matter."""
+    """A fresh two-layer model in eval mode, its weights large enough to matter.
+
+    mixer: Of ``CONTENDERS``.
+    """
     torch.manual_seed(seed)
+    mixer, own = VARIANTS.get(mixer, (mixer, {}))
+    values = own | values
     keys = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
     keys |= {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     own = {"chunk_size": 5, "aft_window": 3, "aft_rank": 4}
@@ -37,7 +54,7 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, EOS, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=list(MIXERS))
+@pytest.fixture(params=list(CONTENDERS))
 def mixer(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from retnet.model.mixers.attention import CausalAttention
 from tests.model.conftest import make_model, random_ids
 
 
@@ -43,11 +42,14 @@ def test_all_of_it_can_be_named_taken_out_and_put_back(model, prefilled) -> None
     """That is how a state is saved."""
     new, empty = random_ids(3, 2, seed=5), model.new_cache()
     kept = prefilled.tensors()
-    first, given = model.model.layers[0], (1, model.device, model.dtype)
-    names = first.mixer.init_state(*given).keys()
-    layers = {f"layers.{i}.mixer.{name}" for i in (0, 1) for name in names}
-    layers |= {f"layers.{i}.ffn.{name}" for i in (0, 1) for name in first.ffn.init_state(*given)}
-    rows = {"valid", "document_start"} if isinstance(first.mixer, CausalAttention) else set()
+    given = 1, model.device, model.dtype
+    layers = {
+        f"layers.{i}.{part}.{name}"
+        for i, layer in enumerate(model.model.layers)
+        for part in ("mixer", "ffn")
+        for name in getattr(layer, part).init_state(*given)
+    }
+    rows = {"valid", "document_start"} if model.grows else set()
     assert kept.keys() == layers | rows | {"record", "last_hidden"}
     for name, x in kept.items():
         empty.put(name, x.clone())

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retnet.model import MIXERS
 from retnet.model.loss import causal_lm_loss
 from retnet.model.ops.precision import wide_dtype
-from tests.model.conftest import PAD, VOCAB, make_model, random_ids
+from tests.model.conftest import CONTENDERS, PAD, VOCAB, make_model, random_ids
 from tests.model.test_decoder import (
     MODELS,
     TOLERANCE,
@@ -23,11 +22,11 @@ from tests.model.test_decoder import (
 )
 
 CHUNK = MODELS["retention"].config.chunk_size
-each = pytest.mark.parametrize("mixer", MIXERS)
+each = pytest.mark.parametrize("mixer", CONTENDERS)
 
 
 HAND_OVERS = [
-    (mixer, *pair) for mixer in MIXERS for pair in itertools.product(modes_of(mixer), repeat=2)
+    (mixer, *pair) for mixer in CONTENDERS for pair in itertools.product(modes_of(mixer), repeat=2)
 ]
 
 

@@ -5,11 +5,16 @@ import shutil
 import pytest
 import torch
 
-from tests.model.conftest import make_model, random_ids
+from retnet.model import MIXERS
+from tests.model.conftest import VARIANTS, make_model, random_ids
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
+EACH = [*MIXERS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+
+
+@pytest.mark.parametrize("mixer", EACH)
 def test_forward_and_decode_trace_without_graph_breaks(mixer: str) -> None:
     """The eager backend traces like the others, but compiles nothing."""
     model = make_model(mixer)

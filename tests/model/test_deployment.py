@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from retnet.model import MIXERS
-from tests.model.conftest import make_model, random_ids
+from tests.model.conftest import CONTENDERS, make_model, random_ids
 
 
 def last_logits(model, ids, **options):
@@ -15,9 +14,9 @@ def last_logits(model, ids, **options):
 def test_export_with_any_length(mixer: str) -> None:
     """In the parallel form: the others unroll their chunks, and are as long as the example."""
     model = make_model(mixer, torch.float32, num_hidden_layers=1)
-    options = {"mode": "parallel"} if "parallel" in MIXERS[mixer].modes else {}
+    options = {"mode": "parallel"} if "parallel" in CONTENDERS[mixer].modes else {}
     example = {"input_ids": random_ids(1, 12), "use_cache": False} | options
-    any_length = bool(options) or not MIXERS[mixer].modes
+    any_length = bool(options) or not CONTENDERS[mixer].modes
     length = {1: torch.export.Dim("length", min=2, max=512)} if any_length else None
     shapes = dict.fromkeys(example) | {"input_ids": length}
     exported = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False).module()

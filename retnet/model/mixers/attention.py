@@ -1,6 +1,11 @@
-"""Causal softmax attention with rotary positions, the mixer of the Transformer."""
+"""Causal softmax attention with rotary positions, the mixer of the Transformer.
 
-from typing import Any, NamedTuple
+Over all of a document, or over a window (``attention_window``). Hybrids of other mixers have it in
+some of their layers (``HybridOptions``).
+"""
+
+import copy
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +15,96 @@ from ..cache import is_locked
 from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.rotary import Rotation
+from ..ops.window_attention import empty_ring, window_attention, window_attention_step
 from .base import Mixer, RotaryStep, State, make_rotation, split_heads
+
+ROTATION = {"rotary_layout": "half", "rotary_frequencies": "standard"}  # Llama's
+
+
+def _window_option() -> Any:
+    text = "attention sees the last n tokens, its state is of constant size; null: all"
+    return option(None, text, meaning=True)
 
 
 class AttentionOptions(DecoderConfig):
-    """Attention's own defaults: rotation as in Llama."""
+    """Attention's own defaults: rotation as in Llama, over everything."""
 
-    rotary_layout: str = option("half", "interleaved or half", meaning=True)
-    rotary_frequencies: str = option("standard", "linspace or standard", meaning=True)
+    rotary_layout: str = option(ROTATION["rotary_layout"], "interleaved or half", meaning=True)
+    rotary_frequencies: str = option(
+        ROTATION["rotary_frequencies"], "linspace or standard", meaning=True
+    )
+    attention_window: int = _window_option()
+
+    def mixer_of(self, layer_idx: int) -> Any:
+        return self.mixer_class if self.attention_window is None else WindowAttention
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        if self.attention_window is not None:
+            problems += self.check_size("attention_window")
+        return problems
+
+
+class HybridOptions(DecoderConfig):
+    """Keys of a mixer that some layers may have attention in place of.
+
+    A null ``intermediate_size`` stays so where they have: each layer's configuration has its own.
+    """
+
+    attention_layers: list[int] = option(
+        None, "layers, from 0, that are softmax attention instead; null: none", meaning=True
+    )
+    attention_window: int = _window_option()
+
+    def mixer_of(self, layer_idx: int) -> Any:
+        if layer_idx not in (self.attention_layers or ()):
+            return self.mixer_class
+        return CausalAttention if self.attention_window is None else WindowAttention
+
+    def config_of(self, layer_idx: int) -> Any:
+        if not self.attention_layers:
+            return self
+        own = self._with_mixer(self.mixer_of(layer_idx))
+        if own.intermediate_size is None:
+            DecoderConfig.settle_intermediate_size(own)
+        return own
+
+    def settle_intermediate_size(self) -> list[str]:
+        if not self.attention_layers:
+            return super().settle_intermediate_size()
+        kinds = (self.mixer_class, self.mixer_of(self.attention_layers[0]))
+        found = (DecoderConfig.settle_intermediate_size(self._with_mixer(kind)) for kind in kinds)
+        return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+    def _with_mixer(self, kind: Any) -> Any:
+        """A copy for layers of one mixer."""
+        own = copy.copy(self)
+        if kind is not self.mixer_class:
+            vars(own).update(ROTATION, mixer_class=kind)
+        return own
+
+    def problems(self) -> list[str]:
+        problems = super().problems()
+        layers, most = self.attention_layers, self.num_hidden_layers
+        if self.attention_window is not None:
+            problems += self.check_size("attention_window")
+            if not layers:
+                problems.append(
+                    f"attention_window ({self.attention_window}) needs layers that are attention: "
+                    "name them in attention_layers, or leave it out"
+                )
+        if layers is None:
+            return problems
+        what = f"attention_layers ({layers})"
+        if not isinstance(layers, list | tuple) or any(type(i) is not int for i in layers):
+            problems.append(f"{what} must be a list of whole numbers, as [1, 3]")
+        elif len(set(layers)) < len(layers):
+            problems.append(f"{what} names a layer twice: name each once")
+        elif type(most) is int and any(not 0 <= i < most for i in layers):
+            problems.append(
+                f"{what} must be among the layers 0 to {most - 1} of num_hidden_layers ({most})"
+            )
+        return problems
 
 
 class AttentionShared(NamedTuple):
@@ -54,11 +141,11 @@ class CausalAttention(Mixer):
     """
 
     name = "attention"
-    options = AttentionOptions
+    options: ClassVar[type[DecoderConfig]] = AttentionOptions
     positions = "rotary"
     rotates = True
     joint = ("q_proj", "k_proj", "v_proj")
-    step = AttentionStep
+    step: ClassVar[Any] = AttentionStep
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
@@ -75,6 +162,17 @@ class CausalAttention(Mixer):
     @classmethod
     def growing(cls, config: Any) -> tuple[str, ...]:
         return ("keys", "values")
+
+    @classmethod
+    def grows(cls, config: Any) -> bool:
+        return config.attention_window is None
+
+    @classmethod
+    def describe(cls, config: Any) -> list[str]:
+        layers, window = getattr(config, "attention_layers", None), config.attention_window
+        where = [f"in layers {', '.join(map(str, layers))}"] if layers else []
+        where += [] if window is None else [f"over the last {window:,} tokens"]
+        return [f"attention   {', '.join(where)}"] if where else []
 
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
@@ -106,6 +204,59 @@ class CausalAttention(Mixer):
         causal = bool(shared.mask is None and q.shape[2] > 1)  # of a traced size too
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), state
+
+
+class WindowStep(RotaryStep):
+    """``WindowAttention`` for one token per row, its key and value written into the ring."""
+
+    def __call__(self, joined: Tensor, shared: Rotation, state: State) -> Tensor:
+        rows, heads = joined.shape[0], self.num_heads
+        qkv = joined.view(rows, 3 * heads, 1, -1)
+        q, k = shared(qkv[:, : 2 * heads]).to(qkv.dtype).split(heads, dim=1)
+        return window_attention_step(q, k, qkv[:, 2 * heads :], state).view(rows, -1)
+
+
+class WindowAttention(CausalAttention):
+    """``CausalAttention`` over the last ``attention_window`` unmasked tokens of the document.
+
+    Its state is a ring, see ``ops.window_attention``, reserved in full at once; it keeps nothing by
+    row.
+    """
+
+    step = WindowStep
+
+    @classmethod
+    def growing(cls, config: Any) -> tuple[str, ...]:
+        return ()
+
+    def init_state(
+        self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
+    ) -> State:
+        config = self.config
+        sizes = rows, config.num_heads, config.attention_window, config.head_dim
+        return empty_ring(*sizes, dtype, device)
+
+    def shared(self, tokens: TokenInfo, memory: State) -> tuple[Any, State]:
+        return (make_rotation(self.config, tokens), tokens), {}
+
+    def forward(
+        self, hidden: Tensor, shared: Any, state: State | None = None, mode: str | None = None
+    ) -> tuple[Tensor, State]:
+        turn, tokens = shared
+        heads, window = self.config.num_heads, self.config.attention_window
+        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = turn(q).to(v.dtype), turn(k).to(v.dtype)
+        out, ring = window_attention(
+            q,
+            k,
+            v,
+            window,
+            initial_state=state if tokens.past else None,
+            valid=tokens.valid,
+            resets=tokens.resets,
+            keep=state is not None,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2)), ring
 
 
 def append(state: State, keys: Tensor, values: Tensor, past: int) -> State:

@@ -167,6 +167,14 @@ class Mixer(Part):
         return ()
 
     @classmethod
+    def grows(cls, config: Any) -> bool:
+        """Whether the state of a model with it grows, whose layers may differ (``mixer_of``).
+
+        config as in ``growing``.
+        """
+        return bool(cls.growing(config))
+
+    @classmethod
     def bounded(cls, config: Any) -> bool:
         """Whether it is undefined beyond ``max_position_embeddings`` tokens of a document."""
         return False

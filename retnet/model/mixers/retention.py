@@ -19,10 +19,11 @@ from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
 from ..ops.precision import full_precision, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
+from .attention import HybridOptions
 from .base import Mixer, RotaryStep, State, make_rotation, read_state, split_heads
 
 
-class HeadOptions(DecoderConfig):
+class HeadOptions(HybridOptions):
     """Keys of all retention.
 
     The head norm has no learned parameters; its eps is small, because retention outputs are small
@@ -49,6 +50,8 @@ class HeadOptions(DecoderConfig):
         super().__post_init__(**kwargs)
         if self.chunk_size is None:
             self.chunk_size = 64 if self.head_dim < 128 else 128
+        if self.attention_layers is not None:
+            self.attention_layers = sorted(self.attention_layers)
 
     def problems(self) -> list[str]:
         problems = super().problems()
@@ -166,6 +169,10 @@ class MultiScaleRetention(Mixer):
     def matrix_parameters(cls, config: Any) -> int:
         # W_Q and W_K are d x d; W_V, W_O and the gate's W_G are d x value_size
         return config.hidden_size * (2 * config.hidden_size + (2 + config.gate) * config.value_size)
+
+    @classmethod
+    def grows(cls, config: Any) -> bool:
+        return bool(config.attention_layers) and config.attention_window is None
 
     @classmethod
     def describe(cls, config: Any) -> list[str]:
