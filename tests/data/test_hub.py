@@ -68,6 +68,12 @@ def test_splits_by_file_name(splits: Path, spec_for: SpecFor) -> None:
     assert other.train.num_documents + other.validation.num_documents == 30
 
 
+def test_a_split_is_not_validation_of_itself(splits: Path, spec_for: SpecFor) -> None:
+    words = rf"data\.validation \(train\): {splits}, split train is in data\.source"
+    with pytest.raises(UserError, match=words):
+        prepare_data(spec_for(splits, validation="train"))
+
+
 def test_a_folder_of_texts_is_not_a_data_set(tmp_path: Path, spec_for: SpecFor) -> None:
     """One file that happens to be called train must not hide the others."""
     for name in ("train.txt", "notes.txt", "v1_train_head.txt"):
