@@ -157,6 +157,13 @@ def test_tokenizers_that_do_not_fit(copy: Path) -> None:
     byte_tokenizer((("a", "b"),)).save_pretrained(copy)
     with pytest.raises(UserError, match=r"largest id \(259\) is beyond the model's vocab_size"):
         load_checkpoint(copy)
+    byte_tokenizer().save_pretrained(copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    added = {"259": {"content": "<far>", "special": True}}
+    more = json.dumps(settings | {"added_tokens_decoder": added})
+    (copy / "tokenizer_config.json").write_text(more)
+    with pytest.raises(UserError, match=r"with what tokenizer_config\.json adds: its largest id"):
+        load_checkpoint(copy)
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
     tokenizer.save_pretrained(copy)
