@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +171,23 @@ def test_a_damaged_entry_is_made_again(
     assert again.record == first.record
     assert entries(spec) == [entry]
     prepare_data(spec)
+    assert len(builds) == 2
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_made_again(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int]
+) -> None:
+    """The checksums are right; training would have ended in an IndexError."""
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    first = prepare_data(spec)
+    (entry,) = entries(spec)
+    folder = Path(spec.cache_dir) / entry / "train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    wrong = b"\xff\xff" * first.train.num_tokens
+    (folder / "tokens.bin").write_bytes(wrong)
+    manifest["checksums"]["tokens.bin"] = [len(wrong), zlib.crc32(wrong)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare_data(spec).train.tokens.max() < 259
     assert len(builds) == 2
 
 

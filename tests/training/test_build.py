@@ -111,3 +111,14 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="can't be read"):
         load_initial_weights(second, str(tmp_path / "a"), tokenizer)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """The run would have been made, and have diverged at its first step."""
+    config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1"])
+    model, tokenizer = build_model(model_config(config, 259)), load_tokenizer("bytes")
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    words = r"model\.init_from .* has weights that are not finite \(model\.norm\.weight\)"
+    with pytest.raises(UserError, match=words):
+        load_initial_weights(model, str(tmp_path), tokenizer)
