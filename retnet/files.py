@@ -68,7 +68,7 @@ def is_held(path: Path) -> bool:
     if sys.platform == "win32":
         return False
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
     except OSError:  # gone, or not ours
         return True
     try:
@@ -140,9 +140,13 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
         UserError: It cannot be read or is no object; the message ends with ``fix``.
     """
     try:
+        if path.exists() and not path.is_file():  # of a pipe the end would be waited for
+            raise UserError(f"{path} is a folder, pipe or device, where a file is needed: {fix}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError as error:  # nothing is wrong with what is in it
         raise UserError(unreadable(path)) from error
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): {fix}") from error
     if not isinstance(content, dict):

@@ -34,12 +34,13 @@ def test_each_command_names_it(
     places: dict[str, Path], tmp_path: Path, capsys, kind: str, reason: str
 ) -> None:
     model = spoil(Path(shutil.copytree(places["runs"] / "retention/final", tmp_path / "m")), kind)
-    (tmp_path / "a.txt").write_text(PANIC * 3)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(PANIC * 3)
     run = RUN.format(**places, new=tmp_path).replace("bytes", str(model))
     for entry, arguments in (
         ("train", f"{run} data.source={tmp_path}/a.txt"),
         ("train", f"{run} data.source={tmp_path}/a.txt data.streaming=true "
-                  f"data.validation={tmp_path}/a.txt"),
+                  f"data.validation={tmp_path}/b.txt"),
         ("generate", f"{model} --prompt {PANIC}"),
         ("compare", f"{model} {model} --no-speed --text {tmp_path}/a.txt"),
     ):  # fmt: skip
@@ -49,4 +50,4 @@ def test_each_command_names_it(
         assert last.startswith(f"error: tokenizer ({model}) fails on the text (") and not out
         assert reason in last
         assert "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "m"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "m"]

@@ -240,3 +240,12 @@ def test_missing_folders(tmp_path: Path) -> None:
     assert files.missing_folders(tmp_path) == []
     below = tmp_path / "a/b"
     assert files.missing_folders(below) == [below, below.parent]
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a\.json is a folder, pipe or device, where a file is"):
+        files.read_json(tmp_path / "a.json", "repair it")
+    os.mkfifo(tmp_path / f".unfinished-{'0' * 16}-a")
+    files.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -41,6 +41,16 @@ TRAINING = [
     (RUN + " data.cache_dir={new}/lost/x", "({new}/lost/x): {new}/lost is a link to nothing: nam"),
     (RUN + " train.out_dir={corpus}/x", "train.out_dir ({corpus}/x): {corpus} is a file: name a"),
     (RUN + " train.out_dir={new}/lost", "train.out_dir ({new}/lost) is a link to nothing: name"),
+    (RUN + " data.tokenizer=Bytes", "did you mean bytes? correct the path, or connect"),
+    (RUN + " data.tokenizer=BPE", "did you mean bpe? correct the path, or connect"),
+    (RUN + " data.source=python_stdlib", "did you mean python-stdlib? correct the path, or con"),
+    (RUN + " data.validation={corpus}", "data.validation ({corpus}): {corpus} is in data.source (" +
+     "{corpus}) too, and a loss on text that is trained on tells nothing: leave it out of one"),
+    (RUN + " data.source={folder}/*.jsonl data.validation={bad}/../corpus.jsonl",
+     "corpus.jsonl): {corpus} is in data.source ({folder}/*.jsonl) too"),
+    (RUN + " data.streaming=true data.validation={folder}/c*.jsonl", "{corpus} is in data.source"),
+    (RUN + " data.source=python-stdlib data.validation=python-stdlib",
+     "data.validation (python-stdlib): python-stdlib is in data.source (python-stdlib) too"),
     (RUN + " train.out_dir={runs}/lost/final", "train.out_dir ({runs}/lost/final) is a checkpoint"),
 ]  # fmt: skip
 

@@ -93,6 +93,7 @@ def test_a_home_folder_in_every_path_of_every_command(
         folder.mkdir()
     for name in ("tiny", "corpus", "runs"):
         (home / places[name].name).symlink_to(places[name])
+    (home / "held.txt").write_text("text that is held back")
     (home / "prompt.txt").write_text("the prompt")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
@@ -102,7 +103,7 @@ def test_a_home_folder_in_every_path_of_every_command(
     resumed = "data.tokenizer=~/run/final train.resume=~/run/checkpoints/step_1"
     model, both = "~/runs/retention", "~/runs/retention ~/runs/attention --no-speed"
     commands = [
-        (MAINS["train"], run + " data.validation=~/corpus.jsonl"),
+        (MAINS["train"], run + " data.validation=~/held.txt"),
         (MAINS["train"], run + " train.out_dir=~/begun model.init_from=~/run"),
         (MAINS["train"], f"{other} {resumed}"),
         (MAINS["generate"], f"{model} --prompt-file ~/prompt.txt --max-new-tokens 2"),

@@ -18,7 +18,7 @@ from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import check_size, stored_shapes, stored_tensors
-from retnet.data.tokenizer import max_token_id, tokenizer_hash
+from retnet.data.tokenizer import max_token_id, panics_as_errors, tokenizer_hash
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError, is_out_of_memory
 from retnet.files import read_json
@@ -186,12 +186,13 @@ def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTr
         )
     check_tokenizer_files(folder, "copy its tokenizer files again")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            config=config,  # else it reads config.json in its own way
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                config=config,  # else it reads config.json in its own way
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )
     except Exception as error:  # each damaged file fails in a way of its own
         if "trust_remote_code" in str(error):  # transformers' words for a class it does not have
             reason, fix = "needs code from its own folder", "read it, then add --trust-remote-code"
@@ -208,8 +209,9 @@ def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTr
     largest = max_token_id(tokenizer)
     if largest >= config.vocab_size:
         raise UserError(
-            f"{folder / TOKENIZER}: its largest id ({largest}) is beyond the model's vocab_size "
-            f"({config.vocab_size}): use the tokenizer the model was trained with"
+            f"{folder / TOKENIZER}, with what tokenizer_config.json adds: its largest id "
+            f"({largest}) is beyond the model's vocab_size ({config.vocab_size}): use the "
+            "tokenizer the model was trained with"
         )
     if tokenizer.bos_token_id is None:
         raise UserError(

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from retnet.checkpoints.format import ADAPTER, COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX, only_an_adapter
@@ -14,6 +13,7 @@ from retnet.errors import UserError
 from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
 
+LFS_POINTER = b"version https://git-lfs"  # how one begins
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that weights may be
 
 
@@ -105,10 +105,19 @@ def _check_new(file: Path, names: Iterable[str], known: Mapping[str, Any]) -> No
 
 def _opened(path: Path) -> Any:
     try:
-        path.open("rb").close()  # safetensors says of a file it may not read that there is none
+        with path.open("rb") as file:  # safetensors says of one it may not read that there is none
+            beginning = file.read(len(LFS_POINTER))
     except PermissionError as error:
         raise UserError(unreadable(path)) from error
-    return safe_open(path, framework="pt")
+    if beginning == LFS_POINTER:
+        raise UserError(
+            f"{path} is a Git LFS pointer, a few lines in place of the weights: fetch them with "
+            "git lfs pull, or copy the file from elsewhere"
+        )
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise SafetensorError(f"{path.name}: {error}") from error
 
 
 def check_size(folder: Path, config: Any) -> None:
@@ -142,9 +151,10 @@ def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for name in weight_files(folder):
-        more = load_file(folder / name)
-        _check_new(folder / name, more, weights)
-        weights |= more
+        with _opened(folder / name) as file:
+            names = file.keys()
+            _check_new(folder / name, names, weights)
+            weights |= {key: file.get_tensor(key) for key in names}
     if tied and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return weights

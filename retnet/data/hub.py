@@ -6,12 +6,15 @@ cache goes by modification times and would return what the files held before.
 """
 
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from retnet.data.listing import files_below
 from retnet.data.network import (
@@ -41,6 +44,7 @@ SPLIT_NAME = re.compile(
     r"|(?P<test>test(?:ing)?|eval(?:uation)?))(?:[-_.]|$)"
 )
 CARD = "README.md"
+OUTSIDE = re.compile(r"^[/~]|^\w+:[/\\]|::|(^|[/\\])\.\.([/\\]|$)")  # a path, an address
 CARD_KEYS = re.compile(r"^(configs|dataset_info)\s*:", re.MULTILINE)
 
 
@@ -160,6 +164,43 @@ def _declares_configurations(folder: Path) -> bool:
     return head.startswith("---") and bool(CARD_KEYS.search(head.split("\n---", 1)[0]))
 
 
+def _check_card(folder: Path, what: str) -> None:
+    """Raise a ``UserError`` where the card of a local data set leads out of its folder.
+
+    Any file of this machine could become text that way, and changes of it would not be noticed.
+    """
+    head = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    try:
+        card = yaml.compose(head.split("\n---", 1)[0], yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(
+            f"{what}: {folder / CARD} is not valid YAML ({reason_of(error)}): correct it"
+        ) from error
+    pairs = card.value if isinstance(card, yaml.MappingNode) else ()
+    for text in _texts([value for key, value in pairs if key.value == "configs"]):
+        if OUTSIDE.search(text):
+            raise UserError(
+                f"{what}: {folder / CARD} names {reprlib.repr(text)}, which is outside of the "
+                "folder: put the files into it, and name them there"
+            )
+
+
+def _texts(nodes: list[yaml.Node]) -> Iterator[str]:
+    """The scalars in and below some YAML nodes; a node with several aliases counts once."""
+    waiting, seen = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        else:
+            yield node.value
+
+
 def _splits(folder: Path, key: str) -> dict[Path, str]:
     """The files of a data set without declared configurations, and the split each belongs to.
 
@@ -179,6 +220,8 @@ def _load(source: HubSource) -> Any:
     """The rows of a split."""
     import datasets
 
+    if source.is_folder:
+        _check_card(Path(source.location), f"{source.key} ({source.location})")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:

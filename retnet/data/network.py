@@ -4,6 +4,7 @@ One request with a short timeout asks for the revision; only then is anything lo
 takes time the Hub is asked again now and then. The client alone would try again for minutes.
 """
 
+import difflib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,13 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
+from retnet.data.spec import BPE, BYTES, PYTHON_STDLIB
 from retnet.errors import UserError
 
 T = TypeVar("T")
 Kind = Literal["dataset", "model"]
+# Values that are no names on the Hub, which a misspelt one may mean.
+WORDS = {"dataset": [PYTHON_STDLIB], "model": [BYTES, BPE]}
 # A host name that never resolves, or eight addresses that never answer, outlast the client's own
 # timeout, so the whole request has one too. A data set and a tokenizer may each wait for it:
 # together they stay below 30 s. So does a load whose Hub is gone: the Hub is asked every PATIENCE_S
@@ -43,17 +47,19 @@ def hub_revision(name: str, kind: Kind, what: str) -> str:
 
     api = huggingface_hub.HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
+    near = difflib.get_close_matches(name.lower(), WORDS[kind], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
     try:
         revision = _in_thread(lambda: ask(name, timeout=TIMEOUT_S).sha).result(DEADLINE_S)
     except Exception as error:  # every transport has its own; all mean the same here
         if isinstance(error, HfHubHTTPError) and not is_network_failure(error):
             raise UserError(
-                f"{what} is no local path, and the Hub refuses it "
-                f"({str(error).splitlines()[0]}): correct the name, or log in if it is private"
+                f"{what} is no local path, and the Hub refuses it ({str(error).splitlines()[0]}): "
+                f"{hint}correct the name, or log in if it is private"
             ) from error
         raise HubUnreachableError(
-            f"{what} is no local path, and the Hub cannot be reached "
-            f"({reason_of(error)}): correct the path, or connect to the network"
+            f"{what} is no local path, and the Hub cannot be reached ({reason_of(error)}): "
+            f"{hint}correct the path, or connect to the network"
         ) from error
     if revision is None:
         raise UserError(f"{what} has no commit on the Hub: name another one")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.data.network import HubUnreachableError
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
-from retnet.data.tokenizer import tokenizer_hash
+from retnet.data.tokenizer import max_token_id, tokenizer_hash
 from retnet.errors import UserError, os_errors
 from retnet.files import UNFINISHED, missing_folders, read_json
 from retnet.paths import kind_of
@@ -63,6 +63,8 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
         if tokenizer_hash(tokenizer) != record["tokenizer_sha256"]:
             raise DamagedTokenFileError(f"{entry / TOKENIZER} is not what was written")
+        for side in (train, validation):
+            side.check_ids(max_token_id(tokenizer))
     except Exception as error:  # a damaged file can fail in any way; it is made again
         logger.warning("%s is damaged and is made again (%s)", entry, error)
         return None

@@ -81,6 +81,17 @@ def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
     )
 
 
+def _check_field(text_field: str, fields: list[str], path: Path) -> None:
+    """Raise a ``UserError`` where a table has no column of that name, or several."""
+    if text_field not in fields:
+        raise missing_field(text_field, fields, str(path))
+    if fields.count(text_field) > 1:
+        raise UserError(
+            f"data.text_field ({text_field}) of {path} is the name of {fields.count(text_field)} "
+            "columns, and which is meant is not told: give each a name of its own"
+        )
+
+
 def _open_binary(path: Path) -> BinaryIO:
     packed = suffix_of(path).endswith(".gz")
     return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")  # the caller closes it
@@ -139,8 +150,7 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str]:
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             rows = csv.reader(text, strict=True)
             fields = next((row for row in rows if row), [])
-            if text_field not in fields:
-                raise missing_field(text_field, fields, str(path))
+            _check_field(text_field, fields, path)
             line = rows.line_num + 1  # where a row begins: quoted text may have line breaks
             for row in rows:
                 if row and len(row) != len(fields):
@@ -166,8 +176,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as table:
             names = table.schema_arrow.names
-            if text_field not in names:
-                raise missing_field(text_field, names, str(path))
+            _check_field(text_field, names, path)
             _check_text(table.schema_arrow.field(names.index(text_field)).type, text_field, path)
             batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
             values = (value for batch in batches for value in batch.column(0))

@@ -123,17 +123,39 @@ def open_source(spec: DataSpec) -> Source:
 
 
 def open_validation(spec: DataSpec, source: Source) -> Source | None:
-    """The source that ``data.validation`` names: a path or glob, else a split of ``source``."""
+    """The source that ``data.validation`` names: a path or glob, else a split of ``source``.
+
+    A ``UserError`` where it is neither, or text that ``source`` has too.
+    """
     if spec.validation is None:
         return None
-    if is_local(spec.validation, "data.validation"):
-        return open_location(spec.validation, "data.validation", spec.text_field, None, "train")
-    if isinstance(source, HubSource):
-        return replace(source, split=spec.validation, key="data.validation")
-    raise UserError(
-        f"data.validation ({spec.validation}) is no file, folder or glob: correct the path "
-        "(split names are for Hub data sets only)"
-    )
+    key, validation = "data.validation", None
+    if is_local(spec.validation, key):
+        validation = open_location(spec.validation, key, spec.text_field, None, "train")
+    elif isinstance(source, HubSource):
+        validation = replace(source, split=spec.validation, key=key)
+    if validation is None:
+        raise UserError(
+            f"{key} ({spec.validation}) is no file, folder or glob: correct the path "
+            "(split names are for Hub data sets only)"
+        )
+    if shared := _shared_text(source, validation):
+        raise UserError(
+            f"{key} ({spec.validation}): {shared} is in data.source ({spec.source}) too, and a "
+            "loss on text that is trained on tells nothing: leave it out of one of them, or leave "
+            "data.validation out, which holds text back"
+        )
+    return validation
+
+
+def _shared_text(source: Source, validation: Source) -> str | None:
+    """The name of a text that two sources have, as far as that is known without reading."""
+    if source.to_record() == validation.to_record():
+        return validation.name
+    if not isinstance(source, FileSource) or not isinstance(validation, FileSource):
+        return None
+    read = {path.resolve() for path in source.files}
+    return next((str(path) for path in validation.files if path.resolve() in read), None)
 
 
 def is_local(location: str, key: str) -> bool:

@@ -18,6 +18,7 @@ TOKENS, MANIFEST = "tokens.bin", "manifest.json"
 STARTS, SIZES = "document_starts.npy", "document_bytes.npy"
 ARRAYS = (TOKENS, STARTS, SIZES)
 FORMAT = 1
+DTYPES = ("uint16", "uint32")
 BLOCK_BYTES = 1 << 22
 
 
@@ -57,14 +58,33 @@ class TokenFile:
             for name in ARRAYS:
                 if _checksum(folder / name) != manifest["checksums"][name]:
                     raise DamagedTokenFileError(f"{folder / name} is not what was written")
-            return cls(
+            if manifest["dtype"] not in DTYPES:
+                raise DamagedTokenFileError(f"{folder / MANIFEST}: dtype is none of {DTYPES}")
+            found = cls(
                 tokens=np.memmap(folder / TOKENS, dtype=manifest["dtype"], mode="r"),
                 document_starts=np.load(folder / STARTS),
                 document_bytes=np.load(folder / SIZES),
                 manifest=manifest,
             )
+            found._check_documents(folder)
+            return found
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DamagedTokenFileError(f"{folder}: {error}") from error
+
+    def _check_documents(self, folder: Path) -> None:
+        """Raise a ``DamagedTokenFileError`` where the documents are not parts of the tokens."""
+        starts, sizes = self.document_starts, self.document_bytes
+        whole = all(part.dtype == np.int64 and part.ndim == 1 for part in (starts, sizes))
+        ends = np.append(starts, len(self.tokens))
+        if (not whole or len(starts) != len(sizes) or not len(starts) or starts[0] != 0
+                or (np.diff(ends) < 1).any() or (sizes < 0).any()):  # fmt: skip
+            raise DamagedTokenFileError(f"{folder / STARTS} does not fit {TOKENS} and {SIZES}")
+
+    def check_ids(self, largest: int) -> None:
+        """Raise a ``DamagedTokenFileError`` where a token is beyond a vocabulary's largest id."""
+        found = int(self.tokens.max())
+        if found > largest:
+            raise DamagedTokenFileError(f"{TOKENS} has the id {found}, the vocabulary {largest}")
 
 
 class TokenFileWriter:
@@ -157,6 +177,8 @@ class TokenFileWriter:
 
 def _checksum(path: Path) -> list[int]:
     """Size and CRC-32 of a file: enough against damage, and quicker than reading the corpus."""
+    if not path.is_file():  # of a pipe the end would be waited for
+        raise DamagedTokenFileError(f"{path} is no file")
     size, crc = 0, 0
     with path.open("rb") as stream:
         while block := stream.read(BLOCK_BYTES):

@@ -169,19 +169,28 @@ def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[n
 
 
 @contextmanager
-def naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
-    """Turn what a tokenizer raises while it encodes or decodes into a ``UserError`` that names it.
-
-    One that loads may still fail on a text; the library then panics, with an exception that is not
-    even an ``Exception``.
-    """
+def panics_as_errors() -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no ``Exception``, into a ``ValueError``."""
     try:
         yield
     except BaseException as error:
-        if isinstance(error, MemoryError) or not (
-            isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        ):
+        if type(error).__name__ != "PanicException":
             raise
+        raise ValueError(str(error)) from error
+
+
+@contextmanager
+def naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Turn what a tokenizer raises while it encodes or decodes into a ``UserError`` that names it.
+
+    One that loads may still fail on a text.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) fails on the text "
@@ -279,4 +288,5 @@ def _load(name: str) -> PreTrainedTokenizerBase:
 
 def _from_pretrained(name: str, **options: Any) -> PreTrainedTokenizerBase:
     # Without a word on remote code transformers would ask on the terminal whether to run it.
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+    with panics_as_errors():
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)

@@ -56,6 +56,8 @@ def _growth(part: Any) -> float:
     if part.get("type") == "ByteLevel":
         return 2  # of a byte that is no letter a letter of two bytes
     content, pattern = part.get("content"), part.get("pattern")
+    if part.get("type") == "Prepend" and isinstance(part.get("prepend"), str):
+        return 1 + len(part["prepend"])
     if part.get("type") == "Replace" and isinstance(content, str) and isinstance(pattern, dict):
         text = pattern.get("String")  # else an expression, which may match between letters too
         return max(1, len(content) / len(text)) if text else 1 + len(content)

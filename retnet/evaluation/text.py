@@ -10,6 +10,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import DATA_RECORD
 from retnet.data import rebuild_validation
 from retnet.data.sources import FileSource, HubSource, Source, open_location, reopen_source
+from retnet.data.writing import read_documents_of
 from retnet.errors import UserError
 from retnet.paths import kind_of
 
@@ -39,7 +40,7 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
         raise UserError(f"--text ({path}) does not exist: correct the path")
     try:
         source = open_location(path, "--text", text_field, None, "train")
-        documents = [text for text in source.documents() if text]
+        documents = list(read_documents_of(source))
     except UserError as error:  # readers know the option under its name in configurations
         raise UserError(str(error).replace("data.text_field", "--text-field")) from error
     if not documents:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from retnet.data.readers import BOM
 from retnet.data.tokenizer import naming
 from retnet.errors import UserError, os_errors
+
+MOST_BYTES = 1 << 28  # of a prompt: a device may never end
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
@@ -33,9 +36,18 @@ def read_prompt(source: Path | None) -> str:
         if sys.stdin is None:
             raise UserError("standard input is closed: send the prompt there, or use --prompt")
         with os_errors("standard input cannot be read", "send text there"):
-            return decode_utf8(sys.stdin.buffer.read(), "standard input")
-    with os_errors(f"--prompt-file ({source}) cannot be read", "name a text file"):
-        return decode_utf8(source.read_bytes(), str(source))
+            return decode_utf8(_read(sys.stdin.buffer, "standard input"), "standard input")
+    what = f"--prompt-file ({source})"
+    with os_errors(f"{what} cannot be read", "name a text file"), source.open("rb") as stream:
+        return decode_utf8(_read(stream, what), str(source))
+
+
+def _read(stream: BinaryIO, name: str) -> bytes:
+    """All that a stream gives; a ``UserError`` where that is too much, as of /dev/zero."""
+    data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{name} has more than {MOST_BYTES:,} bytes: name a shorter text")
+    return data
 
 
 def decode_utf8(data: bytes, name: str) -> str:

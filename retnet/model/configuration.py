@@ -191,9 +191,7 @@ class DecoderConfig(PretrainedConfig):
         problems += self.check_choice("rotary_frequencies", ROTARY_FREQUENCIES)
         problems += self.check_number("norm_eps", 0, 1)
         problems += self.check_number("dropout", 0, 1)
-        problems += self.check_number("rotary_base", 0, math.inf)
-        if self.rotary_base == 0:
-            problems.append("rotary_base (0) must be above 0: the usual value is 10000.0")
+        problems += self.check_number("rotary_base", 1, math.inf)  # below, all turn too fast
         if self.dropout == 1:
             problems.append("dropout (1) drops everything: use a value below 1")
         for key in ("tie_word_embeddings", "use_cache", "embedding_norm"):
@@ -224,7 +222,17 @@ class DecoderConfig(PretrainedConfig):
             if value is not None and any(type(token) is not int for token in ids):
                 rule = "a whole number, a list of them" if several else "a whole number"
                 problems.append(f"{key} ({reprlib.repr(value)}) must be {rule} or null")
+            elif value is not None and not self._are_ids(ids):
+                problems.append(
+                    f"{key} ({reprlib.repr(value)}) must be in the vocabulary, from 0 to "
+                    f"vocab_size - 1 ({self.vocab_size - 1}), or null"
+                )
         return problems
+
+    def _are_ids(self, tokens: list[int]) -> bool:
+        """Whether all are in the vocabulary; True where the vocabulary itself is wrong."""
+        wrong = self.check_size("vocab_size")
+        return bool(wrong) or all(0 <= token < self.vocab_size for token in tokens)
 
     def check_size(self, key: str) -> list[str]:
         """The problem of a key whose value must be a count, if it is one."""

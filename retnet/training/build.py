@@ -71,7 +71,9 @@ def load_initial_weights(
     try:
         weights = read_weights(folder, tied=model.config.tie_word_embeddings)
     except SafetensorError as error:
-        raise UserError(f"{what} has weights that can't be read: {error}") from error
+        raise UserError(
+            f"{what} has weights that can't be read ({error}): copy it again"
+        ) from error
     use = f"data.tokenizer={folder}"
     fix = f"take over the model section of its config.yaml, and its tokenizer ({use})"
     check_same_model(model.state_dict(), weights, what, fix)
@@ -82,5 +84,11 @@ def load_initial_weights(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
             f"mean nothing here: set {use}"
         )
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{what} has weights that are not finite ({name}), of a run that diverged or "
+                "damaged: take another checkpoint"
+            )
     model.load_state_dict(weights)
     return folder

@@ -110,6 +110,11 @@ def _check_kinds(run: Path) -> None:
         )
     for name, kind in KINDS.items():
         found = kind_of(run / name, "train.out_dir")
+        if kind == "file" and (run / name).is_symlink():  # what it leads to would be rewritten
+            raise UserError(
+                f"train.out_dir ({run}): {run / name} is a link, and a run writes there: remove "
+                "the link, or set another train.out_dir"
+            )
         if found not in (None, kind):
             raise UserError(
                 f"train.out_dir ({run}): {run / name} is no {kind}, as a run has it there: move it "

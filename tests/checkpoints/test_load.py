@@ -55,7 +55,7 @@ def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
         ({"intermediate_size": 8}, "of another shape than config.json says"),
         ({"num_hidden_layers": 3}, "missing from the weights"),
         ({"num_hidden_layers": 1}, "in the weights but not in the model"),
-        ({"vocab_size": 258}, "of another shape"),
+        ({"vocab_size": 300}, "of another shape"),
         (
             {"dtype": "float7"},
             r"config\.json: dtype \('float7'\) is none of float32, bfloat16, flo",
@@ -157,6 +157,13 @@ def test_tokenizers_that_do_not_fit(copy: Path) -> None:
     byte_tokenizer((("a", "b"),)).save_pretrained(copy)
     with pytest.raises(UserError, match=r"largest id \(259\) is beyond the model's vocab_size"):
         load_checkpoint(copy)
+    byte_tokenizer().save_pretrained(copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    added = {"259": {"content": "<far>", "special": True}}
+    more = json.dumps(settings | {"added_tokens_decoder": added})
+    (copy / "tokenizer_config.json").write_text(more)
+    with pytest.raises(UserError, match=r"with what tokenizer_config\.json adds: its largest id"):
+        load_checkpoint(copy)
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
     tokenizer.save_pretrained(copy)
@@ -237,7 +244,8 @@ def test_many_and_strange_keys_are_few_lines(copy: Path, caplog) -> None:
 def test_more_layers_than_weights(copy: Path, monkeypatch) -> None:
     """Of narrow layers so many fit into the bytes of a file that building them takes gigabytes."""
     sizes = {"hidden_size": 2, "num_heads": 1, "intermediate_size": 1, "value_size": 1}
-    change_config(copy, **sizes, vocab_size=1, num_hidden_layers=1000)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    change_config(copy, **sizes, **ids, vocab_size=1, num_hidden_layers=1000)
     monkeypatch.setattr("retnet.checkpoints.load.model_class", lambda mixer: pytest.fail("built"))
     with pytest.raises(UserError, match=r"in 26 tensors and .* a model of 1,000 layers at least"):
         load_checkpoint(copy)

@@ -42,6 +42,25 @@ def test_a_missing_shard(copy: Path) -> None:
         load_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+         r"/model-2\.safetensors is a Git LFS pointer.* fetch them with git lfs pull"),
+        (b"<!DOCTYPE html>\n<title>Sign in</title>", r"model-2\.safetensors: .*header too large"),
+        (b"", r"model-2\.safetensors: .*header too small"),
+    ],
+)  # fmt: skip
+def test_what_lies_in_place_of_weights(copy: Path, content: bytes, words: str) -> None:
+    """The file is named, of shards too, and by all that read weights."""
+    shard(copy)
+    (copy / "model-2.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(copy)
+    with pytest.raises((UserError, SafetensorError), match=words):
+        read_weights(copy, tied=False)
+
+
 def test_a_weight_in_two_files(copy: Path) -> None:
     """The one of the later name was taken, whatever the index said."""
     shard(copy)

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from retnet.data import DataSpec, hub, network, prepare_data, rebuild_validation, streaming
+from retnet.data.sources import open_source
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]
@@ -66,6 +67,12 @@ def test_splits_by_file_name(splits: Path, spec_for: SpecFor) -> None:
     assert rebuild_validation(prepared.record) == texts("t")
     other = prepare_data(spec_for(splits, split="test"))
     assert other.train.num_documents + other.validation.num_documents == 30
+
+
+def test_a_split_is_not_validation_of_itself(splits: Path, spec_for: SpecFor) -> None:
+    words = rf"data\.validation \(train\): {splits}, split train is in data\.source"
+    with pytest.raises(UserError, match=words):
+        prepare_data(spec_for(splits, validation="train"))
 
 
 def test_a_folder_of_texts_is_not_a_data_set(tmp_path: Path, spec_for: SpecFor) -> None:
@@ -409,3 +416,27 @@ def test_a_refusal_while_streaming_loses_nothing(
     online["refuses"] = False
     prepared = prepare_data(spec)
     assert prepared.train.num_documents + prepared.validation.num_documents == 300
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["../secret.txt", "a/../../secret.txt", "/etc/hostname", "~/x.txt", "https://a.b/c.txt"],
+)
+def test_a_card_that_leads_out_of_its_folder(tmp_path: Path, spec_for: SpecFor, named: str) -> None:
+    """Any file of this machine became text."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "set/a.txt").write_text("a")
+    card = f"homepage: https://a.b\nconfigs:\n- config_name: default\n  data_files: ['{named}']\n"
+    (tmp_path / "set/README.md").write_text(f"---\n{card}---\n")
+    source = open_source(spec_for(tmp_path / "set"))
+    with pytest.raises(UserError) as caught:
+        list(source.documents())
+    assert f"README.md names '{named}', which is outside of the folder" in str(caught.value)
+
+
+def test_a_card_that_is_no_yaml(tmp_path: Path, spec_for: SpecFor) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(UserError, match=r"README\.md is not valid YAML"):
+        list(open_source(spec_for(tmp_path)).documents())

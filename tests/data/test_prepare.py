@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,6 +174,23 @@ def test_a_damaged_entry_is_made_again(
     assert len(builds) == 2
 
 
+def test_tokens_that_the_tokenizer_does_not_have_are_made_again(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int]
+) -> None:
+    """The checksums are right; training would have ended in an IndexError."""
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    first = prepare_data(spec)
+    (entry,) = entries(spec)
+    folder = Path(spec.cache_dir) / entry / "train"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    wrong = b"\xff\xff" * first.train.num_tokens
+    (folder / "tokens.bin").write_bytes(wrong)
+    manifest["checksums"]["tokens.bin"] = [len(wrong), zlib.crc32(wrong)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare_data(spec).train.tokens.max() < 259
+    assert len(builds) == 2
+
+
 def test_two_processes_at_once(tmp_path: Path, spec_for: SpecFor) -> None:
     spec = spec_for(write_documents(tmp_path / "a.jsonl", 400), tokenizer="bpe", vocab_size=400)
     code = (
@@ -326,7 +344,7 @@ def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> No
 
 def test_cache_that_cannot_be_written(tmp_path: Path, spec_for: SpecFor) -> None:
     path = write_documents(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=r"data\.cache_dir \(.*a\.jsonl/x\) cannot be written"):
+    with pytest.raises(UserError, match=r"data\.cache_dir .*a\.jsonl is a file: name a folder"):
         prepare_data(spec_for(path, cache_dir=str(path / "x")))
 
 

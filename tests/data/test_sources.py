@@ -226,6 +226,16 @@ def test_all_kinds_of_text_in_parquet(tmp_path: Path, spec_for: SpecFor, column)
     assert documents(spec_for(tmp_path / "a.parquet")) == [column[0].as_py() or ""]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_two_columns_of_one_name(tmp_path: Path, spec_for: SpecFor, name: str) -> None:
+    """Of a .csv the last was read, of a .parquet the first."""
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"\(text\) of .*{name} is the name of 2 columns, and"):
+        documents(spec_for(tmp_path / name))
+
+
 def test_a_parquet_row_that_is_not_utf8(tmp_path: Path, spec_for: SpecFor) -> None:
     """The row is named: an offset in the container would lead nowhere."""
     texts = pa.array([b"a"] * 1500 + [b"caf\xe9"])

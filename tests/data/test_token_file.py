@@ -1,5 +1,8 @@
 """Token files: what is written is read, and what is damaged is not believed."""
 
+import json
+import os
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -58,4 +61,53 @@ def test_unfinished_has_no_manifest(tmp_path: Path) -> None:
     with closing(TokenFileWriter(tmp_path / "t", 10)) as writer:
         writer.add(np.array([1, 2]), 0)
     with pytest.raises(DamagedTokenFileError):
+        TokenFile.open(tmp_path / "t")
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change arrays or the manifest, which has their checksums then."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, values in changes.items():
+        if name.startswith("document"):
+            np.save(folder / f"{name}.npy", values)
+    for name in manifest["checksums"]:
+        content = (folder / name).read_bytes()
+        manifest["checksums"][name] = [len(content), zlib.crc32(content)]
+    manifest |= {"dtype": changes.get("dtype", manifest["dtype"])}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"dtype": "O"},
+        {"document_starts": [0, 4]},
+        {"document_starts": [0, 6, 4]},
+        {"document_starts": [-1, 4, 6]},
+        {"document_starts": [0, 4, 9]},
+        {"document_starts": [0.0, 4.0, 6.0]},
+        {"document_bytes": [40, -20, 30]},
+        {"document_starts": [], "document_bytes": []},
+    ],
+)
+def test_what_no_writer_wrote_is_noticed(tmp_path: Path, changes: dict[str, object]) -> None:
+    """The checksums are right, and the content can't be."""
+    folder = write(tmp_path / "t")
+    rewrite(folder)
+    TokenFile.open(folder).check_ids(65535)
+    rewrite(folder, **changes)
+    with pytest.raises(DamagedTokenFileError):
+        TokenFile.open(folder)
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(DamagedTokenFileError, match="has the id 65535, the vocabulary 258"):
+        TokenFile.open(write(tmp_path / "t")).check_ids(258)
+
+
+def test_tokens_that_are_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    (write(tmp_path / "t") / "tokens.bin").unlink()
+    os.mkfifo(tmp_path / "t/tokens.bin")
+    with pytest.raises(DamagedTokenFileError, match=r"tokens\.bin is no file"):
         TokenFile.open(tmp_path / "t")

@@ -14,6 +14,8 @@ from retnet.errors import UserError
 from tests.generation.builders import byte_tokenizer, save_checkpoint
 
 TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+PREPEND = {"type": "Prepend", "prepend": "a" * 1000}
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "////f3g="}
 ANY = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
 HALF = {"type": "Replace", "pattern": {"String": "aa"}, "content": "b"}
 BEFORE = "normalizer and pre_tokenizer"
@@ -65,6 +67,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, load: Callable[[Path], object]
             BEFORE,
         ),
         ({"decoder": several("decoders", *[TEN] * 4)}, "decoder"),
+        ({"normalizer": PREPEND}, BEFORE),
     ],
 )
 @pytest.mark.parametrize("load", [loads, load_checkpoint])
@@ -87,3 +90,11 @@ def test_texts_that_grow(tmp_path: Path, load, parts: dict, words: str) -> None:
 def test_texts_that_do_not(tmp_path: Path, parts: dict) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     check_tokenizer_files(spoil(tmp_path, **parts), "repair it")
+
+
+@pytest.mark.parametrize("load", [loads, load_checkpoint])
+def test_a_panic_while_it_is_loaded(tmp_path: Path, load) -> None:
+    """What the library raises then is no Exception in Python."""
+    folder = spoil(save_checkpoint(tmp_path / "final"), normalizer=PANIC)
+    with pytest.raises(UserError, match=r"Cannot parse precompiled_charsmap"):
+        load(folder)

@@ -110,3 +110,9 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"--text .* is empty"):
         text_of_file(tmp_path / "empty.txt")
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}')
+    with pytest.raises(UserError, match=r"a\.jsonl document 1 holds half a surrogate pair at cha"):
+        text_of_file(tmp_path / "a.jsonl")

@@ -40,10 +40,9 @@ def tiny_model(
         "num_hidden_layers": 2,
         "num_heads": 2,
         "max_position_embeddings": 16,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
     }
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    sizes |= {name: own for name, own in ids.items() if own < vocab_size}
     torch.manual_seed(seed)
     kind: Any = model_class(mixer)
     own = {"chunk_size": 4, "aft_rank": 4}

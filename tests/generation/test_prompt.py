@@ -53,3 +53,16 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path: Path, mon
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--prompt-file .*No such file"):
         read_prompt(tmp_path / "none.txt")
+
+
+def test_a_prompt_that_never_ends(tmp_path: Path, monkeypatch) -> None:
+    """/dev/zero took all memory, and the answer was to make the model smaller."""
+    monkeypatch.setattr("retnet.generation.prompt.MOST_BYTES", 9)
+    words = r"--prompt-file \(/dev/zero\) has more than 9 bytes"
+    with pytest.raises(UserError, match=words):
+        read_prompt(Path("/dev/zero"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a" * 10)))
+    with pytest.raises(UserError, match="standard input has more than 9 bytes"):
+        read_prompt(None)
+    (tmp_path / "prompt.txt").write_text("a" * 9)
+    assert read_prompt(tmp_path / "prompt.txt") == "a" * 9

@@ -140,3 +140,14 @@ def test_positions_are_those_of_the_initial_weights(tmp_path: Path) -> None:
     assert torch.equal(first.model.embed_positions.weight, shorter.model.embed_positions.weight)
     with pytest.raises(UserError, match=r"data\.seq_len \(25\) is beyond the 24 positions"):
         model_config(load_config(None, [*again, "data.seq_len=25"]), 300)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """The run would have been made, and have diverged at its first step."""
+    config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1"])
+    model, tokenizer = build_model(model_config(config, 259)), load_tokenizer("bytes")
+    model.model.norm.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    words = r"model\.init_from .* has weights that are not finite \(model\.norm\.weight\)"
+    with pytest.raises(UserError, match=words):
+        load_initial_weights(model, str(tmp_path), tokenizer)

@@ -149,3 +149,23 @@ def test_a_damaged_configuration_is_named(options, finished: Path, capsys, conte
     (finished / "config.yaml").write_text(content)
     words = f"{finished / 'config.yaml'}, the configuration of the run in train.out_dir, is damaged"
     is_refused(finished, options, capsys, words)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "config.yaml", "diverged.json"])
+def test_a_link_where_a_run_writes(options, finished: Path, tmp_path, capsys, name: str) -> None:
+    """What it leads to would have been rewritten, all of it as damaged lines."""
+    victim = tmp_path / "mine.txt"
+    victim.write_text("important\n")
+    (finished / name).unlink(missing_ok=True)
+    (finished / name).symlink_to(victim)
+    is_refused(finished, options, capsys, f"{finished / name} is a link, and a run writes there")
+    assert victim.read_text() == "important\n"
+
+
+def test_a_manifest_that_is_a_pipe(options, finished: Path, capsys) -> None:
+    """It was waited for without end; the checkpoint before it is whole."""
+    manifest = finished / "checkpoints/step_6/manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert run(options, train__max_steps=8) == 0
+    assert "manifest.json cannot be read: going back to step_4" in capsys.readouterr().err
