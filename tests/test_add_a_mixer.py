@@ -151,7 +151,8 @@ def test_it_trains_resumes_generates_and_is_compared(
 
     def run(folder: str, **changes: Any) -> None:
         out = {"train.out_dir": tmp_path / folder, **changes}
-        assert cli.run(train.main, ["configs/tiny.yaml", *as_options(keys | out)]) == 0
+        given = {key: value for key, value in (keys | out).items() if value is not None}
+        assert cli.run(train.main, ["configs/tiny.yaml", *as_options(given)]) == 0
 
     run("whole")
     assert "average     forgets 0.5" in capsys.readouterr().err
@@ -163,7 +164,8 @@ def test_it_trains_resumes_generates_and_is_compared(
         assert torch.equal(a, b)
     assert configuration(type(one)).mixer_class is ExponentialAverage
 
-    run("attention", **{"model.mixer": "attention", "train.carry_state": "false"})
+    other = {"model.mixer": "attention", "model.forget": None, "train.carry_state": "false"}
+    run("attention", **other)
     capsys.readouterr()
     argv = [str(tmp_path / "whole"), "--prompt", "the ", "--max-new-tokens", "5", "--greedy"]
     assert cli.run(generate.main, argv) == 0

@@ -25,6 +25,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 def test_a_row_for_each_mixer_and_setting(arguments, tmp_path: Path, capsys) -> None:
     vary = ["--seeds", "0", "1", "--vary", "train.learning_rate=1e-3,1e-1"]
+    vary += ["--mixers", "retention", "attention"]
     assert cli.run(repeat.main, [*arguments, *vary]) == 0
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 1 + 2 * 2
