@@ -3,6 +3,8 @@
 from .model import (
     AFTConfig,
     AFTForCausalLM,
+    GatedRetNetConfig,
+    GatedRetNetForCausalLM,
     LinearTransformerConfig,
     LinearTransformerForCausalLM,
     MultiScaleRetention,
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AFTConfig",
     "AFTForCausalLM",
+    "GatedRetNetConfig",
+    "GatedRetNetForCausalLM",
     "LinearTransformerConfig",
     "LinearTransformerForCausalLM",
     "MultiScaleRetention",

@@ -10,6 +10,8 @@ from .mixers.retention import MultiScaleRetention
 from .models import (
     AFTConfig,
     AFTForCausalLM,
+    GatedRetNetConfig,
+    GatedRetNetForCausalLM,
     LinearTransformerConfig,
     LinearTransformerForCausalLM,
     PerformerConfig,
@@ -28,6 +30,8 @@ __all__ = [
     "AFTConfig",
     "AFTForCausalLM",
     "DecoderCache",
+    "GatedRetNetConfig",
+    "GatedRetNetForCausalLM",
     "LinearTransformerConfig",
     "LinearTransformerForCausalLM",
     "MultiScaleRetention",
