@@ -74,7 +74,7 @@ CONFIGURATION = [
     (RUN + " model.attention_window=4", "model.attention_window (4) needs layers that are"),
     (RUN + " model.attention_layers=[1] model.attention_window=0", "attention_window (0) must be"),
     (RUN + " model.mixer=attention model.attention_layers=[1]", "([1]) has no meaning with"),
-    (RUN + " model.attention_layers=[1] train.carry_state=true", "set model.attention_window"),
+    (RUN + " model.attention_layers=[1] train.carry_state=true", "or model.attention_window"),
     (RUN + " model.mixer=attention train.carry_state=true", "train.carry_state (true) needs a"),
     (RUN + " model.mixer=aft", "model.num_heads (2) has no meaning with model.mixer=aft"),
     (RUN + " model.aft_rank=8", "model.aft_rank (8) has no meaning with model.mixer=retention"),

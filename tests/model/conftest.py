@@ -24,6 +24,13 @@ CONTENDERS: dict[str, type[Mixer]] = MIXERS | {
 }
 
 
+# of the variants one by default; the others, which share its code, with the slow tests
+QUICK = (*MIXERS, "hybrid-window")
+EACH: list[Any] = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTENDERS
+]
+
+
 def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **values: Any):
     """A fresh two-layer model in eval mode, its weights large enough to matter.
 
@@ -54,7 +61,7 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, EOS, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=list(CONTENDERS))
+@pytest.fixture(params=EACH)
 def mixer(request: pytest.FixtureRequest) -> str:
     return request.param
 

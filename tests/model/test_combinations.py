@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from retnet.model import MIXERS
 from retnet.model.loss import causal_lm_loss
 from retnet.model.ops.precision import wide_dtype
-from tests.model.conftest import CONTENDERS, PAD, VOCAB, make_model, random_ids
+from tests.model.conftest import EACH, PAD, VOCAB, make_model, random_ids
 from tests.model.test_decoder import (
     MODELS,
     TOLERANCE,
@@ -22,11 +23,13 @@ from tests.model.test_decoder import (
 )
 
 CHUNK = MODELS["retention"].config.chunk_size
-each = pytest.mark.parametrize("mixer", CONTENDERS)
+each = pytest.mark.parametrize("mixer", EACH)
 
 
 HAND_OVERS = [
-    (mixer, *pair) for mixer in CONTENDERS for pair in itertools.product(modes_of(mixer), repeat=2)
+    (mixer, *pair)
+    for mixer in (*MIXERS, "hybrid-window")
+    for pair in itertools.product(modes_of(mixer), repeat=2)
 ]
 
 

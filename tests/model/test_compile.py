@@ -5,13 +5,15 @@ import shutil
 import pytest
 import torch
 
-from retnet.model import MIXERS
-from tests.model.conftest import VARIANTS, make_model, random_ids
+from tests.model.conftest import CONTENDERS, make_model, random_ids
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-EACH = [*MIXERS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+QUICK = ("retention", "attention")  # tracing takes seconds
+EACH = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTENDERS
+]
 
 
 @pytest.mark.parametrize("mixer", EACH)

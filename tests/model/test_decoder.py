@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from retnet.model.block import Shared
 from retnet.model.cache import DecoderCache
 from retnet.model.documents import describe_tokens
-from tests.model.conftest import CONTENDERS, PAD, VOCAB, make_model, random_ids
+from tests.model.conftest import CONTENDERS, EACH, PAD, QUICK, VOCAB, make_model, random_ids
 
 TOLERANCE = 1e-10
 MODELS = {mixer: make_model(mixer) for mixer in CONTENDERS}
-WITH_FORMS = [mixer for mixer in CONTENDERS if CONTENDERS[mixer].modes]
+WITH_FORMS = [name for name in QUICK if CONTENDERS[name].modes]
 
 
 def modes_of(mixer: str) -> tuple[str | None, ...]:
@@ -100,7 +100,7 @@ def test_every_pair_of_modes_at_every_split(
             assert (mine - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("mixer", CONTENDERS)
+@pytest.mark.parametrize("mixer", EACH)
 @settings(max_examples=25, deadline=None)
 @given(batch=batches(), data=st.data())
 def test_each_document_gets_what_it_gets_alone(

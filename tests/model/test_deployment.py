@@ -13,7 +13,7 @@ def last_logits(model, ids, **options):
 
 def test_export_with_any_length(mixer: str) -> None:
     """In the parallel form: the others unroll their chunks, and are as long as the example."""
-    model = make_model(mixer, torch.float32, num_hidden_layers=1)
+    model = make_model(mixer, torch.float32)
     options = {"mode": "parallel"} if "parallel" in CONTENDERS[mixer].modes else {}
     example = {"input_ids": random_ids(1, 12), "use_cache": False} | options
     any_length = bool(options) or not CONTENDERS[mixer].modes

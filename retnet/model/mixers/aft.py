@@ -74,7 +74,8 @@ class AFTStep(Step):
     """``AttentionFree`` for one token per row, its state updated in place."""
 
     def __init__(self, mixer: "AttentionFree") -> None:
-        self.reach, self.w = mixer.config.reach, mixer.w
+        self.reach = mixer.config.reach
+        self.w = [None if w is None else w.detach() for w in mixer.w]
 
     def shared(self, positions: Tensor, length: int) -> StepShared:
         return StepShared(positions[:, None], length)

@@ -19,18 +19,24 @@ KINDS = [(configuration(model), model) for model in PUBLIC]
         {"vocab_size": 259, "hidden_size": 128, "num_hidden_layers": 4},
         {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4},
         {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_heads": 6},
-        {"vocab_size": 500, "hidden_size": 2048, "num_hidden_layers": 1, "num_heads": 8},
+        pytest.param(
+            {"vocab_size": 500, "hidden_size": 2048, "num_hidden_layers": 1, "num_heads": 8},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=lambda size: str(size["hidden_size"]),
+    ids=["128", "256", "384", "2048"],
 )
 @pytest.mark.parametrize("style", [{}, {"norm": "rmsnorm", "ffn": "swiglu"}], ids=["gelu", "glu"])
 def test_first_loss(config, kind, tied: bool, size: dict, style: dict) -> None:
     torch.manual_seed(0)
-    model = kind(config(**size, **style, tie_word_embeddings=tied)).eval()
+    window = {"max_position_embeddings": 128}  # where positions are weights
+    model = kind(config(**size, **style, **window, tie_word_embeddings=tied)).eval()
     ids = torch.randint(0, size["vocab_size"], (8, 64))
     with torch.no_grad():
         out = model(ids, labels=ids)
-    assert out.logits.std() <= 0.4
+    # but for the token itself, which tied weights and a norm of the embedding make likely
+    others = out.logits.scatter(2, ids[..., None], 0.0)
+    assert others.std() <= 0.4
     assert abs(out.loss.item() - math.log(size["vocab_size"])) <= 0.1
 
 
