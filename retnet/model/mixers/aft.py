@@ -16,7 +16,7 @@ from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.aft import aft_parallel, aft_recurrent
 from ..ops.aft_state import aft_state
-from .base import Mixer, State, Step
+from .base import ProjectedMixer, State, Step
 
 VARIANTS = ("local", "simple", "full")
 USUAL_WINDOW = 32  # the best of the paper's on enwik8 (Table 5)
@@ -97,7 +97,7 @@ class AFTStep(Step):
         return out[:, 0].to(joined.dtype)
 
 
-class AttentionFree(Mixer):
+class AttentionFree(ProjectedMixer):
     """AFT with its projections; its state is described in ``ops.aft``.
 
     Attributes:
@@ -109,17 +109,11 @@ class AttentionFree(Mixer):
     modes = ("parallel", "recurrent")
     positions = "learned"
     unused = ("num_heads", "rotary_layout", "rotary_frequencies")
-    joint = ("q_proj", "k_proj", "v_proj")
     step = AFTStep
     no_matrices = ("w_u", "w_v")
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
-        hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.w_u: nn.Parameter | None = None
         self.w_v: nn.Parameter | None = None
         if config.reach != 0:
@@ -141,7 +135,7 @@ class AttentionFree(Mixer):
     @classmethod
     def matrix_parameters(cls, config: Any) -> int:
         w = 0 if config.reach == 0 else 2 * config.max_position_embeddings * config.aft_rank
-        return 4 * config.hidden_size**2 + w
+        return super().matrix_parameters(config) + w
 
     @classmethod
     def describe(cls, config: Any) -> list[str]:

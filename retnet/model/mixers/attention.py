@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache import is_locked
 from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.rotary import Rotation
 from ..ops.window_attention import empty_ring, window_attention, window_attention_step
-from .base import Mixer, RotaryStep, State, make_rotation, split_heads
+from .base import ProjectedMixer, RotaryStep, State, make_rotation, split_heads
 
 ROTATION = {"rotary_layout": "half", "rotary_frequencies": "standard"}  # Llama's
 
@@ -131,7 +131,7 @@ class AttentionStep(RotaryStep):
         return F.scaled_dot_product_attention(q, keys, values).view(rows, -1)
 
 
-class CausalAttention(Mixer):
+class CausalAttention(ProjectedMixer):
     """Multi-head softmax attention.
 
     Its state: ``keys`` and ``values`` [B, H, capacity, K] of the model's dtype, of which as many
@@ -144,20 +144,7 @@ class CausalAttention(Mixer):
     options: ClassVar[type[DecoderConfig]] = AttentionOptions
     positions = "rotary"
     rotates = True
-    joint = ("q_proj", "k_proj", "v_proj")
     step: ClassVar[Any] = AttentionStep
-
-    def __init__(self, config: Any, layer_idx: int = 0) -> None:
-        super().__init__(config, layer_idx)
-        hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
-
-    @classmethod
-    def matrix_parameters(cls, config: Any) -> int:
-        return 4 * config.hidden_size**2
 
     @classmethod
     def growing(cls, config: Any) -> tuple[str, ...]:

@@ -233,6 +233,25 @@ class Mixer(Part):
         init.normal_(linear.weight, std=0.02 * depth)
 
 
+class ProjectedMixer(Mixer):
+    """A mixer of queries, keys and values, all of them and its output as wide as the model."""
+
+    joint = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(self, config: Any, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    @classmethod
+    def matrix_parameters(cls, config: Any) -> int:
+        count: int = 4 * config.hidden_size**2
+        return count
+
+
 def output_std(config: Any) -> float:
     """Standard deviation of a fresh output layer."""
     return min(0.02, LOGIT_STD * config.hidden_size**-0.5)

@@ -13,7 +13,7 @@ not relative: shifting a text changes its outputs.
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configuration import option
 from ..documents import TokenInfo, describe_tokens
@@ -29,7 +29,7 @@ from ..ops.linear_attention import (
 from ..ops.precision import full_precision
 from ..ops.rotary import Rotation
 from .attention import AttentionOptions
-from .base import Mixer, RotaryStep, State, make_rotation, read_state, split_heads
+from .base import ProjectedMixer, RotaryStep, State, make_rotation, read_state, split_heads
 
 
 class LinearOptions(AttentionOptions):
@@ -66,7 +66,7 @@ class LinearStep(RotaryStep):
         return normalised(read_state(q, memory))
 
 
-class LinearAttention(Mixer):
+class LinearAttention(ProjectedMixer):
     """Linear attention with its projections and rotations.
 
     Its state: ``state`` [B, H, D, M + 1], sums and normalisers side by side, in float32 (float64 in
@@ -79,20 +79,7 @@ class LinearAttention(Mixer):
     positions = "rotary"
     rotates = True
     relative = False
-    joint = ("q_proj", "k_proj", "v_proj")
     step: ClassVar[Any] = LinearStep
-
-    def __init__(self, config: Any, layer_idx: int = 0) -> None:
-        super().__init__(config, layer_idx)
-        hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
-
-    @classmethod
-    def matrix_parameters(cls, config: Any) -> int:
-        return 4 * config.hidden_size**2
 
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None

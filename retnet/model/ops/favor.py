@@ -244,7 +244,7 @@ def _decays(
 
 
 def _factor(later: Tensor, earlier: Tensor) -> Tensor:
-    """exp(earlier - later) of maxima; above 1 only where it is to be 0, and there 1 for now."""
+    """exp(earlier - later) of maxima, at most 1: where it would be more, the caller puts 0."""
     return (earlier - later).clamp_(max=0).exp_()
 
 
