@@ -1,5 +1,6 @@
 """Fixtures of tests that look at more than one package."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,12 @@ import pytest
 import torch
 
 AT_THE_START = torch.backends.mkldnn.matmul.fp32_precision
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: a collection need not look at them (accelerate asks for one in each run)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
