@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -111,7 +112,10 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     with contextlib.redirect_stderr(messages):
         configure_logging()
         use_fast_products()
-        return _run(main, [*map(_as_utf8, sys.argv[1:])] if argv is None else argv)
+        if argv is None:  # the process is ours, and its modules stay until it ends
+            gc.freeze()
+            argv = [*map(_as_utf8, sys.argv[1:])]
+        return _run(main, argv)
 
 
 def _has_current_folder() -> bool:

@@ -10,7 +10,7 @@ from tests.model.conftest import CONTENDERS, make_model, random_ids
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-QUICK = ("retention", "attention")  # tracing takes seconds
+QUICK = ("retention",)  # tracing takes seconds
 EACH = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTENDERS
 ]

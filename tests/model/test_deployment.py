@@ -11,6 +11,13 @@ def last_logits(model, ids, **options):
         return model(ids, use_cache=False, **options).logits
 
 
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        name if name in ("retention", "attention") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONTENDERS
+    ],
+)
 def test_export_with_any_length(mixer: str) -> None:
     """In the parallel form: the others unroll their chunks, and are as long as the example."""
     model = make_model(mixer, torch.float32)

@@ -64,7 +64,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trainer_with_accumulation_is_trainer_with_the_large_batch(
     mixer: str, tmp_path, checkpointing: bool
 ) -> None:
@@ -109,7 +109,7 @@ def test_flattened_batches_are_separate_documents(mixer: str, tmp_path) -> None:
     assert losses(packed)[0] == pytest.approx(losses(trained(mixer, tmp_path))[0], abs=2e-4)
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lora(mixer: str, tmp_path, merged: bool) -> None:
     """PEFT: adapters train, nothing else moves; generation and saving go through them."""
     peft = pytest.importorskip("peft")

@@ -60,7 +60,7 @@ def draw_model(draw: st.DataObject, mixer: str) -> Any:
 
 
 @both_mixers
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(draw=st.data())
 def test_the_step_is_the_forward_pass(mixer: str, draw: st.DataObject) -> None:
     """Every variant of the model, whether its weights are laid out for it or not."""

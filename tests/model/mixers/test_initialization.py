@@ -17,11 +17,13 @@ KINDS = [(configuration(model), model) for model in PUBLIC]
     "size",
     [
         {"vocab_size": 259, "hidden_size": 128, "num_hidden_layers": 4},
-        {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4},
-        {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_heads": 6},
-        pytest.param(
-            {"vocab_size": 500, "hidden_size": 2048, "num_hidden_layers": 1, "num_heads": 8},
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(size, marks=pytest.mark.slow)
+            for size in (
+                {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4},
+                {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "num_heads": 6},
+                {"vocab_size": 500, "hidden_size": 2048, "num_hidden_layers": 1, "num_heads": 8},
+            )
         ),
     ],
     ids=["128", "256", "384", "2048"],
