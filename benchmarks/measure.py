@@ -12,6 +12,7 @@ from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
 TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
+FAMILY = "family"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
 
@@ -34,6 +35,8 @@ class Plan:
         prefill_short, prefill_long: The same for prefill.
         contexts: Tokens before the first that is decoded: for all contenders; for all that need not
             read token by token; for the RetNet.
+        family_contexts: Tokens before the first that is decoded, for every mixer.
+        family_positions: T_max of those whose positions are weights.
         batch: Rows of the larger batch.
         tokens: Made in a round of decoding.
         loop_tokens: Made in a round of whole loops.
@@ -56,6 +59,8 @@ class Plan:
     prefill_short: int = 2048
     prefill_long: int = 65536
     contexts: tuple[int, int, int] = (128, 8192, 65536)
+    family_contexts: tuple[int, int] = (128, 4096)
+    family_positions: int = 8192
     batch: int = 16
     tokens: int = 16
     loop_tokens: int = 200  # generate.py's default
@@ -71,7 +76,8 @@ class Plan:
             self.device, self.dtype, 1, self.compiled, small, small,
             step_tokens=32, train_lengths=(8, 16, 32, 64), train_short=32, train_long=64,
             prefill_lengths=(16, 32), prefill_short=16, prefill_long=32, contexts=(4, 8, 16),
-            batch=2, tokens=2, loop_tokens=2, keep_memory=self.keep_memory, form_widths=(4,),
+            family_contexts=(4, 8), family_positions=64, batch=2, tokens=2, loop_tokens=2,
+            keep_memory=self.keep_memory, form_widths=(4,),
             form_chunks=(4, 8), form_lengths=(8, 16),
         )  # fmt: skip
 
@@ -81,7 +87,7 @@ class Measurement:
     """One contender in one case.
 
     Attributes:
-        benchmark: "train", "prefill", "decode" or "forms".
+        benchmark: "train", "prefill", "decode", "forms" or "family".
         case: What was done, the same for all contenders of a group.
         contender: Who.
         tokens: In each call; for a batch, of all rows.

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.measure import (
     DECODE,
+    FAMILY,
     FORMS,
     LIMIT,
     MEMORY,
@@ -37,6 +38,7 @@ NOTES = {
     DECODE: "Greedy. The limit: reading as many bytes as the RetNet's weights and states (these\n"
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
     FORMS: "Retention alone, forward and backward; V = 2 K.",
+    FAMILY: "Every mixer. Decoding is greedy, by the fast step where the mixer has one.",
     MEMORY: "Above what the process had before the step; a process each, see benchmarks.memory.",
 }
 
@@ -79,7 +81,7 @@ def _processor() -> str:
 def format_report(plan: Plan, results: Results, about: dict[str, Any]) -> str:
     """Heading, a table per case, and the table of targets."""
     parts = [_heading(results, about)]
-    for benchmark in (TRAIN, PREFILL, DECODE, FORMS):
+    for benchmark in (TRAIN, PREFILL, DECODE, FORMS, FAMILY):
         groups = list(results.groups(benchmark))
         if groups:
             parts.append([f"== {benchmark}", *NOTES[benchmark].splitlines()])

@@ -1,6 +1,6 @@
 """How fast, in how much memory, against whom, and how near the machine's limit.
 
-    python -m benchmarks.speed [train|prefill|decode|memory|forms|all] [--threads N] ...
+    python -m benchmarks.speed [train|prefill|decode|memory|forms|family|all] [--threads N] ...
 
 The contenders run in turn in one process (A B A B ...) after a round that is not counted; times are
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
@@ -22,8 +22,9 @@ import torch
 
 from benchmarks.contenders import compile_problem
 from benchmarks.decoding import decode
+from benchmarks.family import family
 from benchmarks.kernels import forms, kernels
-from benchmarks.measure import DECODE, FORMS, MEMORY, PREFILL, TRAIN, Plan, Results
+from benchmarks.measure import DECODE, FAMILY, FORMS, MEMORY, PREFILL, TRAIN, Plan, Results
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
 from benchmarks.training import prefill, train
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
     DECODE: decode,
     MEMORY: memory,
     FORMS: forms,
+    FAMILY: family,
 }
 
 

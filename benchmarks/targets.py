@@ -14,7 +14,8 @@ from benchmarks.decoding import (
     large_case,
 )
 from benchmarks.decoding import long_case as after_case
-from benchmarks.measure import DECODE, LIMIT, MATMULS, PREFILL, TRAIN, Plan, Results
+from benchmarks.family import DECODING, FAMILY_BOUNDS, PLAIN, TRAINING
+from benchmarks.measure import DECODE, FAMILY, LIMIT, MATMULS, PREFILL, TRAIN, Plan, Results
 from benchmarks.memory import memory_case
 from benchmarks.others import TORCHSCALE
 from benchmarks.training import long_case, training_case
@@ -45,7 +46,12 @@ class Target:
 
 def targets(plan: Plan, results: Results) -> list[Target]:
     """All rows, whatever was measured."""
-    return [*_training(plan, results), *_reading(plan, results), *_decoding(plan, results)]
+    return [
+        *_training(plan, results),
+        *_reading(plan, results),
+        *_decoding(plan, results),
+        *_family(plan, results),
+    ]
 
 
 def _speedups(results: Results, benchmark: str) -> Callable[..., float | None]:
@@ -148,3 +154,14 @@ def _decoding(plan: Plan, results: Results) -> Iterator[Target]:
     yield Target(title, 1.15, False, speedup(LOOP_CASE, BARE, LOOP))
     title = "model.generate against the bare decode step"
     yield Target(title, 2.0, False, speedup(LOOP_CASE, BARE, GENERATE))
+
+
+def _family(plan: Plan, results: Results) -> Iterator[Target]:
+    speedup = _speedups(results, FAMILY)
+    for name, bound in FAMILY_BOUNDS.items():
+        value = speedup(TRAINING, "retention", name)
+        yield Target(f"training, {name} against retention", bound, False, value)
+    case = DECODING.format(plan.family_contexts[0])
+    for name in FAMILY_BOUNDS:
+        title = f"decode, {name} against the RetNet's plain forward pass"
+        yield Target(title, 1.5, False, speedup(case, PLAIN, name))

@@ -90,8 +90,8 @@ class DecoderCache(Cache):
         return -1 if self.record is None else self.record.shape[0]
 
     def num_bytes(self) -> int:
-        """Bytes of all layers' states; of those that grow, the used part."""
-        total = 0
+        """Bytes of all layers' states and of what is kept by row; of what grows, the used part."""
+        total = sum(x.numel() * x.element_size() for x in self.rows.values())
         for layer in self.layers:
             for part in PARTS:
                 for name, x in getattr(layer, part).items():

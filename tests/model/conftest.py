@@ -10,6 +10,7 @@ from retnet.model.mixers.base import Mixer
 from retnet.model.models import model_class
 
 VOCAB = 61
+ROW_BYTES = 3 * 8  # of a cache for each row beside the layers' states: three integers
 PAD, BOS, EOS = 60, 59, 58
 
 

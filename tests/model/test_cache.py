@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.model.conftest import make_model, random_ids
+from tests.model.conftest import ROW_BYTES, make_model, random_ids
 
 
 def continued(model, cache, ids):
@@ -127,3 +127,17 @@ def test_a_cache_made_in_inference_mode_can_be_used_outside_it(mixer: str) -> No
     with torch.no_grad():
         parts = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in (6, 7)]
         assert torch.allclose(torch.cat(parts, 1), model(ids).logits[:, 6:])
+
+
+def test_bytes_of_everything_that_is_kept(model, prefilled) -> None:
+    """Of columns that are reserved those that are used, and the integers that all layers share."""
+    reserved = model.new_cache(max_length=64)
+    with torch.no_grad():
+        model(random_ids(3, 9), past_key_values=reserved)
+    growing = {f"layers.{i}.mixer.{name}" for i, layer in enumerate(reserved.layers)
+               for name in layer.growing}  # fmt: skip
+    used = {name: x.narrow(-2, 0, 9) if name in growing else x
+            for name, x in reserved.tensors().items()}  # fmt: skip
+    assert "record" in used and used["record"].nbytes == 3 * ROW_BYTES
+    assert reserved.num_bytes() == sum(x.numel() * x.element_size() for x in used.values())
+    assert prefilled.num_bytes() >= sum(x.nbytes for x in prefilled.rows.values()) > 3 * ROW_BYTES

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retnet.model.cache import DecoderCache
-from tests.model.conftest import VOCAB, make_model, random_ids
+from tests.model.conftest import ROW_BYTES, VOCAB, make_model, random_ids
 
 NAMES = {
     "mixer_norm": "input_layernorm",
@@ -80,7 +80,7 @@ def test_cached_decode_is_the_full_forward_and_copies_the_past_rarely() -> None:
             buffers.add(cache.layers[0].mixer["keys"].data_ptr())
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-10
     assert len(buffers) <= 4  # 7 -> 14 -> 28 -> 56 columns
-    assert cache.num_bytes() == 2 * 2 * (2 * 40 * 32) * 8
+    assert cache.num_bytes() == 2 * (2 * (2 * 40 * 32) * 8 + ROW_BYTES)
 
 
 def test_reserved_columns_are_never_copied() -> None:
