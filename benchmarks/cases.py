@@ -1,6 +1,7 @@
 """Random cases for the parity matrix: a small model in one precision and what it is given."""
 
 import random
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -8,23 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retnet import (
-    MultiScaleRetention,
-    RetNetConfig,
-    RetNetForCausalLM,
-    TransformerConfig,
-    TransformerForCausalLM,
-)
+from retnet.model import MIXERS
 from retnet.model.cache import DecoderCache
 from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.mixers.base import Mixer
+from retnet.model.models import model_class
 
 VOCAB, PAD = 64, 0
-MIXERS = ("retention", "attention")
+LONGEST = 64  # tokens of a text, where positions are weights: no case has more
+HYBRID = "hybrid"
+KINDS: dict[str, type[Mixer]] = MIXERS | {HYBRID: MIXERS["retention"]}
 PRECISIONS = ("float64", "float32", "bfloat16 weights", "bfloat16 autocast")
+# what is drawn for each kind beside what they share
+DRAWN: dict[str, dict[str, Sequence[Any]]] = {
+    "retention": {
+        "head_norm": ("groupnorm", "rmsnorm"),
+        "decay": ("paper", "log_linear", 0.9),
+        "gate": (True, True, True, False),
+        "chunk_size": range(1, 10),
+    },
+    "linear": {"chunk_size": range(1, 10), "positions": ("rotary", "learned")},
+    "performer": {"num_features": (8, 16, None), "positions": ("rotary", "learned")},
+    "aft": {
+        "aft_variant": ("local", "simple", "full"),
+        "aft_window": (1, 4, 9),
+        "aft_rank": (2, 4),
+    },
+    "rwkv": {"ffn": ("rwkv", "rwkv", "gelu"), "chunk_size": range(2, 10)},
+    "gated_retention": {
+        "head_norm": ("groupnorm", "rmsnorm"),
+        "gate": (True, True, True, False),
+        "chunk_size": range(1, 10),
+    },
+    HYBRID: {
+        "attention_layers": ([0], [1]),
+        "attention_window": (None, 3, 8),
+        "chunk_size": range(1, 10),
+    },
+}
 
 
-def make_model(mixer: str, draw: random.Random) -> DecoderForCausalLM:
+def make_model(kind: str, draw: random.Random) -> DecoderForCausalLM:
     """A two-layer model of a random variant; its weights are exact in every precision."""
+    mixer = KINDS[kind]
     heads = draw.choice((1, 2, 4))
     values: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -35,25 +62,26 @@ def make_model(mixer: str, draw: random.Random) -> DecoderForCausalLM:
         "ffn": draw.choice(("gelu", "swiglu")),
         "rotary_layout": draw.choice(("interleaved", "half")),
         "tie_word_embeddings": draw.random() < 0.5,
+        "max_position_embeddings": LONGEST,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": PAD,
     }
     torch.manual_seed(draw.randrange(2**32))
-    model: DecoderForCausalLM
-    if mixer == "retention":
-        values |= {
-            "head_norm": draw.choice(("groupnorm", "rmsnorm")),
-            "decay": draw.choice(("paper", "log_linear", 0.9)),
-            "gate": draw.random() < 0.8,
-            "chunk_size": draw.randint(1, 9),
-        }
-        model = RetNetForCausalLM(RetNetConfig(**values))
-    else:
-        model = TransformerForCausalLM(TransformerConfig(**values))
+    values |= {key: draw.choice(own) for key, own in DRAWN.get(kind, {}).items()}
+    known = mixer.options.__dataclass_fields__.keys() - {*mixer.unused}
+    if values.get("positions") == "learned":
+        known -= {"rotary_layout"}
+    if values.get("aft_variant", "local") != "local":
+        known -= {"aft_window"}
+    model_type: Any = model_class(mixer.name)
+    values = {key: value for key, value in values.items() if key in known}
+    model: DecoderForCausalLM = model_type(model_type.config_class(**values))
     with torch.no_grad():
         for weight in model.parameters():
             wider = 1.0 if weight.dim() == 1 else 2.0  # fresh weights hide differences
+            if weight.dim() > 1 and weight.std() < 1e-3:  # RWKV's begin at 0 and would hide all
+                weight.normal_(std=0.2)
             weight.copy_((weight * wider).bfloat16())
     return model.eval()
 
@@ -75,11 +103,13 @@ class Case:
     draw: random.Random
 
     @property
-    def retention(self) -> bool:
-        return isinstance(self.model, RetNetForCausalLM)
+    def modes(self) -> tuple[str, ...]:
+        """The forms of the model's mixer, the recurrent one last; none where there is one form."""
+        modes: tuple[str, ...] = self.model.config.mixer_class.modes
+        return modes
 
     def mode(self) -> str | None:
-        return self.draw.choice(MultiScaleRetention.modes) if self.retention else None
+        return self.draw.choice(self.modes) if self.modes else None
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bfloat16 autocast":

@@ -3,9 +3,9 @@
     python -m benchmarks.memory CONTENDER ROWS LENGTH --size WIDTH LAYERS HEADS VOCABULARY ...
 
 On a GPU: what torch's allocator held at most, less what it held before. On the CPU, where torch
-keeps no books: how far the process's largest resident size (ru_maxrss) rises over what it was just
-before the step. That counts everything, freed memory that the C library keeps included, and nothing
-from before, which is why a process measures one step.
+keeps no books: how far the process's largest resident size rises over what it was just before the
+step. That counts everything, freed memory that the C library keeps included, and nothing from
+before, which is why a process measures one step.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ from benchmarks.others import add_others
 from retnet.machine import keep_freed_memory, use_fast_products
 
 CONTENDERS = ("RetNet", "Transformer", "Llama", "torchscale chunkwise")
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+STATUS = Path("/proc/self/status")
 
 
 def memory_case(rows: int, length: int) -> str:
@@ -77,9 +78,22 @@ def peak_of(name: str, rows: int, length: int, plan: Plan) -> int | None:
         before = torch.cuda.memory_allocated(plan.device)
         step()
         return torch.cuda.max_memory_allocated(plan.device) - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = largest_resident_size()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * RSS_UNIT
+    return largest_resident_size() - before
+
+
+def largest_resident_size() -> int:
+    """Bytes of this process so far.
+
+    Linux's ru_maxrss counts the process that started this one too, which may be larger than this
+    one ever gets; VmHWM does not.
+    """
+    if STATUS.exists():
+        line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(argv: Sequence[str]) -> None:

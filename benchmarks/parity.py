@@ -1,6 +1,6 @@
 """The parity matrix: everything that must be equal, in every precision, and how equal it is.
 
-    python -m benchmarks.parity [--cases N] [--seed S] [--markdown] [--check]
+    python -m benchmarks.parity [--kinds NAME ...] [--cases N] [--seed S] [--markdown] [--check]
 
 Rows are the properties of ``benchmarks.properties``, columns are precisions. An entry is the worst
 difference between two ways to the same numbers, found over N random cases: random variant of the
@@ -22,15 +22,16 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from benchmarks.cases import MIXERS, PRECISIONS, Case, make_model
+from benchmarks.cases import KINDS, PRECISIONS, Case, make_model
 from benchmarks.properties import PROPERTIES, TOKENS_PER_CASE, Property, largest
 from retnet.cli import ArgumentParser, positive_int, run
+from retnet.model import MIXERS
 from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.models import model_class
 
 logger = logging.getLogger(__name__)
 
 CASES = 16
-TITLES = {"retention": "RetNet", "attention": "Transformer"}
 DTYPES = {"float64": torch.float64, "bfloat16 weights": torch.bfloat16}  # others are float32
 
 
@@ -40,13 +41,13 @@ class Entry:
 
     Attributes:
         row: The property.
-        mixer: Whose.
+        kind: Whose; of ``KINDS``.
         precision: In which.
         differences: One per case.
     """
 
     row: Property
-    mixer: str
+    kind: str
     precision: str
     differences: list[float]
 
@@ -69,30 +70,37 @@ class Entry:
         return "0" if self.value == 0 else f"{self.value:.1e}"
 
 
-def measure(cases: int, seed: int) -> list[Entry]:
+def title(kind: str) -> str:
+    """Of its table: "RetNet", "Transformer", "hybrid", ..."""
+    name = model_class(kind).__name__ if kind in MIXERS else kind
+    return name.removesuffix("ForCausalLM")
+
+
+def measure(cases: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> list[Entry]:
     """All entries of the matrix, row by row.
 
     Args:
         cases: Random models of each kind.
         seed: Of everything that is random.
+        kinds: Of ``KINDS``.
     """
     entries = {
-        (mixer, row.name, precision): Entry(row, mixer, precision, [])
-        for mixer in MIXERS
+        (kind, row.name, precision): Entry(row, kind, precision, [])
+        for kind in kinds
         for row in PROPERTIES
         for precision in PRECISIONS
-        if row.attention or mixer == "retention"
+        if row.applies(KINDS[kind])
     }
-    bar = tqdm(total=cases * len(MIXERS), desc="parity", unit="model", disable=None)
+    bar = tqdm(total=cases * len(kinds), desc="parity", unit="model", disable=None)
     for number in range(cases):
-        for mixer in MIXERS:
-            model = make_model(mixer, random.Random(f"{seed} {number} {mixer}"))
+        for kind in kinds:
+            model = make_model(kind, random.Random(f"{seed} {number} {kind}"))
             wide = copy.deepcopy(model).double()
             for precision in PRECISIONS:
                 narrow: Any = copy.deepcopy(model)
                 narrow.to(DTYPES.get(precision, torch.float32))
                 for row in PROPERTIES:
-                    entry = entries.get((mixer, row.name, precision))
+                    entry = entries.get((kind, row.name, precision))
                     if entry is not None and number % row.every == 0:
                         difference = _difference(row, wide, narrow, precision, seed, number)
                         entry.differences.append(difference)
@@ -113,11 +121,11 @@ def _difference(
     return row.measure(Case(wide, narrow, precision, draw))
 
 
-def table(entries: Sequence[Entry], mixer: str, *, markdown: bool) -> str:
+def table(entries: Sequence[Entry], kind: str, *, markdown: bool) -> str:
     """The rows of one model, aligned for people or in Markdown."""
-    lines = [[TITLES[mixer], "unit", *PRECISIONS]]
+    lines = [[title(kind), "unit", *PRECISIONS]]
     for row in PROPERTIES:
-        own = [e for e in entries if e.mixer == mixer and e.row is row]
+        own = [e for e in entries if e.kind == kind and e.row is row]
         if own:
             lines.append([row.name, row.unit, *map(str, own)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -151,6 +159,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--cases", type=positive_int, default=CASES, metavar="N",
                         help=f"random models of each kind (default {CASES})")  # fmt: skip
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="NAME",
+                        help=f"mixers, or the hybrid (all: {', '.join(KINDS)})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--check", action="store_true",
@@ -162,15 +172,15 @@ def main(argv: Sequence[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     try:
-        entries = measure(arguments.cases, arguments.seed)
+        entries = measure(arguments.cases, arguments.seed, arguments.kinds)
     finally:
         torch.set_num_threads(threads)
     print(heading(arguments.cases, arguments.seed))
-    for mixer in MIXERS:
-        print(f"\n{table(entries, mixer, markdown=arguments.markdown)}")
+    for kind in arguments.kinds:
+        print(f"\n{table(entries, kind, markdown=arguments.markdown)}")
     failed = [entry for entry in entries if entry.failed] if arguments.check else []
     for entry in failed:
-        name = f"{TITLES[entry.mixer]}, {entry.row.name}, {entry.precision}"
+        name = f"{title(entry.kind)}, {entry.row.name}, {entry.precision}"
         print(f"above the limit: {name}: {entry}", file=sys.stderr)
     return 1 if failed else 0
 

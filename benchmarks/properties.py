@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.cases import PAD, Case
 from retnet.model.cache import DecoderCache
+from retnet.model.mixers.base import Mixer
 
 NEW_TOKENS = 6
 FAR = 10_000_000
@@ -47,10 +48,12 @@ def _forms(case: Case, mode: str) -> tuple[float, float]:
     theirs = copy.deepcopy(mine)
     logits = worst(_run(case, batch, mine, mode), _run(case, batch, theirs, "recurrent"))
     states = [
-        worst(a.mixer["state"], b.mixer["state"])
-        for a, b in zip(mine.layers, theirs.layers, strict=True)
+        worst(state, other.mixer[name])
+        for layer, other in zip(mine.layers, theirs.layers, strict=True)
+        for name, state in layer.mixer.items()
+        if name not in layer.growing and state.is_floating_point()
     ]
-    return logits, largest(states)
+    return logits, largest([0.0, *states])
 
 
 def parallel_is_recurrent(case: Case) -> float:
@@ -62,7 +65,7 @@ def chunkwise_is_recurrent(case: Case) -> float:
 
 
 def states_agree(case: Case) -> float:
-    return largest(_forms(case, mode)[1] for mode in ("parallel", "chunkwise"))
+    return largest(_forms(case, mode)[1] for mode in case.modes[:-1])
 
 
 def splits(case: Case) -> float:
@@ -116,7 +119,7 @@ def gradients(case: Case) -> float:
     """All parameters' gradients through pieces in any modes, against one recurrent pass."""
     batch = case.batch()
     length = batch["input_ids"].shape[1]
-    mode = "recurrent" if case.retention else None
+    mode = "recurrent" if case.modes else None
     expected = _gradients(case, batch, [slice(0, length)], [mode])
     cuts = case.pieces(length) if case.draw.random() < 0.5 else [slice(0, length)]
     mine = _gradients(case, batch, cuts, [case.mode() for _ in cuts])
@@ -245,7 +248,7 @@ class Property:
         measure: The difference found in one case.
         unit: "logits", "states" (standard deviations of the expected ones), "gradients" (largest
             entry of the expected tensor) or "tokens" (a count).
-        attention: Whether the Transformer has this row too.
+        applies: Whether a mixer has this row.
         limits: What ``--check`` allows in float64 and in float32.
         every: It runs in one of so many cases, because it is slow.
     """
@@ -253,23 +256,36 @@ class Property:
     name: str
     measure: Callable[[Case], float]
     unit: str = "logits"
-    attention: bool = True
+    applies: Callable[[type[Mixer]], bool] = lambda _: True
     limits: tuple[float, float] = (1e-10, 1e-4)
     every: int = 1
 
 
+Applies = Callable[[type[Mixer]], bool]
+
+
+def _has(mode: str) -> Applies:
+    return lambda mixer: mode in mixer.modes
+
+
+def _turns_relatively(mixer: type[Mixer]) -> bool:
+    return mixer.relative and mixer.positions != "learned"
+
+
 TOKENS_PER_CASE = 3 * NEW_TOKENS
 PROPERTIES = (
-    Property("parallel = recurrent", parallel_is_recurrent, attention=False),
-    Property("chunkwise = recurrent", chunkwise_is_recurrent, attention=False),
-    Property("final states of the three forms", states_agree, "states", attention=False),
+    Property("parallel = recurrent", parallel_is_recurrent, applies=_has("parallel")),
+    Property("chunkwise = recurrent", chunkwise_is_recurrent, applies=_has("chunkwise")),
+    Property("final states of the forms", states_agree, "states", applies=_has("recurrent")),
     Property("gradients, any modes, any split", gradients, "gradients", limits=(1e-10, 1e-3)),
     Property("split anywhere, any mode to any mode", splits),
     Property("prefill + decode = full forward", token_by_token),
     Property("left padding = alone", left_padding),
     Property("right padding = alone", right_padding),
     Property("packed documents = alone", packing),
-    Property("shifted by 10,000,000 positions", shifted, limits=(1e-6, 1e-4)),
+    Property(
+        "shifted by 10,000,000 positions", shifted, limits=(1e-6, 1e-4), applies=_turns_relatively
+    ),
     Property("saved and loaded", reloaded, every=4),
     Property("cached = uncached, greedy", cached, "tokens", every=4),
     Property("left-padded batch = single, greedy", greedy_batched, "tokens", every=4),

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernels, memory, speed
 from benchmarks.contenders import Field, Ours, Size, make_retnet, with_compiled
+from benchmarks.family import PLAIN, STATE_FACT, variants
 from benchmarks.limits import decode_bytes, linear_flops, linear_products, matmul_products
 from benchmarks.measure import LIMIT, MATMULS, Measurement, Plan, Results
 from benchmarks.others import TORCHSCALE, YET_ANOTHER, add_others
@@ -17,6 +18,7 @@ from benchmarks.speed import BENCHMARKS
 from benchmarks.targets import targets
 from retnet.cli import run
 from retnet.evaluation import Timing
+from retnet.model import MIXERS
 
 CPU = torch.device("cpu")
 SIZE = Size(16, 1, 2, 300)
@@ -59,6 +61,7 @@ def test_everything_runs_and_is_written_down(
     printed = capsys.readouterr().out
     written = json.loads(path.read_text())
 
+    plan = Plan(CPU, torch.float32).quick()
     about = written["environment"]
     assert about["threads"] == 1
     assert about["dtype"] == "float32"
@@ -76,7 +79,13 @@ def test_everything_runs_and_is_written_down(
     forms = {"RetNet parallel", "RetNet chunkwise", "RetNet recurrent"}
     chunks = {"parallel", "chunks of 4", "chunks of 8"}
     loops = {"bare decode step", "generate.py loop", "model.generate"}
-    assert names == {"RetNet", "Transformer", "Llama", LIMIT, MATMULS, *forms, *loops, *chunks}
+    own = {*variants(plan), PLAIN}
+    assert {*MIXERS, "aft simple", "hybrid, window"} < own
+    ours = {"RetNet", "Transformer", "Llama", LIMIT, MATMULS, *forms, *loops, *chunks}
+    assert names == ours | own
+    for name in variants(plan):
+        sizes = [written["facts"][STATE_FACT.format(name, n)] for n in plan.family_contexts]
+        assert (sizes[1] > sizes[0]) == (name in ("attention", "aft full")), name
     assert len(written["memory"]) == 6
 
     missing = {one["title"] for one in written["targets"] if one["value"] is None}
@@ -101,6 +110,8 @@ def test_the_targets_are_those_of_the_issue() -> None:
         *steps,
         (1.15, False),
         (2, False),
+        *((bound, False) for bound in (1.15, 1.15, 2, 2, 2)),  # the family's training steps
+        *((1.5, False) for _ in range(5)),  # and its tokens
     ]
 
 
@@ -252,5 +263,7 @@ def test_the_stand_in_for_timm_is_only_torchscales() -> None:
 @pytest.mark.slow
 def test_memory_of_a_process_of_its_own_grows_with_the_tokens() -> None:
     plan = Plan(CPU, torch.float32, size=Size(64, 2, 2, 512))
+    ours = torch.ones(300_000_000)  # what the process that asks has held counts for nothing
+    del ours
     few, many = (memory._in_own_process("RetNet", rows, 256, plan) for rows in (1, 32))
     assert 5 * few < many
