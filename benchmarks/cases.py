@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retnet.model import MIXERS
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.mixers.base import Mixer
 from retnet.model.models import model_class
 

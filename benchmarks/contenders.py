@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from retnet import RetNetConfig, RetNetForCausalLM, TransformerConfig, TransformerForCausalLM
 from retnet.generation import Step, make_step, prefill
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 
 PAIRS_LIMIT = 2048  # tokens of a row above which forms of all pairs of tokens are not trained
 LOOP_LIMIT = 128  # the same for the recurrent form, whose graph has every token's state

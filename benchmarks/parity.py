@@ -26,7 +26,7 @@ from benchmarks.cases import KINDS, PRECISIONS, Case, make_model
 from benchmarks.properties import PROPERTIES, TOKENS_PER_CASE, Property, largest
 from retnet.cli import ArgumentParser, positive_int, run
 from retnet.model import MIXERS
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.models import model_class
 
 logger = logging.getLogger(__name__)

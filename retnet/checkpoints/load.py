@@ -22,8 +22,8 @@ from retnet.data.tokenizer import max_token_id, panics_as_errors, tokenizer_hash
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError, is_out_of_memory
 from retnet.files import read_json
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.configuration import DecoderConfig
-from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.fast_decode.weights import lay_out_for_decoding
 from retnet.model.models import model_class
 from retnet.model.ops.precision import wide_dtype

@@ -24,7 +24,7 @@ from retnet.errors import UserError
 from retnet.evaluation import metrics
 from retnet.generation import evaluation_mode
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.loss import IGNORE_INDEX
 from retnet.terminal import harmless
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from retnet.generation import Step, make_step, prefill
 from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 
 CONTEXTS = (128, 4096)
 ROUNDS = 7

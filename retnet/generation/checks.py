@@ -9,7 +9,7 @@ from retnet.errors import UserError
 from retnet.generation.decode import prefill
 from retnet.generation.sampling import NUMBERS_BYTES
 from retnet.machine import memory_of
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
 

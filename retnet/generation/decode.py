@@ -17,7 +17,7 @@ from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
 from retnet.machine import set_up_compiler
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.fast_decode.graph import StepGraph
 from retnet.model.fast_decode.step import make_decode_step
 

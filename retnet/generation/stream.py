@@ -12,7 +12,7 @@ from retnet.generation.decode import ENDED, NotFiniteError, Usage, generate
 from retnet.generation.prompt import encode_prompt
 from retnet.generation.sampling import Sampling
 from retnet.machine import set_up_compiler
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers decode an incomplete character to
 WAITING_TOKENS = 16  # undecodable ones that wait for more before their text is looked into

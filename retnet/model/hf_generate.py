@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache import DecoderCache
-from .decoder import DecoderForCausalLM
+from .causal_lm import DecoderForCausalLM
 from .documents import NEXT_POSITION, describe_tokens
 from .keywords import one_memory
 from .outputs import MEMORY, NAMES

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .causal_lm import DecoderForCausalLM
 from .configuration import DecoderConfig
-from .decoder import DecoderForCausalLM, DecoderModel
+from .decoder import DecoderModel
 from .hf_generate import GeneratingDecoder
 from .mixers import MIXERS
 from .mixers.aft import AFTOptions, AttentionFree

@@ -7,6 +7,7 @@ hands to a model.
 import dataclasses
 from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 NAMES = ("cache", "past_key_values")
@@ -38,3 +39,9 @@ class CausalLMOutput(_BothNames, CausalLMOutputWithPast):
 def named(cache: Any) -> dict[str, Any]:
     """The memory as this transformers' keyword."""
     return {MEMORY: cache}
+
+
+def as_wanted(result: Any, return_dict: bool | None, config: PretrainedConfig) -> Any:
+    """The output, or the tuple of its values where that is asked for."""
+    wanted = config.return_dict if return_dict is None else return_dict
+    return result if wanted else result.to_tuple()

@@ -13,8 +13,8 @@ from retnet.checkpoints.weights import read_weights
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.files import read_json
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.configuration import DecoderConfig
-from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.models import configuration, model_class
 from retnet.training.spec import NOT_OF_THE_MODEL, Config, is_bounded
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from retnet.checkpoints.format import CARRIED, COPY_AGAIN
 from retnet.errors import UserError
 from retnet.model.cache import DecoderCache
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 
 
 class CarriedState:

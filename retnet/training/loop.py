@@ -25,7 +25,7 @@ from retnet.checkpoints.save import prune_checkpoints
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
 from retnet.files import write_json
-from retnet.model.decoder import DecoderForCausalLM
+from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.training.carry import CarriedState
 from retnet.training.health import DIVERGED, DivergedError, SpikeWatch, check_first_loss
 from retnet.training.optimizer import learning_rate

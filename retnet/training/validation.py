@@ -17,7 +17,7 @@ from retnet.generation import (
     fit_length,
     sample_text,
 )
-from retnet.model.decoder import DecoderForCausalLM as Model
+from retnet.model.causal_lm import DecoderForCausalLM as Model
 from retnet.training.spec import Config, TrainSpec
 
 

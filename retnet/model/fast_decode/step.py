@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..block import DecoderLayer
 from ..cache import DecoderCache, State, is_locked
-from ..decoder import DecoderForCausalLM, DecoderModel
+from ..causal_lm import DecoderForCausalLM
+from ..decoder import DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part, Step
 from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
