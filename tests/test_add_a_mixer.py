@@ -25,7 +25,7 @@ from retnet.model.mixers.attention import CausalAttention
 from retnet.model.mixers.base import Mixer, State
 from retnet.model.models import RetNetConfig, RetNetForCausalLM, configuration, model_class
 from retnet.training.spec import describe_keys
-from tests.model.conftest import random_ids
+from tests.model.conftest import ROW_BYTES, random_ids
 from tests.training.conftest import as_options, corpus  # noqa: F401
 
 
@@ -113,7 +113,7 @@ def test_padding_packing_splits_and_beams() -> None:
     cache = model.new_cache()
     parts = [model(ids[:, cut], past_key_values=cache).logits for cut in (slice(7), slice(7, 12))]
     torch.testing.assert_close(torch.cat(parts, dim=1), alone)
-    assert not model.grows and cache.num_bytes() == 2 * 16 * 8
+    assert not model.grows and cache.num_bytes() == 2 * 16 * 8 + ROW_BYTES
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     made = model.generate(ids, **options)
     assert made.equal(model.generate(ids, **options, use_cache=False))
@@ -224,6 +224,7 @@ def test_layers_of_two_mixers_in_one_model() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits)
     states = [set(layer.mixer) for layer in cache.layers]
     assert states == [{"state"}, {"state"}, {"keys", "values"}] and model.grows
-    assert cache.num_bytes() == 2 * 2 * 2 * 8 * 16 * 8 + 2 * 2 * (12 * 16) * 8
+    states = 2 * 2 * 2 * 8 * 16 * 8 + 2 * 2 * (12 * 16) * 8
+    assert cache.num_bytes() == states + 2 * ROW_BYTES
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert model.generate(ids, **options).equal(model.generate(ids, **options, use_cache=False))
