@@ -26,13 +26,18 @@ def _window_option() -> Any:
     return option(None, text, meaning=True)
 
 
-class AttentionOptions(DecoderConfig):
-    """Attention's own defaults: rotation as in Llama, over everything."""
+class RotationOptions(DecoderConfig):
+    """Rotation as in Llama, of mixers that are compared with attention."""
 
     rotary_layout: str = option(ROTATION["rotary_layout"], "interleaved or half", meaning=True)
     rotary_frequencies: str = option(
         ROTATION["rotary_frequencies"], "linspace or standard", meaning=True
     )
+
+
+class AttentionOptions(RotationOptions):
+    """Attention's own: over everything, or over a window."""
+
     attention_window: int = _window_option()
 
     def mixer_of(self, layer_idx: int) -> Any:

@@ -28,11 +28,11 @@ from ..ops.linear_attention import (
 )
 from ..ops.precision import full_precision
 from ..ops.rotary import Rotation
-from .attention import AttentionOptions
+from .attention import RotationOptions
 from .base import ProjectedMixer, RotaryStep, State, make_rotation, read_state, split_heads
 
 
-class LinearOptions(AttentionOptions):
+class LinearOptions(RotationOptions):
     """Rotation as attention's, so that the two differ in the mixer alone."""
 
     chunk_size: int = option(128, "chunk of the chunkwise form, changes speed only")
