@@ -171,9 +171,10 @@ DATA = [
     (RUN + " model.init_from=~nobodyx/x", "checkpoint (~nobodyx/x) has no home folder"),
     (RUN + " data.validation=~nobodyx/x", "data.validation (~nobodyx/x) has no home folder"),
     (RUN + " model.init_from={new}/no", "checkpoint ({new}/no) does not exist"),
+    (RUN + " model.init_from={runs}/retention", "model.init_from ({runs}/retention) is another"),
     (
-        RUN + " model.init_from={runs}/retention data.cache_dir={folder}/cache",
-        "model.init_from ({runs}/retention) is another",
+        RUN + " model.mixer=gated_retention model.init_from={runs}/aft",
+        "model.init_from ({runs}/aft) is another model: model.embed_positions",
     ),
 ]
 

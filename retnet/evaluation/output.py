@@ -46,13 +46,16 @@ def check_writable(path: Path) -> None:
         files.try_to_write(path)
 
 
-def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
-    """Raise a ``UserError`` when the JSON file is one of those that the text is read from."""
+def check_not_read(path: Path, inputs: Iterable[Path], what: str = "text") -> None:
+    """Raise a ``UserError`` when the JSON file is one of those that the text is read from.
+
+    ``what``: the word for the text, where they are of something else.
+    """
     for file in inputs:
         with suppress(OSError):  # one of them is not there
             if path.samefile(file):
                 raise UserError(
-                    f"--json ({path}) is a file that the text is read from: name another file"
+                    f"--json ({path}) is a file that the {what} is read from: name another file"
                 )
 
 

@@ -45,7 +45,7 @@ def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
         raise UserError(str(error).replace("data.text_field", "--text-field")) from error
     if not documents:
         raise UserError(f"--text ({path}) is empty: name a file with text")
-    return EvaluationText(str(path), documents, _files(source))
+    return EvaluationText(str(path), documents, files_of(source))
 
 
 def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
@@ -73,7 +73,8 @@ def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
     return EvaluationText(description, documents, _recorded_files(first.data_record))
 
 
-def _files(source: Source) -> tuple[Path, ...]:
+def files_of(source: Source) -> tuple[Path, ...]:
+    """The local files that a source is read from, none for the standard library."""
     if isinstance(source, HubSource) and source.is_folder:
         return tuple(Path(source.location).rglob("*"))
     return source.files if isinstance(source, FileSource) else ()
@@ -86,7 +87,7 @@ def _recorded_files(record: dict[str, Any]) -> tuple[Path, ...]:
     for source in (record.get("source"), record.get("validation_source")):
         with suppress(UserError, KeyError, TypeError):  # the training text may be gone
             if source["kind"] == "files" or Path(source["location"]).is_dir():  # not the Hub
-                found += _files(reopen_source(source))
+                found += files_of(reopen_source(source))
     return found
 
 

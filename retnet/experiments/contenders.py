@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from retnet.cli import ArgumentParser, file_path
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
-from retnet.training import key_of, load_config, train
+from retnet.training import Config, check_run, key_of, load_config, train
 from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
@@ -56,18 +56,63 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
     return found
 
 
-def run_once(recipe: str, folder: Path, keys: Sequence[str]) -> float:
-    """Train into a folder, or find it trained; returns the last step's validation loss.
+@dataclass(frozen=True)
+class Run:
+    """A run of an experiment that can be begun."""
 
-    Raises:
-        UserError: The run did not finish.
+    folder: Path
+    config: Config
+    by_hand: tuple[str, ...]  # the keys that are not the recipe's
+
+    def __call__(self) -> float:
+        """Train into the folder, or find it trained; returns the last step's validation loss.
+
+        A ``UserError`` where the run did not finish.
+        """
+        logger.info("== %s", self.folder.name)
+        if train(self.config, self.by_hand) != 0:
+            raise UserError(f"run ({self.folder}) did not finish: see its messages above")
+        last = json.loads((self.folder / METRICS).read_text().splitlines()[-1])
+        return float(last["val/loss"])
+
+
+def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:
+    """A run with these ``section.key=value``; a ``UserError`` where they make none.
+
+    All runs of an experiment are planned before the first of them begins.
     """
     arguments = [*keys, f"train.out_dir={folder}"]
-    logger.info("== %s", folder.name)
-    if train(load_config(recipe, arguments), [*map(key_of, arguments)]) != 0:
-        raise UserError(f"run ({folder}) did not finish: see its messages above")
-    last = json.loads((folder / METRICS).read_text().splitlines()[-1])
-    return float(last["val/loss"])
+    config = load_config(recipe, arguments)
+    check_run(config)
+    return Run(folder, config, tuple(map(key_of, arguments)))
+
+
+def check_not_taken(what: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
+    """Raise a ``UserError`` for a ``key=value`` that would have no effect.
+
+    ``taken``: the keys that are set after it, and which option does that.
+    """
+    for text in settings:
+        if by := taken.get(key_of(text)):
+            raise UserError(
+                f"{what} ({text}) has no effect, since {by} sets that key: leave it out"
+            )
+
+
+def check_settings(
+    arguments: argparse.Namespace, option: str, values: Mapping[str, object], own: Mapping[str, str]
+) -> None:
+    """Raise a ``UserError`` for a key that is given where something else decides about it.
+
+    ``values`` are those of ``option`` by key; ``own`` are keys of the experiment itself, each with
+    the option for it.
+    """
+    own = {"model.mixer": "--mixers or --variant", "train.out_dir": "--out", **own}
+    check_not_taken(option, [*values], own)
+    taken = {**own, **dict.fromkeys(values, option)}
+    check_not_taken("argument", arguments.overrides, taken)
+    for words in arguments.variant:
+        check_not_taken(f"--variant {words[0]}", words[2:], taken)
 
 
 def choices(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
@@ -79,7 +124,8 @@ def choices(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
-        if not equals or not all(values.split(",")) or key in found:
-            raise UserError(f"{option} ({text}) must be key=value,value, each key once")
-        found[key] = values.split(",")
+        several = values.split(",")
+        if not equals or not all(several) or key in found or len(set(several)) < len(several):
+            raise UserError(f"{option} ({text}) must be key=value,value, each key and value once")
+        found[key] = several
     return found

@@ -17,7 +17,15 @@ from pathlib import Path
 
 from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError
-from retnet.experiments.contenders import Contender, add_options, choices, contenders, run_once
+from retnet.experiments.contenders import (
+    Contender,
+    add_options,
+    check_not_taken,
+    check_settings,
+    choices,
+    contenders,
+    planned,
+)
 from retnet.experiments.tune import read_tuned
 
 
@@ -53,19 +61,19 @@ def repeat(
     Raises:
         UserError: A run did not finish, or an argument is wrong.
     """
-    rows = []
+    plan = []
     options = [[f"{key}={value}" for value in values] for key, values in variations.items()]
     for contender, varied in itertools.product(who, itertools.product(*options)):
         setting = [*contender.keys, *tuned.get(contender.name, ()), *varied]
         own = [value for key, _, value in (s.partition("=") for s in setting[1:])]
-        losses = []
+        runs = []
         for seed in seeds:
             name = "-".join([Path(recipe).stem, contender.name, *own, str(seed)])
             keys = [*overrides, *setting, f"train.seed={seed}"]
-            losses.append(run_once(recipe, out / name.replace("/", "_"), keys))
+            runs.append(planned(recipe, out / name.replace("/", "_"), keys))
         shown = [contender.name, *(s.partition(".")[2] for s in setting[1:])]
-        rows.append(Row(", ".join(shown), losses))
-    return rows
+        plan.append((", ".join(shown), runs))
+    return [Row(setting, [run() for run in runs]) for setting, runs in plan]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,16 +86,24 @@ def main(argv: Sequence[str]) -> None:
     add("--vary", action="append", default=[], metavar="key=a,b", help="settings")
     add("--tuned", type=file_path, metavar="FILE", help="what tune chose for each contender")
     arguments = parser.parse_intermixed_args(argv)
-    who = contenders(arguments)
+    who, variations = contenders(arguments), choices("--vary", arguments.vary)
+    check_settings(arguments, "--vary", variations, {"train.seed": "--seeds"})
+    for seed in arguments.seeds:
+        if arguments.seeds.count(seed) > 1:
+            raise UserError(f"--seeds ({seed}) is there twice: the same run, and no spread")
     tuned = read_tuned(arguments.tuned) if arguments.tuned else {}
     for contender in who:
         if arguments.tuned and contender.name not in tuned:
             raise UserError(f"--tuned ({arguments.tuned}) says nothing of {contender.name}")
+        what, found = f"--tuned {contender.name}", tuned.get(contender.name, [])
+        check_not_taken(what, found, dict.fromkeys(variations, "--vary"))
+        by_file = {text.partition("=")[0]: f"--tuned ({arguments.tuned})" for text in found}
+        check_not_taken("argument", [*arguments.overrides, *contender.keys], by_file)
     rows = repeat(
         arguments.recipe,
         who,
         seeds=arguments.seeds,
-        variations=choices("--vary", arguments.vary),
+        variations=variations,
         overrides=arguments.overrides,
         tuned=tuned,
         out=arguments.out,

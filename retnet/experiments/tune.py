@@ -20,13 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from retnet.cli import ArgumentParser, file_path, number, positive_int, run
-from retnet.errors import UserError, os_errors
-from retnet.experiments.contenders import Contender, add_options, choices, contenders, run_once
-from retnet.files import read_json, write_json
+from retnet.data.sources import is_local, open_location
+from retnet.errors import UserError
+from retnet.evaluation import check_not_read, check_writable, write_json
+from retnet.evaluation.text import files_of
+from retnet.experiments.contenders import (
+    Contender,
+    Run,
+    add_options,
+    check_settings,
+    choices,
+    contenders,
+    planned,
+)
+from retnet.files import read_json
+from retnet.paths import expand
+from retnet.training import load_config
 
 logger = logging.getLogger(__name__)
 
 Grid = Mapping[str, Sequence[str]]
+Setting = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Trial:
     """One run: whose, the grid's values by key, nats per token on the tuning split."""
 
     contender: str
-    values: dict[str, str]
+    values: Setting
     loss: float
 
 
@@ -43,7 +57,7 @@ class Chosen:
     """A contender's best trial, and the keys whose value is still at an end of the grid."""
 
     contender: str
-    values: dict[str, str]
+    values: Setting
     loss: float
     at_edge: list[str]
 
@@ -65,25 +79,35 @@ def tune(
     """
     common = [*overrides, f"data.tuning_fraction={fraction}", f"train.seed={seed}"]
 
-    def trials_of(grid: Grid, known: Sequence[Trial]) -> list[Trial]:
-        found = list(known)
-        settings = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
-        for contender, setting in itertools.product(who, settings):
-            if any(t.contender == contender.name and t.values == setting for t in found):
-                continue
-            name = "-".join(
-                [Path(recipe).stem, "tune", contender.name, *setting.values(), str(seed)]
-            )
+    def plan(setting: Setting) -> list[tuple[str, Setting, Run]]:
+        found = []
+        for contender in who:
+            name = [Path(recipe).stem, "tune", contender.name, *setting.values(), str(seed)]
             keys = [*common, *contender.keys, *(f"{key}={value}" for key, value in setting.items())]
-            found.append(Trial(contender.name, setting, run_once(recipe, out / name, keys)))
+            run = planned(recipe, out / "-".join(name).replace("/", "_"), keys)
+            found.append((contender.name, setting, run))
         return found
 
-    trials = trials_of(grid, [])
-    wider = widened(grid, [best_of(trials, contender.name, grid) for contender in who])
+    waiting = [run for setting in _settings(grid) for run in plan(setting)]
+    trials = [Trial(name, setting, run()) for name, setting, run in waiting]
+    wider, waiting = widened(grid, [best_of(trials, c.name, grid) for c in who]), []
     if wider != grid:
         logger.info("the best value is at an end of the grid: it is continued there, for all")
-        trials = trials_of(wider, trials)
-    return trials, [best_of(trials, contender.name, wider) for contender in who]
+    for setting in _settings(wider):
+        if setting in _settings(grid):
+            continue
+        try:
+            waiting += plan(setting)
+        except UserError as error:  # of a value that nobody asked for
+            logger.info("the grid is not continued there: %s", error)
+    trials += [Trial(name, setting, run()) for name, setting, run in waiting]
+    tried = {key: list(dict.fromkeys(trial.values[key] for trial in trials)) for key in grid}
+    return trials, [best_of(trials, contender.name, tried) for contender in who]
+
+
+def _settings(grid: Grid) -> list[Setting]:
+    """All combinations of a grid's values."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def best_of(trials: Sequence[Trial], name: str, grid: Grid) -> Chosen:
@@ -163,6 +187,19 @@ def table(trials: Sequence[Trial], chosen: Sequence[Chosen]) -> list[str]:
     return lines
 
 
+def check_output(file: Path, recipe: str, overrides: Sequence[str]) -> None:
+    """Raise a ``UserError`` where the results could not be written, or would replace an input."""
+    check_writable(file)
+    if not file.exists():
+        return
+    check_not_read(file, [expand(recipe, "configuration")], "recipe")
+    data = load_config(recipe, overrides).data
+    for key in ("source", "validation"):
+        place, name = getattr(data, key), f"data.{key}"
+        if place is not None and is_local(place, name):
+            check_not_read(file, files_of(open_location(place, name, "text", None, "train")))
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse, run all trials, print the table to stdout."""
     parser = ArgumentParser(prog="python -m retnet.experiments.tune", description=__doc__,
@@ -175,8 +212,12 @@ def main(argv: Sequence[str]) -> None:
     add("--json", type=file_path, metavar="FILE", help="also write all trials to this file")
     arguments = parser.parse_intermixed_args(argv)
     who, grid = contenders(arguments), choices("--grid", arguments.grid)
+    own = {"train.seed": "--seed", "data.tuning_fraction": "--tuning-fraction"}
+    check_settings(arguments, "--grid", grid, own)
     if not 0 < arguments.tuning_fraction < 1:
         raise UserError(f"--tuning-fraction ({arguments.tuning_fraction}) must be between 0 and 1")
+    if arguments.json:
+        check_output(arguments.json, arguments.recipe, arguments.overrides)
     trials, chosen = tune(
         arguments.recipe,
         who,
@@ -190,8 +231,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         facts = {"recipe": arguments.recipe, "overrides": arguments.overrides}
         facts |= {"tuning_fraction": arguments.tuning_fraction, "seed": arguments.seed}
-        with os_errors(f"--json ({arguments.json}) cannot be written", "name another file"):
-            write_json(arguments.json, to_json(trials, chosen, **facts))
+        write_json(arguments.json, to_json(trials, chosen, **facts))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER
 from retnet.checkpoints.match import check_same_meaning, check_same_model
-from retnet.checkpoints.weights import read_weights
+from retnet.checkpoints.weights import read_weights, stored_shapes
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.files import read_json
@@ -59,6 +60,41 @@ def build_model(config: DecoderConfig) -> DecoderForCausalLM:
     return model_class(config.mixer_class.name)(config)
 
 
+def check_fits(config: Config, folder: Path, what: str, fix: str) -> None:
+    """Raise a ``UserError`` where a checkpoint is of another model than that of a run.
+
+    Found without reading its weights, nor the run's text: the vocabulary, which is made of that,
+    is taken to be the checkpoint's. What can't be told here is found when the weights are read. The
+    message begins with ``what`` and ends with ``fix``.
+    """
+    try:
+        shapes = stored_shapes(folder)
+    except SafetensorError:
+        return
+    vocab_size, *_ = shapes.get("model.embed_tokens.weight", ()) or (config.data.vocab_size,)
+    with torch.device("meta"):
+        model = build_model(model_config(config, vocab_size))
+        stored = {name: torch.empty(shape) for name, shape in shapes.items()}
+    own = model.state_dict()
+    for name in model.all_tied_weights_keys if model.config.tie_word_embeddings else ():
+        stored.setdefault(name, own[name])
+    check_same_model(own, stored, what, fix)
+    check_same_meaning(model, folder, what, fix)
+
+
+def initial_weights(init_from: str) -> tuple[Path, str, str]:
+    """The folder of ``model.init_from``; how messages name it, and what mends one of another model.
+
+    A ``UserError`` where there is none.
+    """
+    folder = find_checkpoint(init_from)
+    fix = (
+        "take over the model section of its config.yaml, and its tokenizer "
+        f"(data.tokenizer={folder})"
+    )
+    return folder, f"model.init_from ({init_from})", fix
+
+
 def load_initial_weights(
     model: DecoderForCausalLM, init_from: str, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
@@ -66,7 +102,7 @@ def load_initial_weights(
 
     A ``UserError`` where there is none, or one of another shape or with another tokenizer.
     """
-    what, folder = f"model.init_from ({init_from})", find_checkpoint(init_from)
+    folder, what, fix = initial_weights(init_from)
     check_weights_unchanged(folder)
     try:
         weights = read_weights(folder, tied=model.config.tie_word_embeddings)
@@ -74,15 +110,13 @@ def load_initial_weights(
         raise UserError(
             f"{what} has weights that can't be read ({error}): copy it again"
         ) from error
-    use = f"data.tokenizer={folder}"
-    fix = f"take over the model section of its config.yaml, and its tokenizer ({use})"
     check_same_model(model.state_dict(), weights, what, fix)
     check_same_meaning(model, folder, what, fix)
     has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
     if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
-            f"mean nothing here: set {use}"
+            f"mean nothing here: set data.tokenizer={folder}"
         )
     for name, tensor in weights.items():
         if not tensor.isfinite().all():

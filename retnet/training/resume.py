@@ -6,7 +6,6 @@ from pathlib import Path
 
 from retnet.checkpoints import load_checkpoint_state
 from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, list_checkpoints
-from retnet.checkpoints.match import TAKE_OVER, check_same_meaning
 from retnet.checkpoints.verify import checkpoint_damage
 from retnet.errors import UserError
 from retnet.files import read_json
@@ -154,14 +153,13 @@ def _check_same_configuration(config: Config, run: Path, by_hand: Collection[str
 
 
 def go_on(trainer: Trainer, checkpoint: Path) -> None:
-    """Put a checkpoint's state into a fresh trainer.
+    """Put a checkpoint's state into a fresh trainer, whose model it fits (``build.check_fits``).
 
-    A ``UserError`` where it is of another model, tokenizer or size of a step; or of another text,
+    A ``UserError`` where it is of another tokenizer or size of a step; or of another text,
     unless ``train.resume`` names it.
     """
     _check_data(trainer, checkpoint)
     progress = load_checkpoint_state(checkpoint, trainer.model, trainer.optimizer.optimizer)
-    check_same_meaning(trainer.bare_model, checkpoint, f"checkpoint ({checkpoint})", TAKE_OVER)
     if progress.global_batch != trainer.batches.global_batch:
         raise UserError(
             f"train.batch_size x train.gradient_accumulation_steps x processes "

@@ -11,10 +11,17 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, step_folder
+from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
 from retnet.errors import UserError
 from retnet.machine import keep_freed_memory, set_up_compiler
-from retnet.training.build import build_model, load_initial_weights, model_config
+from retnet.training.build import (
+    build_model,
+    check_fits,
+    initial_weights,
+    load_initial_weights,
+    model_config,
+)
 from retnet.training.carry import CarriedState
 from retnet.training.health import DivergedError
 from retnet.training.limits import check_run_fits
@@ -35,6 +42,15 @@ EXIT_DIVERGED = 3
 T = TypeVar("T")
 
 
+def check_run(config: Config) -> None:
+    """Find mistakes before the data is prepared: a ``UserError`` where the run can't be."""
+    check_trackers(config)
+    check_run_fits(config)
+    model_config(config, config.data.vocab_size)
+    if config.model.init_from:
+        find_checkpoint(config.model.init_from)
+
+
 def train(config: Config, by_hand: Collection[str] | None = None) -> int:
     """Train as configured, from the run folder's newest checkpoint if there is one.
 
@@ -46,11 +62,7 @@ def train(config: Config, by_hand: Collection[str] | None = None) -> int:
     run folder don't allow it.
     """
     keep_freed_memory()
-    check_trackers(config)
-    check_run_fits(config)
-    model_config(config, config.data.vocab_size)  # mistakes are found before the data is prepared
-    if config.model.init_from:
-        find_checkpoint(config.model.init_from)
+    check_run(config)
     accelerator = build_accelerator(config.train)
     lock = RunLock(config.train.run_folder)
 
@@ -98,6 +110,7 @@ def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
+    _decided_by_main(accelerator, lambda: _check_weights(config, start))
     made: list[PreparedData] = []  # by the main process; the others find it made
     _decided_by_main(accelerator, lambda: made.append(prepare_data(config.data)))
     data = made[0] if made else prepare_data(config.data)
@@ -111,6 +124,14 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     for line in describe_run(trainer):
         logger.info(line)
     return trainer
+
+
+def _check_weights(config: Config, start: Start) -> None:
+    """Raise a ``UserError`` where those that the run begins with are of another model."""
+    if start.checkpoint is not None:
+        check_fits(config, start.checkpoint, f"checkpoint ({start.checkpoint})", TAKE_OVER)
+    elif config.model.init_from:
+        check_fits(config, *initial_weights(config.model.init_from))
 
 
 def _run(trainer: Trainer) -> int:

@@ -75,14 +75,45 @@ def test_every_mixer_takes_part_and_variants_too(arguments, capsys) -> None:
         (["--variant", "a/b", "retention"], "--variant (a/b) must be a folder's name"),
         (["--variant", "a", "retention", "--variant", "a", "attention"], "--variant (a) must be"),
         (["--tuned", "no.json"], "no.json is not readable JSON"),
+        (["--vary", "train.weight_decay=0.1,0.1"], "must be key=value,value, each key and value"),
+        (["--seeds", "0", "1", "0"], "--seeds (0) is there twice: the same run, and no spread"),
+        # found before the first run
+        (["--vary", "train.weight_decay=0.1,some"], "train.weight_decay (some) must be a number"),
+        (["--mixers", "performer", "linear", "--vary", "model.num_features=8,16"],
+         "model.num_features (8) has no meaning with model.mixer=linear"),
+        (["--mixers", "retention", "--vary", "model.value_size=16,17"], "model.value_size (17)"),
+        # what would have no effect
+        (["train.seed=7"], "argument (train.seed=7) has no effect, since --seeds sets that key"),
+        (["train.out_dir=x"], "argument (train.out_dir=x) has no effect, since --out sets that"),
+        (["model.mixer=rwkv"], "(model.mixer=rwkv) has no effect, since --mixers or --variant s"),
+        (["--vary", "train.max_steps=3,5"], "argument (train.max_steps=4) has no effect, since --"),
+        (["--vary", "model.mixer=rwkv,aft"], "--vary (model.mixer) has no effect, since --mixers"),
+        (["--variant", "a", "rwkv", "train.seed=3"], "--variant a (train.seed=3) has no effect"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments, tmp_path: Path, capsys, options: list[str], words: str) -> None:
+    assert cli.run(repeat.main, [*arguments, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--vary", "train.beta1=0.8,0.9"], "--tuned a (train.beta1=0.7) has no effect, since --"),
+        (["train.beta1=0.8"], "argument (train.beta1=0.8) has no effect, since --tuned ("),
     ],
 )
-def test_mistakes(arguments, capsys, options: list[str], words: str) -> None:
-    assert cli.run(repeat.main, [*arguments, *options]) == 2
+def test_a_key_that_was_tuned(arguments, tmp_path, capsys, options: list[str], words: str) -> None:
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"chosen": [{"contender": "a", "values": {"train.beta1": "0.7"}}]}))
+    more = ["--variant", "a", "retention", "--tuned", str(file)]
+    assert cli.run(repeat.main, [*arguments, *options, *more]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_finish(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train", lambda *_: 3)
     with pytest.raises(UserError, match="did not finish"):
-        repeat.main([*arguments, "--seeds", "0"])
+        repeat.main([*arguments, "--seeds", "0", "--mixers", "retention"])

@@ -1,6 +1,7 @@
 """Settings chosen with equal effort, on text that is not reported."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from retnet.experiments.tune import Chosen, Trial, best_of, table, widened
 from tests.experiments.test_repeat import small_runs  # noqa: F401
 
 RATE = "train.learning_rate"
+GRID = ("--grid", f"{RATE}=1e-3,2e-3", "--mixers", "linear")
 
 
 def trials(**losses: float) -> list[Trial]:
@@ -74,8 +76,30 @@ def test_equal_trials_judged_on_the_tuning_split(arguments, tmp_path: Path, caps
         (["--grid", RATE], f"--grid ({RATE}) must be key=value,value"),
         (["--grid", f"{RATE}=1,2", "--tuning-fraction", "1"], "--tuning-fraction (1.0) must be"),
         ([], "--grid"),
+        (["--mixers", "linear", "--grid", f"{RATE}=1,fast"], f"{RATE} (fast) must be a number"),
+        (["--grid", f"{RATE}=1e-3,2e-3", f"{RATE}=1"], f"argument ({RATE}=1) has no effect, since"),
+        (["data.tuning_fraction=0.2", "--grid", f"{RATE}=1,2"], "--tuning-fraction sets that key"),
+        (["--grid", "train.seed=1,2"], "--grid (train.seed) has no effect, since --seed sets"),
+        ([*GRID, "--json", "{here}/no/tuned.json"], "({here}/no/tuned.json): {here}/no does not"),
+        ([*GRID, "--json", "{here}/text.txt"], "({here}/text.txt) is a file that the text is read"),
+        ([*GRID, "--json", "{here}/a.yaml"], "({here}/a.yaml) is a file that the recipe is read"),
     ],
 )
-def test_mistakes(arguments, capsys, options: list[str], words: str) -> None:
-    assert cli.run(tune.main, [*arguments, *options]) == 2
-    assert words in capsys.readouterr().err
+def test_mistakes(arguments, tmp_path: Path, capsys, options: list[str], words: str) -> None:
+    """Found before the first trial."""
+    recipe = shutil.copy(arguments[0], tmp_path / "a.yaml")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    options = [option.format(here=tmp_path) for option in options]
+    assert cli.run(tune.main, [str(recipe), *arguments[1:], *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words.format(here=tmp_path) in line
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_grid_goes_on_only_to_values_that_there_are(arguments, capsys) -> None:
+    """Half a row: what was tried is told all the same."""
+    options = ["--mixers", "retention", "--grid", "train.batch_size=2,3"]
+    assert cli.run(tune.main, [*arguments, *options]) == 0
+    out, err = capsys.readouterr()
+    assert "the grid is not continued there: train.batch_size (" in err
+    assert len(out.splitlines()) == 3 and out.count("chosen, at an end of the grid") == 1
