@@ -148,6 +148,6 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     model, tokenizer = build_model(model_config(config, 259)), load_tokenizer("bytes")
     model.model.norm.weight.data[3] = torch.nan
     model.save_pretrained(tmp_path)
-    words = r"model\.init_from .* has weights that are not finite \(model\.norm\.weight\)"
+    words = r"model\.init_from .* has values that are not finite \(model\.norm\.weight\)"
     with pytest.raises(UserError, match=words):
         load_initial_weights(model, str(tmp_path), tokenizer)
