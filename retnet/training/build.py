@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER
-from retnet.checkpoints.match import check_same_meaning, check_same_model
+from retnet.checkpoints.match import check_finite, check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.files import read_json
+from retnet.generation import check_state_fits
+from retnet.machine import memory_of
 from retnet.model.configuration import DecoderConfig
 from retnet.model.decoder import DecoderForCausalLM
 from retnet.model.models import configuration, model_class
@@ -44,7 +47,7 @@ def _positions(config: Config) -> int:
     if not source or not is_bounded(config.model):
         return wanted
     stored = read_json(find_checkpoint(source) / CONFIG, COPY_AGAIN).get("max_position_embeddings")
-    if type(stored) is not int:
+    if type(stored) is not int or stored < 1:  # the weights will not fit
         return wanted
     if wanted > stored:
         raise UserError(
@@ -57,6 +60,26 @@ def _positions(config: Config) -> int:
 def build_model(config: DecoderConfig) -> DecoderForCausalLM:
     """A fresh model, in float32."""
     return model_class(config.mixer_class.name)(config)
+
+
+def check_model_fits(config: DecoderConfig, rows: int = 0) -> None:
+    """Raise a ``UserError`` when this machine can't hold a model, or the states of so many rows.
+
+    The model is built without memory: some sizes are known to its mixer alone.
+    """
+    cpu = torch.device("cpu")  # where every model is built
+    with torch.device("meta"):
+        model = build_model(config)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    memory, need = memory_of(cpu), sum(tensor.nbytes for tensor in tensors.values())
+    if memory is not None and need > memory:
+        name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
+        raise UserError(
+            f"with {config.keys_of_size(max(largest.shape))} the model needs {need:,} bytes, most "
+            f"of them for {name}, and this machine has {memory:,}: make it smaller"
+        )
+    if rows:
+        check_state_fits(model, rows, cpu)
 
 
 def load_initial_weights(
@@ -84,11 +107,6 @@ def load_initial_weights(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
             f"mean nothing here: set {use}"
         )
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{what} has weights that are not finite ({name}), of a run that diverged or "
-                "damaged: take another checkpoint"
-            )
+    check_finite(weights, what)
     model.load_state_dict(weights)
     return folder
