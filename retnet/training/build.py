@@ -46,9 +46,14 @@ def _positions(config: Config) -> int:
     wanted, source = config.data.seq_len, config.model.init_from
     if not source or not is_bounded(config.model):
         return wanted
-    stored = read_json(find_checkpoint(source) / CONFIG, COPY_AGAIN).get("max_position_embeddings")
-    if type(stored) is not int or stored < 1:  # the weights will not fit
+    file = find_checkpoint(source) / CONFIG
+    stored = read_json(file, COPY_AGAIN).get("max_position_embeddings")
+    if type(stored) is not int:
         return wanted
+    if stored < 1:
+        raise UserError(
+            f"{file}: max_position_embeddings ({stored}) must be at least 1: {COPY_AGAIN}"
+        )
     if wanted > stored:
         raise UserError(
             f"data.seq_len ({wanted}) is beyond the {stored} positions that model.init_from "
