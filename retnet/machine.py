@@ -100,6 +100,21 @@ def _multiplies_exactly() -> bool:
         _setting().fp32_precision = before
 
 
+# instruction sets to which oneDNN may be limited that have no products of bfloat16
+WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16, and oneDNN, which would do it, is not kept from it."""
+    limits = (os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+    if not torch.backends.mkldnn.is_available() or any(
+        limit.upper() in WITHOUT_BFLOAT16 for limit in limits
+    ):
+        return False
+    abilities = torch.cpu.get_capabilities()
+    return any(bool(has) for name, has in abilities.items() if name.endswith("bf16"))
+
+
 def set_up_compiler(device: torch.device, key: str) -> None:
     """Find a C++ compiler for torch.compile, for which ``key`` asks; a ``UserError`` without one.
 

@@ -79,6 +79,18 @@ def test_a_tokenizer_of_the_command_line_has_its_own_size(
     assert cli.run(train.main, again) == 0
 
 
+def test_a_tokenizer_whose_ids_have_a_hole(places: dict[str, Path], tmp_path: Path) -> None:
+    """The model has a row for each id up to the last, or nothing could be made with it."""
+    folder = Path(shutil.copytree(places["runs"] / "retention/final", tmp_path / "m"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = 501
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    arguments = [*RUN.format(**places, new=tmp_path).split(), f"data.tokenizer={folder}"]
+    assert cli.run(train.main, arguments) == 0
+    assert json.loads((tmp_path / "run/final/config.json").read_text())["vocab_size"] == 502
+    assert cli.run(generate.main, [str(tmp_path / "run"), "--max-new-tokens", "1"]) == 0
+
+
 PRINTING = [
     ("train", "{tiny} --print-config"),
     ("generate", G + " --prompt a --max-new-tokens 3"),

@@ -33,6 +33,16 @@ def check_same_model(
             raise UserError(f"{what} is no model: {name} is of {stored[name].dtype}; {COPY_AGAIN}")
 
 
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ``UserError`` when numbers of a checkpoint's are none; it begins with ``what``."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{what} has values that are not finite ({name}), of a run that diverged or "
+                "damaged: take another checkpoint"
+            )
+
+
 def check_same_meaning(model: PreTrainedModel, folder: Path, what: str, fix: str) -> None:
     """Raise a ``UserError`` when a checkpoint's weights, of the same shapes, are for another model.
 

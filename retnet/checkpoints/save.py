@@ -30,12 +30,13 @@ from retnet.checkpoints.format import (
     list_checkpoints,
     read_progress,
 )
-from retnet.checkpoints.match import TAKE_OVER, check_same_model
+from retnet.checkpoints.match import TAKE_OVER, check_finite, check_same_model
 from retnet.checkpoints.verify import write_manifest
 from retnet.checkpoints.weights import read_weights
 from retnet.errors import UserError
 from retnet.files import remove_folder, replacing, tidy, write_json
 
+SIGNED = "/exp_avg"  # the one of AdamW's numbers that may be below 0
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -121,12 +122,17 @@ def load_checkpoint_state(
         weights: dict[str, Any] = dict(read_weights(folder, tied=True))
     own: Any = states.get_model_state_dict(model)
     check_same_model(own, weights, what, fix)
+    check_finite(weights, what)
     options = states.StateDictOptions(full_state_dict=True)
     states.set_model_state_dict(model, weights, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     with _readable(what):
         stored = load_file(folder / OPTIMIZER)
     check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
+    check_finite(stored, f"{folder / OPTIMIZER}")
+    for name, tensor in stored.items():
+        if not name.endswith(SIGNED) and (tensor < 0).any():  # whose root would be no number
+            raise UserError(f"{folder / OPTIMIZER}: {name} is below 0: {COPY_AGAIN}")
     for name, values in moments["state"].items():
         for key in values:
             values[key] = stored[f"{name}/{key}"]

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from retnet.data.aliases import MOST_NODES, too_large
 from retnet.data.listing import files_below
 from retnet.data.network import (
     HubUnreachableError,
@@ -165,17 +166,23 @@ def _declares_configurations(folder: Path) -> bool:
 
 
 def _check_card(folder: Path, what: str) -> None:
-    """Raise a ``UserError`` where the card of a local data set leads out of its folder.
+    """Raise a ``UserError`` where a local data set's card leads out of its folder, or is huge.
 
     Any file of this machine could become text that way, and changes of it would not be noticed.
     """
     head = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     try:
         card = yaml.compose(head.split("\n---", 1)[0], yaml.SafeLoader)
+        large = too_large(card)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(
             f"{what}: {folder / CARD} is not valid YAML ({reason_of(error)}): correct it"
         ) from error
+    if large:
+        raise UserError(
+            f"{what}: {folder / CARD} has more than {MOST_NODES:,} values before its text, aliases "
+            "written out: make it shorter"
+        )
     pairs = card.value if isinstance(card, yaml.MappingNode) else ()
     for text in _texts([value for key, value in pairs if key.value == "configs"]):
         if OUTSIDE.search(text):

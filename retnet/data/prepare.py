@@ -211,7 +211,19 @@ def _build(folder: Path, inputs: _Inputs) -> None:
     for side in sides:
         record |= _write_side(folder, inputs, rule, side, tokenizer)
     check_window(record[TRAIN]["tokens"], spec.seq_len)
+    for side in SIDES:
+        _check_text_is_left(record[side], side, spec)
     write_json(folder / RECORD, record)
+
+
+def _check_text_is_left(counts: dict[str, int], side: str, spec: DataSpec) -> None:
+    """Raise a ``UserError`` when documents are nothing but their ends: every loss would be low."""
+    tokens = counts["tokens"]
+    if tokens <= 2 * counts["documents"] and tokens != spec.max_tokens:
+        raise UserError(
+            f"data.tokenizer ({spec.tokenizer}) makes no token of the {counts['bytes']:,} bytes of "
+            f"the {side} text: repair its tokenizer.json, or use another one"
+        )
 
 
 def _survey(source: Source, key: str) -> Survey:

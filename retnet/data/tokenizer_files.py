@@ -1,10 +1,11 @@
 """The files of a tokenizer, looked at before the libraries that read them are trusted with them.
 
 They wait for a pipe without end, and a few lines of tokenizer.json can have every letter become
-gigabytes, which ends the process where memory does.
+gigabytes, or number an entry four billion: both end the process where memory does.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
 
 TOKENIZER = "tokenizer.json"
+MOST_IDS = (
+    1 << 24
+)  # a vocabulary's; the library and the model reserve memory for all up to the last
 MOST_GROWTH = 1000  # characters that a text's single one may become
 
 
 def check_tokenizer_files(folder: Path, fix: str) -> None:
-    """Raise a ``UserError`` where one is no file, may not be read, or has texts grow too much.
+    """Raise a ``UserError`` where one is no file, may not be read, or takes too much memory.
 
     The message ends with ``fix`` where a file is at fault.
     """
@@ -36,6 +40,12 @@ def check_tokenizer_files(folder: Path, fix: str) -> None:
         content = read_json(folder / TOKENIZER, fix)
     except UserError:  # the library says what is wrong with it
         return
+    largest = max(_ids(content), default=0)
+    if largest >= MOST_IDS:
+        raise UserError(
+            f"{folder / TOKENIZER}: an id ({largest}) is beyond {MOST_IDS - 1}, and memory is "
+            f"reserved for all before it: number the entries without holes, or {fix}"
+        )
     for parts in (("normalizer", "pre_tokenizer"), ("decoder",)):
         where, growth = " and ".join(parts), math.prod(_growth(content.get(part)) for part in parts)
         if growth > MOST_GROWTH:
@@ -43,6 +53,16 @@ def check_tokenizer_files(folder: Path, fix: str) -> None:
                 f"{folder / TOKENIZER}: the {where} can make more than {MOST_GROWTH:,} characters "
                 f"of one: leave replacements out there, or {fix}"
             )
+
+
+def _ids(content: dict[str, Any]) -> Iterator[int]:
+    """The ids that a tokenizer.json gives to its entries one by one."""
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    named = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    parts = added if isinstance(added, list) else []
+    named += [part.get("id") for part in parts if isinstance(part, dict)]
+    yield from (number for number in named if isinstance(number, int))
 
 
 def _growth(part: Any) -> float:

@@ -19,7 +19,7 @@ from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
 from retnet.evaluation.scoring import DocumentScores, check_windows, score_documents
 from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
-from retnet.generation import check_text_fits
+from retnet.generation import check_state_fits, check_text_fits
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,10 @@ def compare_checkpoints(
     longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
-        check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+        if longest:
+            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+        elif carry_state:
+            check_state_fits(checkpoint.model, 1, checkpoint.model.device)
     scores = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         own = score_documents(

@@ -1,8 +1,10 @@
 """What is found out before a text is begun: that the model can make one and the machine hold it."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from retnet.checkpoints import Checkpoint
 from retnet.errors import UserError
@@ -10,6 +12,7 @@ from retnet.generation.decode import prefill
 from retnet.generation.sampling import NUMBERS_BYTES
 from retnet.machine import memory_of
 from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.model.configuration import DecoderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +103,29 @@ def _check_samples_fit(model: DecoderForCausalLM, tokens: int, num_samples: int)
 
 def bytes_of_row(model: DecoderForCausalLM) -> int:
     """What a row takes however long its text is: its state, and the drawing of a token."""
-    total, device = DRAWING_BYTES * model.config.vocab_size, torch.device("meta")
+    state = sum(tensor.nbytes for _, tensor in _state_of_row(model))
+    return DRAWING_BYTES * model.config.vocab_size + state
+
+
+def _state_of_row(model: DecoderForCausalLM) -> Iterator[tuple[DecoderConfig, Tensor]]:
+    """What is kept of a row in constant size, without values, and the configuration it is by."""
     for layer in model.model.layers:
         growing = layer.mixer.growing(layer.mixer.config)
         for part in (layer.mixer, layer.ffn):
-            state = part.init_state(1, device, model.dtype, 1)
-            total += sum(state[name].nbytes for name in state if name not in growing)
-    return total
+            state = part.init_state(1, torch.device("meta"), model.dtype, 1)
+            yield from ((layer.mixer.config, state[key]) for key in state if key not in growing)
+
+
+def check_state_fits(model: DecoderForCausalLM, rows: int, device: torch.device) -> None:
+    """Raise a ``UserError`` when the state of so many rows cannot fit, however short they are."""
+    memory, each = memory_of(device), bytes_of_row(model)
+    if memory is not None and rows * each > memory:
+        config, largest = max(_state_of_row(model), key=lambda found: found[1].nbytes)
+        of = f"of {rows:,} rows" if rows > 1 else "of a text"
+        raise UserError(
+            f"with {config.keys_of_size(max(largest.shape))} the state {of} needs "
+            f"{rows * each:,} bytes, and {device} has {memory:,}: make it smaller"
+        )
 
 
 def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str) -> None:
@@ -114,6 +133,7 @@ def check_text_fits(model: DecoderForCausalLM, tokens: int, rows: int, what: str
 
     The message begins with ``what``: whose tokens these are, and a verb.
     """
+    check_state_fits(model, rows, model.device)
     per_token = rows * (8 + model.bytes_per_token)  # 8 of an int64 id
     memory = memory_of(model.device)
     if memory is not None and tokens * per_token > memory:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 NORMS = ("layernorm", "rmsnorm")
 FEED_FORWARDS = {"gelu": 2, "swiglu": 3}  # and how many matrices of d x intermediate_size
+MOST_SIZE = 1 << 40  # of a tensor's size; the bytes of larger ones are beyond 64 bits
 POSITIONS = ("rotary", "learned", "none")
 
 # Keyword arguments that transformers handles itself, beside its dataclass fields.
@@ -146,6 +147,11 @@ class DecoderConfig(PretrainedConfig):
                 setattr(self, key, value)
         return ", ".join(sorted(found)) or "this mixer"
 
+    def keys_of_size(self, size: int) -> str:
+        """For messages: the keys, with values, that a tensor may have its largest size from."""
+        found = [key for key in self.__dataclass_fields__ if getattr(self, key) == size]
+        return ", ".join(f"{key} ({size})" for key in sorted(found)) or f"a size ({size})"
+
     def settle_intermediate_size(self) -> list[str]:
         """Resolve one that is null; the problem where too little is left for it, if so."""
         self.intermediate_size = self._balanced_intermediate_size()
@@ -234,11 +240,13 @@ class DecoderConfig(PretrainedConfig):
         wrong = self.check_size("vocab_size")
         return bool(wrong) or all(0 <= token < self.vocab_size for token in tokens)
 
-    def check_size(self, key: str) -> list[str]:
-        """The problem of a key whose value must be a count, if it is one."""
+    def check_size(self, key: str, most: int | None = MOST_SIZE) -> list[str]:
+        """The problem of a key whose value must be a count up to ``most``, if it is one."""
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             return [f"{key} ({value!r}) must be a whole number of at least 1"]
+        if most is not None and value > most:
+            return [f"{key} ({value}) must be at most {most}"]
         return []
 
     def check_number(self, key: str, low: float, high: float) -> list[str]:

@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER
-from retnet.checkpoints.match import check_same_meaning, check_same_model
+from retnet.checkpoints.match import check_finite, check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights, stored_shapes
 from retnet.data import load_tokenizer
 from retnet.errors import UserError
 from retnet.files import read_json
+from retnet.generation import check_state_fits
+from retnet.machine import memory_of
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.configuration import DecoderConfig
 from retnet.model.models import configuration, model_class
@@ -44,9 +46,14 @@ def _positions(config: Config) -> int:
     wanted, source = config.data.seq_len, config.model.init_from
     if not source or not is_bounded(config.model):
         return wanted
-    stored = read_json(find_checkpoint(source) / CONFIG, COPY_AGAIN).get("max_position_embeddings")
+    file = find_checkpoint(source) / CONFIG
+    stored = read_json(file, COPY_AGAIN).get("max_position_embeddings")
     if type(stored) is not int:
         return wanted
+    if stored < 1:
+        raise UserError(
+            f"{file}: max_position_embeddings ({stored}) must be at least 1: {COPY_AGAIN}"
+        )
     if wanted > stored:
         raise UserError(
             f"data.seq_len ({wanted}) is beyond the {stored} positions that model.init_from "
@@ -95,6 +102,26 @@ def initial_weights(init_from: str) -> tuple[Path, str, str]:
     return folder, f"model.init_from ({init_from})", fix
 
 
+def check_model_fits(config: DecoderConfig, rows: int = 0) -> None:
+    """Raise a ``UserError`` when this machine can't hold a model, or the states of so many rows.
+
+    The model is built without memory: some sizes are known to its mixer alone.
+    """
+    cpu = torch.device("cpu")  # where every model is built
+    with torch.device("meta"):
+        model = build_model(config)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    memory, need = memory_of(cpu), sum(tensor.nbytes for tensor in tensors.values())
+    if memory is not None and need > memory:
+        name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
+        raise UserError(
+            f"with {config.keys_of_size(max(largest.shape))} the model needs {need:,} bytes, most "
+            f"of them for {name}, and this machine has {memory:,}: make it smaller"
+        )
+    if rows:
+        check_state_fits(model, rows, cpu)
+
+
 def load_initial_weights(
     model: DecoderForCausalLM, init_from: str, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
@@ -118,11 +145,6 @@ def load_initial_weights(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
             f"mean nothing here: set data.tokenizer={folder}"
         )
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{what} has weights that are not finite ({name}), of a run that diverged or "
-                "damaged: take another checkpoint"
-            )
+    check_finite(weights, what)
     model.load_state_dict(weights)
     return folder

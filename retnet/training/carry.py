@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from retnet.checkpoints.format import CARRIED, COPY_AGAIN
+from retnet.checkpoints.match import check_finite
 from retnet.errors import UserError
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
@@ -73,6 +74,7 @@ class CarriedState:
             here, there = _form(expected.get(name)), _form(stored.get(name))
             if here != there:
                 raise UserError(f"{file}: {name} is {there}, where {here} is needed: {COPY_AGAIN}")
+        check_finite(stored, str(file))
         length = int(stored.pop("length"))
         world_size, rank = accelerator.num_processes, accelerator.process_index
         for micro_step, cache in enumerate(self._caches):

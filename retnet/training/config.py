@@ -15,6 +15,7 @@ from retnet.data.spec import BPE
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 from retnet.training.limits import problems
+from retnet.training.optimizer import settled_optimizer
 from retnet.training.spec import Config, TrainSpec, config_schema, settled
 from retnet.training.values import fit, read_argument, read_yaml, shown, write_yaml
 
@@ -52,6 +53,7 @@ def load_config(
         data = replace(data, vocab_size=DataSpec.vocab_size)
     if "train.max_steps" in given and "train.warmup_steps" not in given:
         train = _with_shorter_warmup(train)
+    train = settled_optimizer(train, in_file, given)
     if train.out_dir is None:
         name = "default" if file is None else file.stem
         train = replace(train, out_dir=f"runs/{name}-{model.mixer}")

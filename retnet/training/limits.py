@@ -14,7 +14,7 @@ MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
 INT64 = 2**63 - 1
 MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 1_000_000}
-BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, AdamW's two moments
+BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, two moments at most
 
 NOT_EMPTY = ("model.init_from", "data.hub_config", "train.out_dir", "train.resume")
 NO_PATHS = ("train.sample_prompt", "data.text_field", "data.hub_config", "data.split")
@@ -83,12 +83,16 @@ def _rules(train: TrainSpec) -> Iterator[tuple[str, bool, str]]:
     yield "seed", train.seed < MAX_SEED, f"must be below 2^32 ({MAX_SEED})"
     most = train.eval_max_tokens  # a document's first token is no target
     yield "eval_max_tokens", most is None or most >= 2, "must be at least 2, or null for all"
-    rate = train.learning_rate
-    yield "learning_rate", 0 < rate < 10, "must be above 0 and below 10: 1e-3 is usual"
+    for key in ("learning_rate", "adamw_learning_rate"):
+        rate = getattr(train, key)
+        yield key, rate is None or 0 < rate < 10, "must be above 0 and below 10: 1e-3 is usual"
+    rate = train.learning_rate or 0.0
     rule = "is a share of the peak: it must be between 0 and 1"
     yield "final_learning_rate", 0 <= train.final_learning_rate <= 1, rule
     rule = f"times train.learning_rate ({rate}) is what a step takes off each weight: it must be "
     yield "weight_decay", not train.weight_decay * rate > 1, rule + "at most 1"
+    rule = "is a share of the steps: it must be above 0 and at most 1"
+    yield "decay_fraction", 0 < train.decay_fraction <= 1, rule
     for key in ("beta1", "beta2"):
         yield key, 0 <= getattr(train, key) < 1, "must be at least 0 and below 1"
     norm = train.grad_clip

@@ -123,7 +123,7 @@ class Trainer:
             return None
         rate = learning_rate(step + 1, self.spec)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.bare_model.after_step(step + 1, self.spec.seed)

@@ -13,11 +13,13 @@ from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, step_folder
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
+from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError
 from retnet.machine import keep_freed_memory, set_up_compiler
 from retnet.training.build import (
     build_model,
     check_fits,
+    check_model_fits,
     initial_weights,
     load_initial_weights,
     model_config,
@@ -46,7 +48,8 @@ def check_run(config: Config) -> None:
     """Find mistakes before the data is prepared: a ``UserError`` where the run can't be."""
     check_trackers(config)
     check_run_fits(config)
-    model_config(config, config.data.vocab_size)
+    rows = config.train.batch_size if config.train.carry_state else 0
+    check_model_fits(model_config(config, config.data.vocab_size), rows)
     if config.model.init_from:
         find_checkpoint(config.model.init_from)
 
@@ -176,7 +179,8 @@ def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData)
         accumulation=spec.gradient_accumulation_steps,
     )
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    network = model_config(config, len(tokenizer), **ids)
+    network = model_config(config, max_token_id(tokenizer) + 1, **ids)
+    check_model_fits(network)
     set_seed(spec.seed)
     bare_model = build_model(network)
     if spec.gradient_checkpointing:

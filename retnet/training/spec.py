@@ -89,6 +89,14 @@ def is_bounded(section: Any) -> bool:
     return bool(section.positions == "learned" or MIXERS[section.mixer].bounded(section))
 
 
+RATES = {"adamw": 2e-3, "muon": 2e-2}  # learning rate where none is given
+ADAMW_SHARE = 0.2  # of Muon's, beside it
+
+
+def _of_rate(own: tuple[str, float]) -> str:
+    return f"{own[1]} of {own[0]}"
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """The ``train`` section."""
@@ -96,15 +104,24 @@ class TrainSpec:
     max_steps: int = _option(1000, "optimizer steps")
     batch_size: int = _option(8, "rows in a micro-batch of one process")
     gradient_accumulation_steps: int = _option(1, "micro-batches in an optimizer step")
-    learning_rate: float = _option(2e-3, "peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = _option(
-        "cosine", "course of the learning rate after the warm-up"
+    optimizer: Literal["adamw", "muon"] = _option(
+        "adamw", "muon: for the matrices inside the blocks, with adamw for all else"
     )
+    learning_rate: float | None = _option(
+        None, f"peak learning rate; null: {' or '.join(map(_of_rate, RATES.items()))}"
+    )
+    adamw_learning_rate: float | None = _option(
+        None, f"of what muon leaves to adamw; null: {ADAMW_SHARE} of learning_rate"
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = _option(
+        "cosine", "course of the learning rate after the warm-up; wsd: level, then a linear fall"
+    )
+    decay_fraction: float = _option(0.2, "share of the steps in which the rate of wsd falls")
     warmup_steps: int = _option(100, "steps in which the learning rate rises linearly")
     final_learning_rate: float = _option(
-        0.1, "learning rate at the end as a share of the peak (cosine, linear)"
+        0.1, "learning rate at the end as a share of the peak (cosine, linear, wsd)"
     )
-    weight_decay: float = _option(0.05, "of AdamW, on matrices only")
+    weight_decay: float = _option(0.05, "on matrices only")
     beta1: float = _option(0.9, "of AdamW")
     beta2: float = _option(0.98, "of AdamW")
     grad_clip: float | None = _option(1.0, "largest norm of the gradient; null: not limited")
@@ -136,6 +153,18 @@ class TrainSpec:
         default_factory=list,
         metadata={"help": "beside console and metrics.jsonl: any of wandb, tensorboard"},
     )
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def adamw_peak(self) -> float:
+        """That of what AdamW trains."""
+        if self.optimizer == "adamw" or self.adamw_learning_rate is None:
+            return self.peak * (ADAMW_SHARE if self.optimizer == "muon" else 1)
+        return self.adamw_learning_rate
 
     @property
     def run_folder(self) -> Path:

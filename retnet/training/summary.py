@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from retnet.model.configuration import DecoderConfig
 from retnet.training.build import build_model
 from retnet.training.loop import Trainer
+from retnet.training.muon import parameters_of_muon
 
 GIB = 2**30
 PARTS = {
@@ -28,11 +29,17 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def estimate_memory(
-    config: DecoderConfig, *, batch_size: int, seq_len: int, gradient_checkpointing: bool = False
+    config: DecoderConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    gradient_checkpointing: bool = False,
+    one_moment: int = 0,
 ) -> dict[str, int]:
     """Bytes that training takes in float32, found by a dry run without memory or arithmetic.
 
-    "activations" are what the backward pass needs of one micro-batch.
+    "activations" are what the backward pass needs of one micro-batch. The optimizer keeps two
+    moments of each parameter, but of ``one_moment`` of them one.
     """
     with FakeTensorMode():  # tensors of the real device, so that it takes the real kernels
         model = build_model(config).train()
@@ -53,7 +60,8 @@ def estimate_memory(
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model(tokens, shift_labels=tokens, return_logits=False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    own_copies = {"weights": weights, "gradients": weights, "optimizer": 2 * weights}
+    moments = 2 * weights - 4 * one_moment
+    own_copies = {"weights": weights, "gradients": weights, "optimizer": moments}
     return own_copies | {"activations": sum(saved.values())}
 
 
@@ -69,6 +77,7 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         batch_size=spec.batch_size,
         seq_len=seq_len,
         gradient_checkpointing=spec.gradient_checkpointing,
+        one_moment=sum(p.numel() for p in parameters_of_muon(trainer.optimizer)),
     )
     detail = ", ".join(f"{name} {_size(n)}" for name, n in memory.items())
     yield f"memory      about {_size(sum(memory.values()))} in each process ({detail})"

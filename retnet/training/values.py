@@ -11,9 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from retnet.data.aliases import MOST_NODES, too_large
 from retnet.errors import UserError
 
-MOST_NODES = 10_000  # of a file with its aliases written out, which grow like powers
 DIGITS = "[0-9]+(_[0-9]+)*"
 MOST_BITS = 1000  # of a whole number; Python takes long over the digits of larger ones
 
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice and 1e-3 is a number."""
 
     def construct_document(self, node: yaml.Node) -> Any:
-        if _size(node, {}) > MOST_NODES:
+        if too_large(node):
             raise yaml.constructor.ConstructorError(
                 None, None, f"more than {MOST_NODES:,} values", node.start_mark
             )
@@ -62,17 +62,6 @@ for _kind in (_Loader, _Dumper):
         re.compile(rf"[-+]?({DIGITS}\.?({DIGITS})?|\.{DIGITS})[eE][-+]?[0-9]+$"),
         list("-+0123456789."),
     )
-
-
-def _size(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node is when its aliases are written out; inf when it holds itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
 
 
 def read_yaml(text: str) -> Any:

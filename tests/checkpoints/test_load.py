@@ -251,6 +251,14 @@ def test_more_layers_than_weights(copy: Path, monkeypatch) -> None:
         load_checkpoint(copy)
 
 
+def test_features_that_no_memory_holds(tmp_path: Path) -> None:
+    """They were drawn before they were compared with the file's."""
+    folder = save_checkpoint(tmp_path, "performer")
+    change_config(folder, num_features=10**12)
+    with pytest.raises(UserError, match=r"mixer\.projection is of another shape than config\.json"):
+        load_checkpoint(folder)
+
+
 def test_other_files_than_weights_and_configuration_are_not_read(copy: Path) -> None:
     (copy / "generation_config.json").write_text('{"max_new_tokens": "many", "temperature": [')
     load_checkpoint(copy)

@@ -86,6 +86,9 @@ def test_a_checkpoint_without_moments_is_not_gone_on_from(trained, tmp_path: Pat
         ("optimizer", "garbage", "can't be read"),
         ("optimizer", "integers", "model.norm.weight/exp_avg is of torch.int64"),
         ("optimizer", "less", "model.norm.weight/exp_avg is absent there"),
+        ("model", "inf", "has values that are not finite (model.norm.weight)"),
+        ("optimizer", "inf", "safetensors has values that are not finite (model.norm.weight/exp_a"),
+        ("optimizer", "negative", "safetensors: model.norm.weight/exp_avg_sq is below 0: copy"),
     ],
 )
 def test_tensors_of_another_kind(trained, tmp_path: Path, file: str, damage: str, words: str):
@@ -96,6 +99,10 @@ def test_tensors_of_another_kind(trained, tmp_path: Path, file: str, damage: str
     name = "model.norm.weight" + "/exp_avg" * (file == "optimizer")
     if damage == "less":
         del tensors[name]
+    elif damage == "inf":
+        tensors[name][3] = torch.inf
+    elif damage == "negative":
+        tensors[f"{name}_sq"][3] = -1
     else:
         tensors[name] = tensors[name].long()
     save_file(tensors, path)

@@ -440,3 +440,13 @@ def test_a_card_that_is_no_yaml(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
     with pytest.raises(UserError, match=r"README\.md is not valid YAML"):
         list(open_source(spec_for(tmp_path)).documents())
+
+
+def test_a_card_of_aliases_that_grow(tmp_path: Path, spec_for: SpecFor) -> None:
+    """The library wrote them out, a billion, for its message."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]" for i in range(1, 10)]
+    card = "\n".join([*lines, "configs:", "- config_name: default", "  data_files: *a9"])
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"README\.md has more than 10,000 values before its text"):
+        list(open_source(spec_for(tmp_path)).documents())

@@ -16,6 +16,7 @@ import pytest
 import retnet.data.prepare as prepare
 from retnet.data import DataSpec, prepare_data, rebuild_validation, train_bpe
 from retnet.data.prepared import remove_abandoned, unfinished
+from retnet.data.tokenizer import byte_tokenizer
 from retnet.errors import UserError
 
 SpecFor = Callable[..., DataSpec]
@@ -340,6 +341,19 @@ def test_pretrained_tokenizer_by_folder(tmp_path: Path, spec_for: SpecFor) -> No
     again = prepare_data(spec_for(path, tokenizer=str(tmp_path / "tokenizer")))
     assert again.record == prepared.record
     assert prepared.tokenizer.decode(prepared.train.tokens[:6]).startswith("<bos>doc")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tokenizer_that_leaves_nothing(tmp_path: Path, spec_for: SpecFor, streaming) -> None:
+    """The loss of documents that are nothing but their ends is soon zero."""
+    byte_tokenizer().save_pretrained(tmp_path / "t")
+    file = tmp_path / "t/tokenizer.json"
+    nothing = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": nothing}))
+    source = write_documents(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"data\.tokenizer .*/t\) makes no token of the .* bytes"):
+        prepare_data(spec_for(source, tokenizer=str(tmp_path / "t"), streaming=streaming))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, spec_for: SpecFor) -> None:

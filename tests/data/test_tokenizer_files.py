@@ -98,3 +98,18 @@ def test_a_panic_while_it_is_loaded(tmp_path: Path, load) -> None:
     folder = spoil(save_checkpoint(tmp_path / "final"), normalizer=PANIC)
     with pytest.raises(UserError, match=r"Cannot parse precompiled_charsmap"):
         load(folder)
+
+
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+@pytest.mark.parametrize("load", [loads, load_checkpoint])
+def test_an_id_that_no_memory_reaches(tmp_path: Path, load, where: str) -> None:
+    """The library ended the process when it wrote the vocabulary, 4 bytes for each id before it."""
+    folder = save_checkpoint(tmp_path / "final")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    if where == "vocab":
+        content["model"]["vocab"]["a"] = 4_000_000_000
+    else:
+        content["added_tokens"][0]["id"] = 4_000_000_000
+    spoil(folder, **content)
+    with pytest.raises(UserError, match=r"json: an id \(4000000000\) is beyond 16777215, and mem"):
+        load(folder)

@@ -12,6 +12,7 @@ from retnet.training.build import build_model, load_initial_weights, model_confi
 from retnet.training.config import load_config
 from retnet.training.spec import flatten
 from retnet.training.summary import count_parameters
+from tests.checkpoints.folders import change_config
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SIZES = {"tiny": 2.2e6, "small": 25e6, "base": 125e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9}
@@ -140,6 +141,9 @@ def test_positions_are_those_of_the_initial_weights(tmp_path: Path) -> None:
     assert torch.equal(first.model.embed_positions.weight, shorter.model.embed_positions.weight)
     with pytest.raises(UserError, match=r"data\.seq_len \(25\) is beyond the 24 positions"):
         model_config(load_config(None, [*again, "data.seq_len=25"]), 300)
+    change_config(tmp_path, max_position_embeddings=-5)
+    with pytest.raises(UserError, match=r"json: max_position_embeddings \(-5\) must be at least 1"):
+        model_config(load_config(None, again), 300)
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
@@ -148,6 +152,6 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     model, tokenizer = build_model(model_config(config, 259)), load_tokenizer("bytes")
     model.model.norm.weight.data[3] = torch.nan
     model.save_pretrained(tmp_path)
-    words = r"model\.init_from .* has weights that are not finite \(model\.norm\.weight\)"
+    words = r"model\.init_from .* has values that are not finite \(model\.norm\.weight\)"
     with pytest.raises(UserError, match=words):
         load_initial_weights(model, str(tmp_path), tokenizer)

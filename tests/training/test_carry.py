@@ -120,3 +120,17 @@ def test_states_of_another_kind(options, tmp_path: Path, capsys, damage: str) ->
     assert run(options, train__carry_state="true", train__max_steps=4) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {file}") and line.endswith("copy the checkpoint again")
+
+
+def test_states_that_are_not_finite(options, tmp_path: Path, capsys) -> None:
+    """The learning rate was blamed for a loss of nan."""
+    assert run(options, train__carry_state="true", train__max_steps=2) == 0
+    folder = tmp_path / "run/checkpoints/step_2"
+    states = load_file(folder / "carried.safetensors")
+    states["layers.0.mixer.state"][0] = torch.nan
+    save_file(states, folder / "carried.safetensors")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert run(options, train__carry_state="true", train__max_steps=4) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "carried.safetensors has values that are not finite (layers.0.mixer.state)" in line

@@ -38,7 +38,7 @@ class LinearOptions(RotationOptions):
     chunk_size: int = option(128, "chunk of the chunkwise form, changes speed only")
 
     def problems(self) -> list[str]:
-        return super().problems() + self.check_size("chunk_size")
+        return super().problems() + self.check_size("chunk_size", most=None)
 
 
 class LinearShared(NamedTuple):

@@ -92,9 +92,12 @@ class PerformerAttention(LinearAttention):
     def draw(self, redraws: int = 0, seed: int | None = None) -> Tensor:
         """W after so many others, float32 [m, D] on the CPU; torch's own seed where none is given.
 
-        It is the same in every process, and takes nothing from torch's random numbers.
+        It is the same in every process, and takes nothing from torch's random numbers. Without
+        values on the meta device, like the rest of a model there.
         """
         config = self.config
+        if self.o_proj.weight.is_meta:  # as a model is that is only looked at
+            return torch.empty(config.num_features, config.head_dim, device="meta")
         return favor_projection(
             config.num_features,
             config.head_dim,

@@ -56,7 +56,7 @@ class HeadOptions(HybridOptions):
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.chunk_size is not None:
-            problems += self.check_size("chunk_size")
+            problems += self.check_size("chunk_size", most=None)
         problems += self.check_choice("head_norm", HEAD_NORMS)
         problems += self.check_number("head_norm_eps", 0, 1)
         if isinstance(self.hidden_size, int):

@@ -50,7 +50,7 @@ class RWKVOptions(DecoderConfig):
             self.chunk_size = CHUNK_SIZE
 
     def problems(self) -> list[str]:
-        problems = self.check_size("chunk_size")
+        problems = self.check_size("chunk_size", most=None)
         if self.chunk_size == 1:
             problems.append("chunk_size (1) must be at least 2")
         return super().problems() + problems
