@@ -7,7 +7,7 @@ generate, and to load with transformers:
     tokenizer.json, tokenizer_config.json
     data.json              how the training and validation data was made
     training_state.json    ``Progress``: the step, the best validation loss
-    optimizer.safetensors  AdamW's moments, by parameter name (not in best/ and final/)
+    optimizer.safetensors  the optimizer's moments, by parameter name (not in best/ and final/)
     carried.safetensors    the states that the next windows begin with (train.carry_state only)
     manifest.json          sizes and checksums of the above
 

@@ -36,7 +36,7 @@ from retnet.checkpoints.weights import read_weights
 from retnet.errors import UserError
 from retnet.files import remove_folder, replacing, tidy, write_json
 
-SIGNED = "/exp_avg"  # the one of AdamW's numbers that may be below 0
+NOT_SIGNED = "/step", "/exp_avg_sq"  # AdamW's numbers that can't be below 0
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -131,7 +131,7 @@ def load_checkpoint_state(
     check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
     check_finite(stored, f"{folder / OPTIMIZER}")
     for name, tensor in stored.items():
-        if not name.endswith(SIGNED) and (tensor < 0).any():  # whose root would be no number
+        if name.endswith(NOT_SIGNED) and (tensor < 0).any():  # whose root would be no number
             raise UserError(f"{folder / OPTIMIZER}: {name} is below 0: {COPY_AGAIN}")
     for name, values in moments["state"].items():
         for key in values:

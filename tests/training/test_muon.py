@@ -89,7 +89,8 @@ def test_one_step_of_both(monkeypatch) -> None:
 
 
 def test_a_run_goes_on_bit_for_bit(options, tmp_path) -> None:
-    whole = {"train__optimizer": "muon", "train__out_dir": tmp_path / "whole"}
+    whole = {"train__optimizer": "muon", "train__schedule": "constant",
+             "train__out_dir": tmp_path / "whole"}  # fmt: skip
     parts = whole | {"train__out_dir": tmp_path / "parts"}
     assert run(options, **whole) == 0
     assert run(options, **parts, train__max_steps=3, train__save_every=3) == 0
