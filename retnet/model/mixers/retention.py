@@ -16,7 +16,7 @@ from ..configuration import DecoderConfig, nearest_multiple, option
 from ..documents import TokenInfo, describe_tokens
 from ..ops.decay import DECAY_SCHEDULES, head_log_decay, head_windows
 from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
-from ..ops.precision import full_precision, wide_dtype
+from ..ops.precision import full_precision, products_dtype, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
 from .attention import HybridOptions
@@ -222,6 +222,7 @@ class MultiScaleRetention(Mixer):
         if shared is None:
             shared, _ = self.shared(describe_tokens(hidden), {})
         q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        products = products_dtype(hidden.device)
         with full_precision(hidden.device):
             out, last = self._retain(
                 shared.turn_queries(q),
@@ -229,6 +230,7 @@ class MultiScaleRetention(Mixer):
                 v,
                 self.log_decay(hidden, shared),
                 mode or self.choose_mode(hidden.shape[1]),
+                products,
                 initial_state=None if state is None else state["state"],
                 valid=shared.tokens.valid,
                 resets=shared.tokens.resets,
@@ -246,13 +248,24 @@ class MultiScaleRetention(Mixer):
         return shared.log_decay
 
     def _retain(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mode: str, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        mode: str,
+        products: torch.dtype | None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
         if mode == "recurrent":
             return retention_recurrent(q, k, v, log_decay, **options)
         if mode == "parallel":
             return retention_parallel(q, k, v, log_decay, **options)
-        return retention_chunkwise(q, k, v, log_decay, chunk_size=self.config.chunk_size, **options)
+        size = self.config.chunk_size
+        out, state = retention_chunkwise(
+            q, k, v, log_decay, chunk_size=size, products=products, **options
+        )
+        return out.to(state.dtype), state
 
     def choose_mode(self, length: int) -> str:
         """The fastest form for T tokens: recurrent for one, parallel for few, else chunkwise.

@@ -12,6 +12,9 @@ with g_ij the decay from the end of chunk j to the start of chunk i. So with G t
 
     dA = (G V^T) * D      dQ = dA K + xi * (G R^T)      dK = dA^T Q + zeta * (V dU^T)
     dV = A^T G + (zeta * K) dU      dR = (xi * Q)^T G           dU_j = sum_{i > j} g_ij dR_i
+
+Queries, keys and values may be narrower than states and decays: products are then of operands of
+that type, summed in float32 inside of each and rounded to it; states are added up in their own.
 """
 
 from typing import Any
@@ -32,19 +35,20 @@ def mix_chunks(
         q, k: [B, H, N, C, K].
         v: [B, H, N, C, V].
         state: Before the first chunk, [B, H, K, V].
-        decays: Of these chunks.
+        decays: Of these chunks, in the state's type.
 
     Returns:
-        out [B, H, N, C, V], the state after the last chunk, and those that the chunks meet
-        [B, H, N, K, V].
+        out [B, H, N, C, V] in the type of v, the state after the last chunk, and those that the
+        chunks meet [B, H, N, K, V].
     """
-    added = ((k * decays.to_end).mT @ v).flatten(3)  # U, [B, H, N, K V]
+    own = decays.within(v.dtype)
+    added = ((k * own.to_end).mT @ v).flatten(3).to(state.dtype)  # U, [B, H, N, K V]
     first, size = state.flatten(2)[:, :, None], state.shape[2:]
     before = (decays.between[:, :, :-1] @ added).addcmul_(decays.from_start[:, :, :-1], first)
     last = (decays.between[:, :, -1:] @ added).addcmul_(decays.from_start[:, :, -1:], first)
     before = before.unflatten(3, size)
-    out = _scores(q, k, decays) @ v
-    _add_product(out, q * decays.since_start, before)
+    out = _scores(q, k, own) @ v
+    _add_product(out, q * own.since_start, before.to(v.dtype))
     return out, last[:, :, 0].unflatten(2, size), before
 
 
@@ -81,17 +85,18 @@ def _gradients(
     if torch.is_grad_enabled():  # for gradients of the gradients, the states have theirs
         before = mix_chunks(q, k, v, state, decays)[2]
     out_grad = out_grad.contiguous()  # once, instead of for each product
-    score_grad = _scores(out_grad, v, decays)  # dA
-    met_grad = (q * decays.since_start).mT @ out_grad  # dR
+    own = decays.within(v.dtype)
+    score_grad = _scores(out_grad, v, own)  # dA
+    met_grad = ((q * own.since_start).mT @ out_grad).to(state.dtype)  # dR
     met, last = met_grad.flatten(3), last_grad.flatten(2)[:, :, None]
     state_grad = decays.from_start[:, :, :-1].mT @ met + decays.from_start[:, :, -1:] * last
     added_grad = decays.between[:, :, :-1].mT @ met  # dU
     added_grad.addcmul_(decays.between[:, :, -1:].mT, last)
-    added_grad = added_grad.view(before.shape)
-    q_grad = (score_grad @ k).addcmul_(out_grad @ before.mT, decays.since_start)
-    k_grad = (score_grad.mT @ q).addcmul_(v @ added_grad.mT, decays.to_end)
-    v_grad = _scores(q, k, decays).mT @ out_grad
-    _add_product(v_grad, k * decays.to_end, added_grad)
+    added_grad, before = added_grad.view(before.shape).to(v.dtype), before.to(v.dtype)
+    q_grad = (score_grad @ k).addcmul_(out_grad @ before.mT, own.since_start)
+    k_grad = (score_grad.mT @ q).addcmul_(v @ added_grad.mT, own.to_end)
+    v_grad = _scores(q, k, own).mT @ out_grad
+    _add_product(v_grad, k * own.to_end, added_grad)
     return q_grad, k_grad, v_grad, state_grad.view(state.shape)
 
 

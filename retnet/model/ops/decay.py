@@ -112,6 +112,13 @@ class ChunkDecays(NamedTuple):
     between: Tensor
     from_start: Tensor
 
+    def within(self, dtype: torch.dtype) -> "ChunkDecays":
+        """With those inside of the chunks in a type of their own."""
+        if self.inside.dtype == dtype:
+            return self
+        names = ("inside", "to_end", "since_start")
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in names})
+
 
 def chunk_decays(
     log_decay: Tensor, length: int, chunk_size: int, valid: Tensor | None, resets: Tensor | None

@@ -20,6 +20,14 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def products_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 under such an autocast, for products whose operands may be rounded; else None."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    narrow = torch.get_autocast_dtype(device.type)
+    return narrow if narrow == torch.bfloat16 else None
+
+
 def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs with autocast off on the device of its first tensor."""
 

@@ -122,15 +122,19 @@ def retention_chunkwise(
     initial_state: Tensor | None = None,
     valid: Tensor | None = None,
     resets: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Retention in chunks of C tokens: O(T C) time, memory linear in T, nothing of size T x T.
 
     Arguments, results and errors as in ``retention_recurrent``; ``chunk_size`` is C >= 1 and may be
-    larger than T or not divide it.
+    larger than T or not divide it. The operands of its products, and ``out``, have the type
+    ``products`` (None: float32, or float64 for inputs of that), decays and states never.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1")
-    q, k, v, log_decay, state, resets = _promote(q, k, v, log_decay, initial_state, valid, resets)
+    q, k, v, log_decay, state, resets = _promote(
+        q, k, v, log_decay, initial_state, valid, resets, products
+    )
     rows, length = q.shape[0], q.shape[2]
     chunk_size = min(chunk_size, length)
     size = _span(chunk_size, rows)
@@ -179,10 +183,12 @@ def _promote(
     initial_state: Tensor | None,
     valid: Tensor | None,
     resets: Tensor | None,
+    products: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Check the shapes, widen to at least float32, and take padding out of keys and resets.
 
-    The same arguments come back, but for ``valid``, and a state of zeros for None.
+    The same arguments come back, but for ``valid``, and a state of zeros for None; q, k and v in
+    the type ``products`` if that is given.
     """
     batch, heads, length, key_dim = q.shape
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
@@ -204,8 +210,9 @@ def _promote(
         if flags is not None and flags.shape != (batch, length):
             raise ValueError(f"{name} {tuple(flags.shape)} must be {(batch, length)}")
     dtype = wide_dtype(q.dtype)
-    q, k, v, log_decay = (x.to(dtype) for x in (q, k, v, log_decay))
-    state = q.new_zeros(state_shape) if initial_state is None else initial_state.to(dtype)
+    q, k, v = (x.to(products or dtype) for x in (q, k, v))
+    log_decay = log_decay.to(dtype)
+    state = log_decay.new_zeros(state_shape) if initial_state is None else initial_state.to(dtype)
     if valid is not None:
         k = k.masked_fill(~valid[:, None, :, None], 0)
         resets = None if resets is None else resets & valid

@@ -400,3 +400,37 @@ def test_autocast_reaches_no_form_and_no_backward_pass() -> None:
 def test_spans_of_few_rows_are_longer(rows: int, chunk_size: int, span: int) -> None:
     """2,048 tokens of all rows, but never fewer than 8 chunks of a row or more than 32."""
     assert _span(chunk_size, rows) == span
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_products_of_bfloat16(per_token: bool) -> None:
+    """Outputs and gradients to its rounding; states and decays keep their digits."""
+    torch.manual_seed(0)
+    shape = 2, 3, 70
+    q, k, v = (torch.randn(*shape, n, dtype=torch.float64) for n in (16, 16, 24))
+    log_decay = torch.tensor([0.9, 0.99, 0.999], dtype=torch.float64).log()
+    if per_token:
+        log_decay = torch.nn.functional.logsigmoid(torch.randn(shape, dtype=torch.float64)) / 16
+    state = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    resets = torch.rand(2, 70) < 0.03
+    weights = torch.randn(*shape, 24, dtype=torch.float64)
+
+    def outcome(dtype: torch.dtype, products: torch.dtype | None) -> list[torch.Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, state)]
+        decay = log_decay.to(dtype).requires_grad_(per_token)
+        out, last = retention_chunkwise(
+            *inputs[:3], decay, chunk_size=16, initial_state=inputs[3], resets=resets,
+            products=products,
+        )  # fmt: skip
+        assert out.dtype == (products or dtype) and last.dtype == dtype
+        total = (out.to(dtype) * weights.to(dtype)).sum() + last.sum()
+        wanted = [*inputs, decay] if per_token else inputs
+        return [out, last, *torch.autograd.grad(total, wanted)]
+
+    exact = outcome(torch.float64, None)
+    wide, narrow = outcome(torch.float32, None), outcome(torch.float32, torch.bfloat16)
+    for x, y, z in zip(exact, wide, narrow, strict=True):
+        spread = x.std()
+        assert (y - x).abs().max() < 1e-5 * spread
+        assert 1e-4 * spread < (z - x).abs().max() < 0.06 * spread
+        assert (z - x).square().mean().sqrt() < 0.008 * spread
