@@ -432,5 +432,5 @@ def test_products_of_bfloat16(per_token: bool) -> None:
     for x, y, z in zip(exact, wide, narrow, strict=True):
         spread = x.std()
         assert (y - x).abs().max() < 1e-5 * spread
-        assert 1e-4 * spread < (z - x).abs().max() < 0.06 * spread
+        assert 1e-4 * spread < (z - x).abs().max() < 0.15 * spread
         assert (z - x).square().mean().sqrt() < 0.008 * spread
