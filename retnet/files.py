@@ -30,6 +30,7 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+MAY_LACK = {"may_lack": True}  # metadata of a field that older files of a record do not have
 Record = TypeVar("Record", bound="DataclassInstance")
 UNFINISHED = ".unfinished-"
 REPLACED = ".unfinished-old-"
@@ -157,14 +158,16 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 def read_record(path: Path, kind: type[Record], fix: str) -> Record:
     """The dataclass ``kind`` that a JSON file describes: all of its fields, each of its type.
 
-    Fields may be int, float, str, bool, and None beside one of them.
+    Those with the metadata ``MAY_LACK`` may be missing in older files. Fields may be int, float,
+    str, bool, and None beside one of them.
 
     Raises:
         UserError: It does not; names the key and its value, the message ends with ``fix``.
     """
     content = read_json(path, fix)
     types = {option.name: option.type for option in fields(kind)}
-    for key in sorted(content.keys() ^ types.keys()):
+    later = {option.name for option in fields(kind) if option.metadata == MAY_LACK}
+    for key in sorted((content.keys() ^ types.keys()) - (later - content.keys())):
         what = "is missing" if key in types else "is no key of it"
         raise UserError(f"{path}: {key} {what}: {fix}")
     for key, value in content.items():

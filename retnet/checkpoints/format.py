@@ -25,11 +25,11 @@ A folder with one of these names is complete: it was filled under another name, 
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from retnet.errors import UserError
-from retnet.files import read_record
+from retnet.files import MAY_LACK, read_record
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -66,11 +66,13 @@ class Progress:
     best_loss: float | None = None  # of validation, nats per token; None before the first
     best_step: int | None = None
     seconds: float = 0.0  # spent in training
+    # fp32 or bf16, of products; None in checkpoints of before it was recorded
+    precision: str | None = field(default=None, metadata=MAY_LACK)
 
     def problem(self) -> str | None:
         """What can't be, with key and value; the types are right."""
         for key, value in vars(self).items():
-            if value is not None and key != "best_loss" and not 0 <= value < MOST:
+            if type(value) in (int, float) and key != "best_loss" and not 0 <= value < MOST:
                 return f"{key} ({value}) must be at least 0"
         if (self.best_loss is None) != (self.best_step is None):
             return f"best_loss ({self.best_loss}) and best_step ({self.best_step}) belong together"
@@ -78,6 +80,8 @@ class Progress:
             return f"best_step ({self.best_step}) comes after step ({self.step})"
         if self.best_loss is not None and not math.isfinite(self.best_loss):
             return f"best_loss ({self.best_loss}) must be finite"
+        if self.precision not in (None, "fp32", "bf16"):
+            return f"precision ({self.precision}) must be fp32 or bf16"
         return None
 
     def forget_best(self) -> None:

@@ -12,6 +12,7 @@ from retnet.cli import ArgumentParser, file_path
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
+from retnet.training.precision import settled_precision
 from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:
     All runs of an experiment are planned before the first of them begins.
     """
     arguments = [*keys, f"train.out_dir={folder}"]
-    config = load_config(recipe, arguments)
+    config = settled_precision(load_config(recipe, arguments), for_all=True)
     check_run(config)
     return Run(folder, config, tuple(map(key_of, arguments)))
 

@@ -36,22 +36,20 @@ REFUSED = {
 
 
 def build_accelerator(spec: TrainSpec) -> Accelerator:
-    """Device, processes and precision; a ``UserError`` where they are not to be had."""
-    cuda = torch.cuda.is_available()
-    if spec.device == "cuda" and not cuda:
+    """Device, processes and precision, of a spec that says fp32 or bf16 (``precision.py``).
+
+    A ``UserError`` where they are not to be had.
+    """
+    if spec.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device (cuda) is not available here: use auto or cpu")
     _check_environment(spec)
-    cpu = spec.device == "cpu" or not cuda or _is_on(USE_CPU)
-    asked = PRECISIONS[os.environ.get(MIXED_PRECISION, "no").lower()]
-    bf16 = (asked or spec.precision) == "bf16"
-    if spec.precision == "auto" and asked is None:
-        bf16 = not cpu and torch.cuda.is_bf16_supported()
+    cpu = runs_on_cpu(spec)
     world_size = _world_size()
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     try:
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision="bf16" if bf16 else "no",
+            mixed_precision="bf16" if spec.precision == "bf16" else "no",
             log_with=list(spec.trackers) or None,
             project_dir=str(spec.run_folder),
             # ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides the loss where the plugin is left out
@@ -80,12 +78,22 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     return accelerator
 
 
+def runs_on_cpu(spec: TrainSpec) -> bool:
+    """Whether the run's device is the CPU."""
+    return spec.device == "cpu" or not torch.cuda.is_available() or _is_on(USE_CPU)
+
+
+def asked_precision() -> str | None:
+    """What ``accelerate launch --mixed_precision`` asks for; None where it leaves it open."""
+    return PRECISIONS.get(os.environ.get(MIXED_PRECISION, "no").lower())
+
+
 def _check_environment(spec: TrainSpec) -> None:
     """Raise a ``UserError`` for what ``accelerate launch`` asks and this run would not follow."""
     precision = os.environ.get(MIXED_PRECISION, "no").lower()
     if precision not in PRECISIONS:
         raise UserError(f"{MIXED_PRECISION} ({precision}) is not possible: use bf16 or no")
-    if PRECISIONS[precision] not in (None, spec.precision) and spec.precision != "auto":
+    if PRECISIONS[precision] not in (None, spec.precision):
         raise UserError(
             f"{MIXED_PRECISION} ({precision}) contradicts train.precision ({spec.precision}): "
             "leave one of them out"

@@ -12,6 +12,7 @@ from retnet.files import read_json
 from retnet.paths import expand, kind_of
 from retnet.training.config import load_config
 from retnet.training.loop import Trainer
+from retnet.training.precision import precision_before_it_was_recorded
 from retnet.training.run_folder import CONFIG, Start, step_of
 from retnet.training.spec import RESUMABLE_KEYS, Config, flatten
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_HASHES = ("train_sha256", "validation_sha256")
 WARMUP = "train.warmup_steps"
+PRECISION = "train.precision"
 
 
 def plan_start(config: Config, by_hand: Collection[str]) -> Start:
@@ -140,6 +142,8 @@ def _check_same_configuration(config: Config, run: Path, by_hand: Collection[str
             f"{file}, the configuration of the run in train.out_dir, is damaged: {error}; restore "
             "it, or go on by train.resume=CHECKPOINT, which writes it again"
         ) from error
+    if before[PRECISION] == "auto":
+        before[PRECISION] = precision_before_it_was_recorded(config.train)
     keys = [key for key in now if key not in RESUMABLE_KEYS and now[key] != before[key]]
     if keys == [WARMUP] and WARMUP not in by_hand and before[WARMUP] <= config.train.max_steps:
         return int(before[WARMUP])
@@ -166,6 +170,7 @@ def go_on(trainer: Trainer, checkpoint: Path) -> None:
             f"({trainer.batches.global_batch}) must stay {progress.global_batch}, the rows of a "
             f"step in {checkpoint}"
         )
+    progress.precision = trainer.spec.precision
     trainer.progress = progress
     if trainer.carried is not None:
         trainer.carried.load(checkpoint, trainer.accelerator, trainer.batches.global_batch)

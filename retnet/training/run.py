@@ -29,6 +29,7 @@ from retnet.training.health import DivergedError
 from retnet.training.limits import check_run_fits
 from retnet.training.loop import Trainer
 from retnet.training.optimizer import build_optimizer
+from retnet.training.precision import settled_precision
 from retnet.training.processes import build_accelerator
 from retnet.training.resume import go_on, plan_start
 from retnet.training.run_folder import RunLock, Start, open_run_folder
@@ -66,6 +67,7 @@ def train(config: Config, by_hand: Collection[str] | None = None) -> int:
     """
     keep_freed_memory()
     check_run(config)
+    config = settled_precision(config)
     accelerator = build_accelerator(config.train)
     lock = RunLock(config.train.run_folder)
 
@@ -189,7 +191,7 @@ def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData)
         set_up_compiler(accelerator.device, "train.compile (true)")
         bare_model.compile()
     model, optimizer = accelerator.prepare(bare_model, build_optimizer(bare_model, spec))
-    progress = Progress(global_batch=batches.global_batch)
+    progress = Progress(global_batch=batches.global_batch, precision=spec.precision)
     micro_steps = spec.gradient_accumulation_steps
     carried = CarriedState(bare_model, micro_steps) if spec.carry_state else None
     return Trainer(

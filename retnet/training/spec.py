@@ -135,7 +135,7 @@ class TrainSpec:
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "auto takes a GPU when there is one")
     precision: Literal["auto", "fp32", "bf16"] = _option(
-        "auto", "of matrix products; auto: bf16 on GPUs that have it, else fp32"
+        "auto", "of matrix products; auto: bf16 on devices that compute in it, else fp32"
     )
     compile: bool = _option(
         False, "torch.compile the model: for GPUs; on a CPU it needs a C++ compiler and is slower"

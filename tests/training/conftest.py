@@ -82,6 +82,7 @@ def tiny_options(corpus: Path, folder: Path) -> list[str]:
             "train.sample_tokens": 4,
             "train.log_every": 2,
             "train.device": "cpu",
+            "train.precision": "fp32",
             "train.out_dir": folder / "run",
         }
     )
