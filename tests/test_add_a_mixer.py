@@ -24,6 +24,7 @@ from retnet.model.mixers import MIXERS
 from retnet.model.mixers.attention import CausalAttention
 from retnet.model.mixers.base import Mixer, State
 from retnet.model.models import RetNetConfig, RetNetForCausalLM, configuration, model_class
+from retnet.model.ops.precision import wide_dtype
 from retnet.training.spec import describe_keys
 from tests.model.conftest import ROW_BYTES, random_ids
 from tests.training.conftest import as_options, corpus  # noqa: F401
@@ -66,7 +67,11 @@ class ExponentialAverage(Mixer):
     def init_state(
         self, rows: int, device: torch.device, dtype: torch.dtype, capacity: int | None = None
     ) -> State:
-        return {"mean": torch.ones(rows, self.config.hidden_size, dtype=dtype, device=device)}
+        return {
+            "mean": torch.ones(
+                rows, self.config.hidden_size, dtype=wide_dtype(dtype), device=device
+            )
+        }
 
     def forward(
         self, hidden: Tensor, shared: Any, state: State | None = None, mode: str | None = None

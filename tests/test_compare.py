@@ -205,3 +205,20 @@ def test_mistakes(main, models: tuple[str, ...], options: list[str], message: st
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("error: ")
     assert message in err
+
+
+def test_models_that_were_trained_in_different_precisions(runs: Path, tmp_path: Path, main) -> None:
+    """It is said; of a checkpoint of before it was recorded, nothing is known."""
+    for name in ("fp32", "bf16"):
+        save_checkpoint(tmp_path / name / "final", precision=name)
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 20)
+
+    def said(*models: Path) -> str:
+        code, out, _ = main("--text", str(text), "--no-speed", models=tuple(map(str, models)))
+        assert code == 0
+        return out
+
+    two = said(tmp_path / "fp32", tmp_path / "bf16")
+    assert "note     trained in different precisions: 1 fp32 in fp32, 2 bf16 in bf16" in two
+    assert "note" not in said(tmp_path / "fp32", runs / "second")

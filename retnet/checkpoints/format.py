@@ -97,6 +97,11 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
+def trained_in(folder: Path) -> str | None:
+    """The precision that a checkpoint was trained in; None where it does not say."""
+    return read_progress(folder).precision if (folder / TRAINING_STATE).is_file() else None
+
+
 def step_folder(run: Path, step: int) -> Path:
     """The folder of the checkpoint after ``step`` steps."""
     return run / CHECKPOINTS / f"step_{step}"

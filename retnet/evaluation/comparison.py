@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from retnet.checkpoints import Checkpoint
+from retnet.checkpoints.format import trained_in
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
@@ -32,6 +33,7 @@ class ModelResult:
     path: Path
     mixer: str
     dtype: str
+    trained_in: str | None  # fp32 or bf16; None where its checkpoint does not say
     parameters: int  # tied ones once
     scores: DocumentScores
     same_tokenizer: bool  # whether its tokens are those of the first model
@@ -146,6 +148,7 @@ def _result(
         path=checkpoint.path,
         mixer=checkpoint.mixer,
         dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        trained_in=trained_in(checkpoint.path),
         parameters=checkpoint.model.num_parameters(),
         scores=scores,
         same_tokenizer=same_tokenizer,

@@ -51,6 +51,10 @@ def _heading(comparison: Comparison) -> list[str]:
             "note     the tokenizers differ: compare bits/byte; tokens, windows and perplexities "
             "are not alike"
         )
+    if len({model.trained_in for model in comparison.models} - {None}) > 1:
+        pairs = zip(_labels(comparison), comparison.models, strict=True)
+        each = ", ".join(f"{label} in {model.trained_in}" for label, model in pairs)
+        lines.append(f"note     trained in different precisions: {each}")
     return lines
 
 

@@ -1,6 +1,7 @@
 """Tiny random models with a byte tokenizer, in memory and as checkpoint folders."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from retnet.checkpoints import Progress
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.model.models import model_class
 
@@ -53,7 +55,12 @@ def tiny_model(
 
 
 def save_checkpoint(
-    folder: Path, mixer: str = "retention", *, record: dict | None = None, seed: int = 0
+    folder: Path,
+    mixer: str = "retention",
+    *,
+    record: dict | None = None,
+    seed: int = 0,
+    precision: str | None = None,
 ) -> Path:
     """A float32 checkpoint folder with everything that training writes for loading."""
     tiny_model(mixer, dtype=torch.float32, seed=seed).save_pretrained(folder)
@@ -61,4 +68,7 @@ def save_checkpoint(
     if record is not None:
         own = {"tokenizer_sha256": tokenizer_hash(byte_tokenizer())}
         (folder / "data.json").write_text(json.dumps(record | own))
+    if precision is not None:
+        state = asdict(Progress(precision=precision))
+        (folder / "training_state.json").write_text(json.dumps(state))
     return folder
