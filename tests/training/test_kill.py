@@ -69,16 +69,25 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert trees[0] == trees[1]
 
 
-@pytest.mark.parametrize("carry", ["true", pytest.param("false", marks=pytest.mark.slow)])
+PLAIN = {"train.carry_state": "false"}
+CARRYING = {"train.carry_state": "true"}
+NEWER = CARRYING | {"train.optimizer": "muon", "train.precision": "bf16", "train.schedule": "wsd"}
+kinds = pytest.mark.parametrize("changes", [PLAIN, CARRYING, NEWER], ids=["plain", "carry", "muon"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [CARRYING, *(pytest.param(changes, marks=pytest.mark.slow) for changes in (PLAIN, NEWER))],
+    ids=["carry", "plain", "muon"],
+)
 def test_a_run_killed_in_each_phase_is_the_uninterrupted_run(
-    arguments, tmp_path: Path, carry: str
+    arguments, tmp_path: Path, changes: dict
 ) -> None:
     """Also twice in a row, and after the epoch's end; each goes on from the newest checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     phases = ["data", "accumulation", "accumulation", "evaluation", "writing", "before renaming",
               "saved", "configuration", "metrics", "logged", "pruning", "replacing best",
               "final"]  # fmt: skip
-    changes = {"train.carry_state": carry}
     attempts: list[Attempt] = [(phase, arguments(killed, **changes)) for phase in phases]
     attempts += [(None, arguments(killed, **changes)), (None, arguments(whole, **changes))]
     codes, steps = drive(attempts)
@@ -90,12 +99,11 @@ def test_a_run_killed_in_each_phase_is_the_uninterrupted_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("carry", ["false", "true"])
+@kinds
 def test_a_run_killed_at_25_random_moments_is_the_uninterrupted_run(
-    arguments, tmp_path: Path, carry: str
+    arguments, tmp_path: Path, changes: dict
 ) -> None:
     rng = random.Random(0)
-    changes = {"train.carry_state": carry}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert drive([(None, arguments(whole, **changes))]) == ([0], [])
     kills, went_on = 0, 0
