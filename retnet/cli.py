@@ -58,10 +58,13 @@ def positive_int(text: str) -> int:
 
 def number(text: str) -> float:
     """An argparse type: a number."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a number") from error
+    try:  # float() reads what whole_number does not too
+        value = float(text) if text.isascii() and "_" not in text else None
+    except ValueError:
+        value = None
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a number")
+    return value
 
 
 def shortened(value: object) -> str:

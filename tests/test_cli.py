@@ -62,8 +62,9 @@ def test_numbers() -> None:
     assert cli.positive_int("+007") == cli.whole_number("7") == 7
     assert cli.whole_number("-3") == -3
     assert cli.number("1e-3") == 0.001
-    with pytest.raises(ArgumentTypeError, match="'warm' must be a number"):
-        cli.number("warm")
+    for text in ("warm", "0.\uff15", "1_0", ""):
+        with pytest.raises(ArgumentTypeError, match=f"'{text}' must be a number"):
+            cli.number(text)
 
 
 def test_a_value_that_begins_with_a_dash() -> None:

@@ -127,6 +127,30 @@ def test_what_lies_where_a_run_keeps_something_else(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step_1/new", "best/new", "link"])
+def test_a_run_in_the_place_of_anothers_checkpoints(
+    places, trained: Path, tmp_path: Path, capsys, place: str
+) -> None:
+    """The other run's training would remove it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run/link").symlink_to("checkpoints")
+    before, out_dir = tree(tmp_path), tmp_path / "run" / place
+    argv = RUN.format(**places, new=tmp_path).split()
+    assert cli.run(train.main, [*argv, f"train.out_dir={out_dir}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: train.out_dir ({out_dir}) lies among the checkpoints of the run in {tmp_path}/run:"
+        f" set another folder, or go on with that run by train.out_dir={tmp_path}/run\n"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_runs_may_be_named_as_parts_of_a_run(places, tmp_path: Path) -> None:
+    """And go on there."""
+    for name in ("checkpoints", "best", "checkpoints"):
+        argv = [*RUN.format(**places, new=tmp_path).split(), f"train.out_dir={tmp_path / name}"]
+        assert cli.run(train.main, argv) == 0
+
+
 @pytest.mark.parametrize("kept", ["", "mod", "train:"])
 def test_a_recorded_configuration_that_was_cut_off(
     places, trained: Path, tmp_path: Path, capsys, kept: str

@@ -45,6 +45,7 @@ ADAPTER = "adapter_config.json"  # of peft
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
+PARTS_OF_A_RUN = (CHECKPOINTS, BEST, FINAL)
 MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
 
@@ -116,6 +117,12 @@ def in_order(folders: Iterable[Path]) -> list[Path]:
     """Those of some folders that are named as by ``step_folder``, oldest first."""
     named = (folder for folder in folders if re.fullmatch(r"step_[0-9]+", folder.name))
     return sorted(named, key=step_number)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether checkpoints lie in a folder as a run has them."""
+    found = (f"{CHECKPOINTS}/step_*/{CONFIG}", f"{BEST}/{CONFIG}", f"{FINAL}/{CONFIG}")
+    return any(any(folder.glob(pattern)) for pattern in found)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -128,7 +128,10 @@ def load_checkpoint_state(
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     with _readable(what):
         stored = load_file(folder / OPTIMIZER)
-    check_same_model(_flatten_moments(moments), stored, what, fix)  # tied weights have one
+    fix = "take over train.optimizer of its run's config.yaml, or use its weights alone with "\
+          "model.init_from"  # fmt: skip
+    own = _flatten_moments(moments)  # tied weights have one
+    check_same_model(own, stored, str(folder / OPTIMIZER), fix, "optimizer's state")
     check_finite(stored, f"{folder / OPTIMIZER}")
     for name, tensor in stored.items():
         if name.endswith(NOT_SIGNED) and (tensor < 0).any():  # whose root would be no number

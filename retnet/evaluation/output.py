@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retnet import files
-from retnet.checkpoints.format import BEST, CHECKPOINTS, CONFIG, FINAL
+from retnet.checkpoints.format import CONFIG, PARTS_OF_A_RUN, is_run
 from retnet.errors import UserError, os_errors
 from retnet.paths import kind_of
-
-PARTS_OF_A_RUN = (CHECKPOINTS, BEST, FINAL)
 
 
 def check_writable(path: Path) -> None:
@@ -76,10 +74,9 @@ def _is_of_training(place: Path, folder: Path) -> bool:
     """Whether a folder is a checkpoint's, or a run's that has its own files where ``place`` is."""
     if (folder / CONFIG).is_file() and any(folder.glob("*.safetensors")):
         return True
-    found = (f"{CHECKPOINTS}/*/{CONFIG}", f"{BEST}/{CONFIG}", f"{FINAL}/{CONFIG}")
-    is_run = any(any(folder.glob(pattern)) for pattern in found)
     parts = place.relative_to(folder).parts
-    return is_run and (parts[0] in PARTS_OF_A_RUN or (len(parts) == 1 and place.suffix != ".json"))
+    beside = len(parts) == 1 and place.suffix != ".json"
+    return (parts[0] in PARTS_OF_A_RUN or beside) and is_run(folder)
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:

@@ -12,6 +12,8 @@ from retnet.checkpoints.format import (
     BEST,
     CHECKPOINTS,
     FINAL,
+    PARTS_OF_A_RUN,
+    is_run,
     list_checkpoints,
     read_progress,
     step_number,
@@ -108,6 +110,13 @@ def _check_kinds(run: Path) -> None:
             f"train.out_dir ({run}) is a checkpoint: set another folder, or go on from this one by "
             f"train.resume={run}"
         )
+    place = run.resolve()
+    for folder in place.parents:
+        if place.relative_to(folder).parts[0] in PARTS_OF_A_RUN and is_run(folder):
+            raise UserError(  # which training there replaces and removes
+                f"train.out_dir ({run}) lies among the checkpoints of the run in {folder}: set "
+                f"another folder, or go on with that run by train.out_dir={folder}"
+            )
     for name, kind in KINDS.items():
         found = kind_of(run / name, "train.out_dir")
         if kind == "file" and (run / name).is_symlink():  # what it leads to would be rewritten

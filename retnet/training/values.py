@@ -146,7 +146,8 @@ def _describe(kind: Any) -> str:
 def _converted(kind: Any, value: Any) -> tuple[bool, Any]:
     """Whether a value is of a type that is no union, and what it is as such.
 
-    Numbers may be in quotes, whole ones may stand for others, 0 and 1 for false and true.
+    Numbers may be in quotes, whole ones may stand for others, 0 and 1 for false and true. Python
+    would read other scripts' digits too.
     """
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind), value
@@ -158,6 +159,8 @@ def _converted(kind: Any, value: Any) -> tuple[bool, Any]:
     if kind is bool and type(value) is int and value in (0, 1):
         return True, bool(value)
     if kind in (int, float) and type(value) in (int, float, str):
+        if isinstance(value, str) and not value.isascii():
+            return False, None
         try:
             found = float(value) if kind is float else value if type(value) is int else None
             found = int(value) if isinstance(value, str) and kind is int else found

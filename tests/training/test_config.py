@@ -61,6 +61,13 @@ def test_every_key_is_described() -> None:
         ("modl.hidden_size=3", "(modl.hidden_size) is not known: did you mean model?"),
         ("model.hidden_size=big", "model.hidden_size (big) must be a whole number"),
         ("model.hidden_size=16.5", "model.hidden_size (16.5) must be a whole number"),
+        ("data.seq_len=\uff11\uff16", "data.seq_len (\uff11\uff16) must be a whole number"),
+        ("data.seq_len=\u0663", "data.seq_len (\u0663) must be a whole number"),
+        ("train.beta1=0.\uff15", "train.beta1 (0.\uff15) must be a number"),
+        (
+            "model.attention_layers=[\uff11]",
+            "model.attention_layers (a list) must be a list of whole",
+        ),
         ("model.tie_word_embeddings=2", "model.tie_word_embeddings (2) must be true or false"),
         ("model.mixer=lstm", "model.mixer (lstm) must be one of retention, attention"),
         ("model.decay=[1]", "model.decay (a list) must be text or a whole number or a number or n"),

@@ -98,6 +98,16 @@ def test_a_run_goes_on_bit_for_bit(options, tmp_path) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_a_named_checkpoint_of_another_optimizer(options, tmp_path, capsys) -> None:
+    """It is the same model."""
+    assert run(options, train__out_dir=tmp_path / "m", train__optimizer="muon") == 0
+    named = tmp_path / "m/checkpoints/step_6"
+    assert run(options, train__out_dir=tmp_path / "a", train__resume=named) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {named}/optimizer.safetensors is another optimizer's state: ")
+    assert "take over train.optimizer of its run's config.yaml, or use its weights alone" in line
+
+
 def test_the_optimizer_changes_the_run_and_is_part_of_it(options, tmp_path, capsys) -> None:
     assert run(options, train__out_dir=tmp_path / "a") == 0
     assert run(options, train__out_dir=tmp_path / "m", train__optimizer="muon") == 0
