@@ -14,7 +14,8 @@ class UserError(ValueError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, in Python, numpy or torch, on whatever device."""
-    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc",
+             "unable to mmap")  # fmt: skip
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -57,6 +57,10 @@ CONFIGURATION = [
     (RUN + " train.trackers={{a:1}}", "train.trackers (a mapping) must be a list, as [a, b]"),
     (RUN + " train.weight_decay=inf", "train.weight_decay (inf) times train.learning_rate (0.004)"),
     (RUN + " train.weight_decay=300", "train.weight_decay (300.0) times train.learning_rate"),
+    (RUN + " train.optimizer=muon train.learning_rate=1e-4 train.adamw_learning_rate=9 "
+     "train.weight_decay=100", "train.weight_decay (100.0) times train.adamw_learning_rate (9.0)"),
+    (RUN + " train.optimizer=muon train.learning_rate=5e-324 train.adamw_learning_rate=1",
+     "train.learning_rate (5e-324) must be above 0, 1e-20 at least, and below 10"),
     (RUN + " train.sample_tokens=999999999999 data.cache_dir={folder}/cache",
      "and train.sample_tokens (999,999,999,999) need"),
     (RUN + " model.mixer=mamba", "model.mixer (mamba) must be one of retention, attention"),

@@ -212,6 +212,7 @@ def test_errors_of_files_are_one_line_wherever_they_come_from(capsys) -> None:
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("unable to mmap 40000061152 bytes from file <x>: Cannot allocate memory (12)"),
         RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: you tried to allocate 9 bytes"),
     ],
 )

@@ -15,26 +15,22 @@ TAKE_OVER = "take over the model section of its run's config.yaml"  # where they
 
 
 def check_same_model(
-    own: Mapping[str, Tensor],
-    stored: Mapping[str, Tensor],
-    what: str,
-    fix: str,
-    kind: str = "model",
+    own: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, fix: str
 ) -> None:
     """Raise a ``UserError`` when the names or shapes of two models' weights differ, or their kind.
 
     Numbers of any precision are of one kind, integers and others of none. The message begins with
-    ``what``, the checkpoint, and ends with ``fix``; ``kind`` is what the tensors are of.
+    ``what``, the checkpoint, and ends with ``fix``.
     """
     for name in sorted(own.keys() | stored.keys()):
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(stored[name].shape) if name in stored else "absent"
         if here != there:
             raise UserError(
-                f"{what} is another {kind}: {name} is {there} there and {here} here; {fix}"
+                f"{what} is another model: {name} is {there} there and {here} here; {fix}"
             )
         if not stored[name].is_floating_point():
-            raise UserError(f"{what} is no {kind}: {name} is of {stored[name].dtype}; {COPY_AGAIN}")
+            raise UserError(f"{what} is no model: {name} is of {stored[name].dtype}; {COPY_AGAIN}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

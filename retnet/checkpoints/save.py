@@ -5,7 +5,7 @@ tensors for a plain, a DDP and a sharded model.
 """
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,10 +128,9 @@ def load_checkpoint_state(
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     with _readable(what):
         stored = load_file(folder / OPTIMIZER)
-    fix = "take over train.optimizer of its run's config.yaml, or use its weights alone with "\
-          "model.init_from"  # fmt: skip
-    own = _flatten_moments(moments)  # tied weights have one
-    check_same_model(own, stored, str(folder / OPTIMIZER), fix, "optimizer's state")
+    own = _flatten_moments(moments)
+    _check_same_optimizer(own, stored, folder / OPTIMIZER)
+    check_same_model(own, stored, what, fix)  # tied weights have one
     check_finite(stored, f"{folder / OPTIMIZER}")
     for name, tensor in stored.items():
         if name.endswith(NOT_SIGNED) and (tensor < 0).any():  # whose root would be no number
@@ -141,6 +140,19 @@ def load_checkpoint_state(
             values[key] = stored[f"{name}/{key}"]
     states.set_optimizer_state_dict(model, optimizer, moments, options=options)
     return progress
+
+
+def _check_same_optimizer(
+    own: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Path
+) -> None:
+    """Raise a ``UserError`` where a file has other kinds of moments than an optimizer keeps."""
+    here, there = ({name.rpartition("/")[2] for name in moments} for moments in (own, stored))
+    if here != there:
+        raise UserError(
+            f"{file} is of another optimizer, it has {', '.join(sorted(there))} and here are "
+            f"{', '.join(sorted(here))}: take over train.optimizer of its run's config.yaml, or "
+            "the weights alone by model.init_from"
+        )
 
 
 @contextmanager

@@ -118,6 +118,11 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise SafetensorError(f"{path.name}: {error}") from error
+    except (MemoryError, OSError, RuntimeError) as error:  # it is larger than what can be mapped
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, which memory does not take ({error}): use "
+            "a machine with more, or copy the checkpoint again"
+        ) from error
 
 
 def check_size(folder: Path, config: Any) -> None:

@@ -21,6 +21,7 @@ from retnet.files import sha256
 PARQUET_ROWS = 1024
 MAX_LINE = 1 << 30  # bytes of a .jsonl line: a small packed file may hold more than any memory
 MAX_CSV_FIELD = 2**31 - 1  # what a C long holds on every system
+MOST_NAMES, LONGEST_NAME = 20, 40  # of fields in a message
 BOM = codecs.BOM_UTF8.decode()
 
 
@@ -74,10 +75,13 @@ def text_of(value: Any, text_field: str, where: str) -> str:
 
 
 def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
-    """The error for a field that is not there; it lists the fields there are."""
+    """The error for a field that is not there; it lists the fields there are, or the first."""
+    names = [f"{x[:LONGEST_NAME]}{'...' * (len(x) > LONGEST_NAME)}" for x in fields[:MOST_NAMES]]
+    if (more := len(fields) - MOST_NAMES) > 0:
+        names.append(f"and {more:,} more")
     return UserError(
         f"data.text_field ({text_field}) is not a field of {where}: "
-        f"set it to one of the fields there are ({', '.join(fields) or 'none'})"
+        f"set it to one of the fields there are ({', '.join(names) or 'none'})"
     )
 
 

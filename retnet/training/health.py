@@ -17,7 +17,7 @@ LEAST_DEVIATION = 0.01  # nats; a loss that hardly moves is no reason for alarm
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradient are not finite; the weights are those of the last good step."""
+    """A loss or gradient is not finite; what is saved is of the last good step."""
 
 
 class SpikeWatch:

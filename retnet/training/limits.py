@@ -14,6 +14,7 @@ MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
 TRACKERS = ("wandb", "tensorboard")
 INT64 = 2**63 - 1
 MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 1_000_000}
+LEAST_RATE = 1e-20  # a smaller one is none to float32, and ratios of rates leave its range
 BYTES_IN_TRAINING = 16  # of a parameter in float32: itself, its gradient, two moments at most
 
 NOT_EMPTY = ("model.init_from", "data.hub_config", "train.out_dir", "train.resume")
@@ -85,12 +86,14 @@ def _rules(train: TrainSpec) -> Iterator[tuple[str, bool, str]]:
     yield "eval_max_tokens", most is None or most >= 2, "must be at least 2, or null for all"
     for key in ("learning_rate", "adamw_learning_rate"):
         rate = getattr(train, key)
-        yield key, rate is None or 0 < rate < 10, "must be above 0 and below 10: 1e-3 is usual"
-    rate = train.learning_rate or 0.0
+        rule = f"must be above 0, {LEAST_RATE} at least, and below 10: 1e-3 is usual"
+        yield key, rate is None or LEAST_RATE <= rate < 10, rule
     rule = "is a share of the peak: it must be between 0 and 1"
     yield "final_learning_rate", 0 <= train.final_learning_rate <= 1, rule
-    rule = f"times train.learning_rate ({rate}) is what a step takes off each weight: it must be "
-    yield "weight_decay", not train.weight_decay * rate > 1, rule + "at most 1"
+    for key in ("learning_rate", "adamw_learning_rate"):
+        rate = getattr(train, key) or 0.0
+        rule = f"times train.{key} ({rate}) is what a step takes off each weight: it must be at "
+        yield "weight_decay", not train.weight_decay * rate > 1, rule + "most 1"
     rule = "is a share of the steps: it must be above 0 and at most 1"
     yield "decay_fraction", 0 < train.decay_fraction <= 1, rule
     for key in ("beta1", "beta2"):

@@ -60,7 +60,7 @@ class Trainer:
         """Train until ``max_steps`` or a request to stop.
 
         Returns whether the run is finished; if not, its newest checkpoint is the last completed
-        step. A ``DivergedError`` where loss or gradient are not finite, a ``UserError`` where the
+        step. A ``DivergedError`` where a loss or gradient is not finite, a ``UserError`` where the
         run folder can't be written any more.
         """
         if self.accelerator.is_main_process:
@@ -221,6 +221,11 @@ class Trainer:
             )
             for line in sample_lines(model, tokenizer, self.spec, self.accelerator):
                 self._console.say(line)
+        if not math.isfinite(loss):  # after the last step no other loss would tell
+            raise DivergedError(
+                f"step {self.progress.step}: validation loss {loss}; its weights are not saved. "
+                "Go on from an older checkpoint (train.resume) with a lower train.learning_rate"
+            )
         if loss < (math.inf if self.progress.best_loss is None else self.progress.best_loss):
             self.progress.best_loss, self.progress.best_step = loss, self.progress.step
             self._save(self.run_folder / BEST, resumable=False)

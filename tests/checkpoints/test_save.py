@@ -92,6 +92,7 @@ def test_a_checkpoint_without_moments_is_not_gone_on_from(trained, tmp_path: Pat
         ),
         ("model", "inf", "has values that are not finite (model.norm.weight)"),
         ("optimizer", "inf", "safetensors has values that are not finite (model.norm.weight/exp_a"),
+        ("optimizer", "others", "is of another optimizer, it has momentum_buffer and here are exp"),
         ("optimizer", "negative", "safetensors: model.norm.weight/exp_avg_sq is below 0: copy"),
     ],
 )
@@ -105,6 +106,9 @@ def test_tensors_of_another_kind(trained, tmp_path: Path, file: str, damage: str
         del tensors[name]
     elif damage == "inf":
         tensors[name][3] = torch.inf
+    elif damage == "others":
+        own = {key.rpartition("/")[0]: tensor for key, tensor in tensors.items()}
+        tensors = {f"{key}/momentum_buffer": tensor for key, tensor in own.items()}
     elif damage == "negative":
         tensors[f"{name}_sq"][3] = -1
     else:

@@ -1,6 +1,7 @@
 """Which files are weights; nothing pickled is among them, and a part of them is not all."""
 
 import json
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,23 @@ def test_what_lies_in_place_of_weights(copy: Path, content: bytes, words: str) -
         load_checkpoint(copy)
     with pytest.raises((UserError, SafetensorError), match=words):
         read_weights(copy, tied=False)
+
+
+def test_a_file_that_no_memory_takes(copy: Path) -> None:
+    """Mapping it failed, and config.json was blamed."""
+    file, more = copy / "model.safetensors", 1 << 42
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    head = json.loads(content[8 : 8 + size])
+    end = len(content) - 8 - size
+    own = {"dtype": "F32", "shape": [more // 4], "data_offsets": [end, end + more]}
+    text = json.dumps(head | {"huge": own}).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text + content[8 + size :])
+        stream.truncate(8 + len(text) + end + more)  # all of it a hole
+    words = r"safetensors has [0-9,]+ bytes, which memory does not take|huge is in the weights but"
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(copy)
 
 
 def test_a_weight_in_two_files(copy: Path) -> None:

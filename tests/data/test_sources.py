@@ -185,6 +185,15 @@ def test_files_that_cannot_be_read(tmp_path: Path, spec_for: SpecFor, name: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_row_of_many_fields(tmp_path: Path, spec_for: SpecFor) -> None:
+    """Their names, a hundred thousand or one as long, were the message."""
+    row = {f"{number}" + "x" * 100_000 * (number == 0): 1 for number in range(1000)}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    words = r"a\.jsonl line 1: .* there are \(0x{39}\.\.\., 1, 2, .*, 19, and 980 more\)$"
+    with pytest.raises(UserError, match=words):
+        documents(spec_for(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_line_that_no_memory_holds(
     tmp_path: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch, name: str

@@ -200,6 +200,25 @@ def test_loss_that_is_not_finite_stops_before_the_update(options, tmp_path: Path
     assert not (tmp_path / "run/final").exists()
 
 
+def test_weights_that_the_last_step_broke(options, tmp_path: Path, capsys) -> None:
+    """No loss of training comes after it: they were saved as the end, and the exit code was 0."""
+    original = loop.Trainer._evaluate
+
+    def poisoned(self):
+        if self.progress.step == self.spec.max_steps:
+            with torch.no_grad():
+                self.bare_model.model.embed_tokens.weight[:] = float("nan")
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_evaluate", poisoned)
+        assert run(options) == 3
+    assert "step 6: validation loss nan; its weights are not saved" in capsys.readouterr().err
+    assert not (tmp_path / "run/final").exists()
+    assert not (tmp_path / "run/checkpoints/step_6").exists()
+    assert run(options) == 0
+
+
 def test_a_first_loss_far_from_chance_is_warned_of(options, tmp_path: Path, capsys) -> None:
     assert run(options) == 0
     assert "ln(vocabulary)" not in capsys.readouterr().err

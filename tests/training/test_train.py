@@ -281,6 +281,6 @@ def test_help_and_print_config(capsys) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
     printed = capsys.readouterr().out
-    assert "train.learning_rate: float = 0.002" in printed and "model.mixer" in printed
+    assert "train.learning_rate: float | null = null" in printed and "model.mixer" in printed
     assert cli.run(train.main, [TINY, "--print-config", "train.seed=9"]) == 0
     assert "seed: 9" in capsys.readouterr().out
