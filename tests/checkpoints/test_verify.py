@@ -139,4 +139,6 @@ def test_a_record_that_was_written_and_can_not_be(whole: Path, content: object, 
 def test_a_record_before_the_first_evaluation(whole: Path) -> None:
     early = STATE | {"best_loss": None, "best_step": None, "seconds": 2}
     (whole / TRAINING_STATE).write_text(json.dumps(early))
-    assert vars(read_progress(whole)) == early
+    assert vars(read_progress(whole)) == early | {"precision": None}  # of before it was recorded
+    (whole / TRAINING_STATE).write_text(json.dumps(early | {"precision": "bf16"}))
+    assert read_progress(whole).precision == "bf16"

@@ -104,8 +104,8 @@ def test_a_named_checkpoint_of_another_optimizer(options, tmp_path, capsys) -> N
     named = tmp_path / "m/checkpoints/step_6"
     assert run(options, train__out_dir=tmp_path / "a", train__resume=named) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {named}/optimizer.safetensors is another optimizer's state: ")
-    assert "take over train.optimizer of its run's config.yaml, or use its weights alone" in line
+    assert line.startswith(f"error: {named}/optimizer.safetensors is of another optimizer, ")
+    assert "take over train.optimizer of its run's config.yaml, or the weights alone by" in line
 
 
 def test_the_optimizer_changes_the_run_and_is_part_of_it(options, tmp_path, capsys) -> None:
