@@ -121,6 +121,7 @@ def test_shards_are_weights_and_checked_as_such(copy: Path) -> None:
         (STATE | {"best_step": 7}, "best_step (7) comes after step (6)"),
         (STATE | {"seconds": float("nan")}, "seconds (nan) must be at least 0"),
         (STATE | {"seconds": {}}, "seconds ({}) must be float"),
+        (STATE | {"precision": "fp8"}, "precision (fp8) must be fp32 or bf16"),
     ],
 )
 def test_a_record_that_was_written_and_can_not_be(whole: Path, content: object, words: str) -> None:
