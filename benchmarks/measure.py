@@ -12,7 +12,7 @@ from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
 TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
-FAMILY = "family"
+FAMILY, STEPS = "family", "steps"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
 
@@ -87,7 +87,7 @@ class Measurement:
     """One contender in one case.
 
     Attributes:
-        benchmark: "train", "prefill", "decode", "forms" or "family".
+        benchmark: "train", "prefill", "decode", "forms", "family" or "steps".
         case: What was done, the same for all contenders of a group.
         contender: Who.
         tokens: In each call; for a batch, of all rows.

@@ -18,6 +18,7 @@ from benchmarks.measure import (
     LIMIT,
     MEMORY,
     PREFILL,
+    STEPS,
     TRAIN,
     Measurement,
     Plan,
@@ -39,6 +40,7 @@ NOTES = {
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
     FORMS: "Retention alone, forward and backward; V = 2 K.",
     FAMILY: "Every mixer. Decoding is greedy, by the fast step where the mixer has one.",
+    STEPS: "The models in float32 and under autocast; tokens are parameters for optimizers.",
     MEMORY: "Above what the process had before the step; a process each, see benchmarks.memory.",
 }
 
@@ -81,7 +83,7 @@ def _processor() -> str:
 def format_report(plan: Plan, results: Results, about: dict[str, Any]) -> str:
     """Heading, a table per case, and the table of targets."""
     parts = [_heading(results, about)]
-    for benchmark in (TRAIN, PREFILL, DECODE, FORMS, FAMILY):
+    for benchmark in (TRAIN, PREFILL, DECODE, FORMS, FAMILY, STEPS):
         groups = list(results.groups(benchmark))
         if groups:
             parts.append([f"== {benchmark}", *NOTES[benchmark].splitlines()])

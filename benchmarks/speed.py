@@ -1,6 +1,6 @@
 """How fast, in how much memory, against whom, and how near the machine's limit.
 
-    python -m benchmarks.speed [train|prefill|decode|memory|forms|family|all] [--threads N] ...
+    python -m benchmarks.speed [train|prefill|decode|memory|forms|family|steps|all] [OPTION ...]
 
 The contenders run in turn in one process (A B A B ...) after a round that is not counted; times are
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
@@ -24,9 +24,10 @@ from benchmarks.contenders import compile_problem
 from benchmarks.decoding import decode
 from benchmarks.family import family
 from benchmarks.kernels import forms, kernels
-from benchmarks.measure import DECODE, FAMILY, FORMS, MEMORY, PREFILL, TRAIN, Plan, Results
+from benchmarks.measure import DECODE, FAMILY, FORMS, MEMORY, PREFILL, STEPS, TRAIN, Plan, Results
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
+from benchmarks.steps import steps
 from benchmarks.training import prefill, train
 from retnet.cli import ArgumentParser, file_path, positive_int, run
 from retnet.evaluation import check_writable, write_json
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
     MEMORY: memory,
     FORMS: forms,
     FAMILY: family,
+    STEPS: steps,
 }
 
 

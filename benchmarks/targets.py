@@ -15,9 +15,10 @@ from benchmarks.decoding import (
 )
 from benchmarks.decoding import long_case as after_case
 from benchmarks.family import DECODING, FAMILY_BOUNDS, PLAIN, TRAINING
-from benchmarks.measure import DECODE, FAMILY, LIMIT, MATMULS, PREFILL, TRAIN, Plan, Results
+from benchmarks.measure import DECODE, FAMILY, LIMIT, MATMULS, PREFILL, STEPS, TRAIN, Plan, Results
 from benchmarks.memory import memory_case
 from benchmarks.others import TORCHSCALE
+from benchmarks.steps import NARROW, PASSES
 from benchmarks.training import long_case, training_case
 
 
@@ -51,6 +52,7 @@ def targets(plan: Plan, results: Results) -> list[Target]:
         *_reading(plan, results),
         *_decoding(plan, results),
         *_family(plan, results),
+        *_steps(plan, results),
     ]
 
 
@@ -165,3 +167,8 @@ def _family(plan: Plan, results: Results) -> Iterator[Target]:
     for name in FAMILY_BOUNDS:
         title = f"decode, {name} against the RetNet's plain forward pass"
         yield Target(title, 1.5, False, speedup(case, PLAIN, name))
+
+
+def _steps(plan: Plan, results: Results) -> Iterator[Target]:
+    value = _speedups(results, STEPS)(PASSES.format(plan.train_short), "RetNet", "RetNet" + NARROW)
+    yield Target("training in bfloat16 against float32", 0.55, False, value)

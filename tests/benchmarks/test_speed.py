@@ -15,6 +15,7 @@ from benchmarks.limits import decode_bytes, linear_flops, linear_products, matmu
 from benchmarks.measure import LIMIT, MATMULS, Measurement, Plan, Results
 from benchmarks.others import TORCHSCALE, YET_ANOTHER, add_others
 from benchmarks.speed import BENCHMARKS
+from benchmarks.steps import ADAMW, MATRICES, MUON, NARROW, TORCHS
 from benchmarks.targets import targets
 from retnet.cli import run
 from retnet.evaluation import Timing
@@ -82,7 +83,8 @@ def test_everything_runs_and_is_written_down(
     own = {*variants(plan), PLAIN}
     assert {*MIXERS, "aft simple", "hybrid, window"} < own
     ours = {"RetNet", "Transformer", "Llama", LIMIT, MATMULS, *forms, *loops, *chunks}
-    assert names == ours | own
+    narrow = {"RetNet" + NARROW, "Transformer" + NARROW}
+    assert names == ours | own | narrow | {ADAMW, MUON, MATRICES, TORCHS}
     for name in variants(plan):
         sizes = [written["facts"][STATE_FACT.format(name, n)] for n in plan.family_contexts]
         assert (sizes[1] > sizes[0]) == (name in ("attention", "aft full")), name
@@ -112,6 +114,7 @@ def test_the_targets_are_those_of_the_issue() -> None:
         (2, False),
         *((bound, False) for bound in (1.15, 1.15, 2, 2, 2)),  # the family's training steps
         *((1.5, False) for _ in range(5)),  # and its tokens
+        (0.55, False),
     ]
 
 
