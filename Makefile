@@ -1,4 +1,4 @@
-# make demo: train a RetNet and a Transformer, generate, compare.   make test: the test suite.
+# make demo: train a RetNet and a Transformer, each with its tuned rate, generate, compare.   make test: the test suite.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -6,8 +6,8 @@ PY := $(VENV)/bin/python
 .PHONY: demo test test-all check format clean
 
 demo: $(VENV)/.installed
-	$(PY) train.py configs/tiny.yaml
-	$(PY) train.py configs/tiny.yaml model.mixer=attention
+	$(PY) train.py configs/tiny.yaml train.learning_rate=8e-2
+	$(PY) train.py configs/tiny.yaml train.learning_rate=1e-2 model.mixer=attention
 	$(PY) compare.py runs/tiny-retention runs/tiny-attention
 	printf 'class Parser:\n    def __init__(self' | $(PY) generate.py runs/tiny-retention - --temperature 0.7
 

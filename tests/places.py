@@ -17,7 +17,8 @@ from tests.generation.builders import MIXERS, save_checkpoint
 MAINS = {"train": train.main, "generate": generate.main, "compare": compare.main}
 RUN = "{tiny} data.source={corpus} data.tokenizer=bytes data.seq_len=8 data.cache_dir={new}/cache "\
       "train.out_dir={new}/run model.hidden_size=16 model.num_heads=2 train.max_steps=1 "\
-      "train.warmup_steps=0 train.device=cpu"  # fmt: skip
+      "train.warmup_steps=0 train.device=cpu train.optimizer=adamw "\
+      "train.learning_rate=0.004"  # fmt: skip
 
 # And of a model whose positions end, for which num_heads means nothing.
 AFT = RUN.replace(" model.num_heads=2", " model.mixer=aft")

@@ -75,6 +75,7 @@ def tiny_options(corpus: Path, folder: Path) -> list[str]:
             "data.cache_dir": folder / "cache",
             "train.max_steps": 6,
             "train.batch_size": 4,
+            "train.optimizer": "adamw",
             "train.learning_rate": 3e-3,
             "train.warmup_steps": 2,
             "train.eval_every": 3,
