@@ -403,8 +403,8 @@ def test_bug_14_options_that_are_replaced(monkeypatch: Patch) -> None:
     assert check()
     kind = mixer_module.MultiScaleRetention
     real_retain = kind._retain
-    replaced = lambda self, q, k, v, decay, mode, **options: real_retain(  # noqa: E731
-        self, q, k, v, decay, "recurrent" if q.shape[2] < 64 else mode, **options
+    replaced = lambda self, q, k, v, decay, mode, *rest, **options: real_retain(  # noqa: E731
+        self, q, k, v, decay, "recurrent" if q.shape[2] < 64 else mode, *rest, **options
     )
     assert fails(check, monkeypatch, kind, "_retain", replaced)
 

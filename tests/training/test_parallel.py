@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from retnet.machine import computes_in_bfloat16
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run
 
@@ -196,8 +197,9 @@ def test_the_precision_that_accelerate_launch_asks_for(
 ) -> None:
     """It was ignored; what it sets when nobody asked, no, leaves the choice to the key."""
     options += ["train.max_steps=2"]
+    of_cpu = "bf16" if computes_in_bfloat16() else "fp32"
     for asked, key, used in (("bf16", "auto", "bf16"), ("no", "bf16", "bf16"),
-                             ("bf16", "bf16", "bf16"), ("no", "auto", "fp32")):  # fmt: skip
+                             ("bf16", "bf16", "bf16"), ("no", "auto", of_cpu)):  # fmt: skip
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
         folder = tmp_path / f"{asked}-{key}"
         assert run(options, train__precision=key, train__out_dir=folder) == 0
