@@ -12,7 +12,7 @@ from torch import nn
 from retnet.errors import UserError
 from retnet.model.mixers.base import Part
 from retnet.training.muon import Muon
-from retnet.training.spec import ADAMW_SHARE, RATES, TrainSpec
+from retnet.training.spec import RATES, TrainSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +32,14 @@ def settled_optimizer(
         UserError: A key of the command line has no effect.
     """
     rate, rest = train.learning_rate, train.adamw_learning_rate
-    before = in_file.get("train.optimizer", TrainSpec.optimizer)
-    if train.optimizer != before and "train.learning_rate" not in given:
-        file_rate = in_file.get("train.learning_rate")
-        if train.optimizer == "muon":
-            rate = None
-        elif in_file.get("train.adamw_learning_rate") is not None:
-            rate = in_file["train.adamw_learning_rate"]
-        else:
-            rate = ADAMW_SHARE * (RATES["muon"] if file_rate is None else file_rate)
-        rate = RATES[train.optimizer] if rate is None else rate
-        shown = RATES[before] if file_rate is None else file_rate
+    names = ("optimizer", "learning_rate", "adamw_learning_rate")
+    keys = {name: in_file[key] for name in names if (key := f"train.{name}") in in_file}
+    before = replace(TrainSpec(), **keys)
+    if train.optimizer != before.optimizer and "train.learning_rate" not in given:
+        rate = before.adamw_peak if train.optimizer == "adamw" else RATES["muon"]
         logger.info(
-            f"train.learning_rate ({shown}) is that of {before}: with {train.optimizer} it is "
-            f"{rate:g}"
+            f"train.learning_rate ({before.peak:g}) is that of {before.optimizer}: with "
+            f"{train.optimizer} it is {rate:g}"
         )
     if train.optimizer == "adamw" and rest is not None:
         if "train.adamw_learning_rate" in given:

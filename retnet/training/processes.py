@@ -103,13 +103,13 @@ def _check_environment(spec: TrainSpec) -> None:
             f"{USE_CPU} ({os.environ[USE_CPU]}) contradicts train.device (cuda): leave one of them "
             "out"
         )
-    if _is_on("ACCELERATE_USE_FSDP") and (spec.device == "cpu" or not torch.cuda.is_available()):
-        raise UserError("ACCELERATE_USE_FSDP (true) needs a GPU: unset it, or use torchrun alone")
     if _is_on("ACCELERATE_USE_FSDP") and spec.optimizer == "muon":
         raise UserError(
             "train.optimizer (muon) needs whole matrices, and ACCELERATE_USE_FSDP (true) divides "
             "them: use torchrun alone, or train.optimizer=adamw"
         )
+    if _is_on("ACCELERATE_USE_FSDP") and (spec.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("ACCELERATE_USE_FSDP (true) needs a GPU: unset it, or use torchrun alone")
     for name, instead in REFUSED.items():
         value = os.environ.get(name, "no")
         if value.lower() not in ("no", "none", "false", "0", ""):

@@ -155,6 +155,12 @@ def test_keys_without_meaning() -> None:
         load_config(None, ["train.decay_fraction=0.5"])
 
 
+def test_divided_matrices_are_refused(options, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run(options, train__optimizer="muon") == 2
+    assert "error: train.optimizer (muon) needs whole matrices" in capsys.readouterr().err
+
+
 def test_the_trapezoid() -> None:
     spec = TrainSpec(
         learning_rate=1.0, schedule="wsd", warmup_steps=10, max_steps=110, decay_fraction=0.5,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from retnet import machine
+from retnet.experiments.contenders import planned
 from retnet.training import precision
 from retnet.training.config import load_config
 from retnet.training.precision import settled_precision
@@ -91,7 +92,9 @@ def test_an_experiment_decides_for_all_its_runs(options, tmp_path: Path, decide)
     assert run(given, train__precision="fp32") == 0
     config = load_config("configs/tiny.yaml", given)
     assert settled_precision(config).train.precision == "fp32"
-    assert settled_precision(config, for_all=True).train.precision == "bf16"
+    assert (
+        planned("configs/tiny.yaml", tmp_path / "run", given[:-1]).config.train.precision == "bf16"
+    )
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
