@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Contender, Field, Ours, Size
 from benchmarks.measure import FAMILY, Piece, Plan, Results, measure, random_ids
-from benchmarks.training import training_pieces
+from benchmarks.training import passes
 from retnet.generation.decode import decode_one
 from retnet.model import MIXERS
 from retnet.model.fast_decode.weights import lay_out_for_decoding
@@ -74,10 +74,8 @@ def family(plan: Plan, results: Results) -> None:
         lay_out_for_decoding(one.model)
         field.add(one)
     results.note_field(plan.size, field)
-    one_row = Plan(**vars(plan) | {"step_tokens": plan.train_short})
-    case = TRAINING
-    pieces = training_pieces(field.contenders, plan.train_short, one_row, case)
-    measure(FAMILY, pieces[: len(field.contenders)], plan, results)
+    pieces = passes(field.contenders, 1, plan.train_short, plan, TRAINING)
+    measure(FAMILY, pieces, plan, results)
     everybody: list[Contender] = [Plain(PLAIN, field.contenders[0].model), *field.contenders]
     for context in plan.family_contexts:
         ids = random_ids(1, context, plan, plan.size)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Contender, Field, Ours, make_retnet, make_transformer
 from benchmarks.measure import STEPS, Piece, Plan, Results, measure
-from benchmarks.training import training_pieces
+from benchmarks.training import passes
 from retnet.training.muon import Muon, parameters_of_muon
 from retnet.training.optimizer import build_optimizer
 from retnet.training.spec import TrainSpec
@@ -36,10 +36,8 @@ def steps(plan: Plan, results: Results) -> None:
         field.add(Ours(name, model))
         field.add(Narrow(name + NARROW, model))
     results.note_field(plan.size, field)
-    one_row = Plan(**vars(plan) | {"step_tokens": plan.train_short})
     case = PASSES.format(plan.train_short)
-    pieces = training_pieces(field.contenders, plan.train_short, one_row, case)
-    measure(STEPS, pieces[: len(field.contenders)], plan, results)
+    measure(STEPS, passes(field.contenders, 1, plan.train_short, plan, case), plan, results)
     for one in field.contenders[::2]:
         measure(STEPS, _updates(one, plan), plan, results)
 

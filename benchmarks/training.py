@@ -1,5 +1,7 @@
 """The training and prefill benchmarks."""
 
+from collections.abc import Sequence
+
 from benchmarks.contenders import Contender, Field, Llama, add_ours, make_llama, with_compiled
 from benchmarks.decoding import decoding_field
 from benchmarks.limits import linear_flops, linear_products, matmul_products
@@ -25,20 +27,26 @@ def prefill_case(length: int) -> str:
     return f"prefill of {length} tokens"
 
 
+def passes(
+    contenders: Sequence[Contender], rows: int, length: int, plan: Plan, case: str
+) -> list[Piece]:
+    """A forward and backward pass of each that can train rows of this length."""
+    ids = random_ids(rows, length + 1, plan, plan.size)
+    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return [
+        Piece(case, one.name, rows * length, one.training_step(ids, targets))
+        for one in contenders
+        if one.longest is None or length <= one.longest
+    ]
+
+
 def training_pieces(
     contenders: list[Contender], length: int, plan: Plan, case: str | None = None
 ) -> list[Piece]:
     """One step of each that can train rows of this length, and the limit."""
     rows = max(1, plan.step_tokens // length)
-    ids = random_ids(rows, length + 1, plan, plan.size)
-    ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     case = case or training_case(rows, length)
-    tokens = rows * length
-    pieces = [
-        Piece(case, one.name, tokens, one.training_step(ids, targets))
-        for one in contenders
-        if one.longest is None or length <= one.longest
-    ]
+    pieces, tokens = passes(contenders, rows, length, plan, case), rows * length
     model = contenders[0].model
     return [
         *pieces,
