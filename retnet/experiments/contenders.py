@@ -88,6 +88,13 @@ def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:
     return Run(folder, config, tuple(map(key_of, arguments)))
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise a ``UserError`` where one is there twice."""
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise UserError(f"--seeds ({seed}) is there twice: the same run, and no spread")
+
+
 def check_not_taken(what: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:
     """Raise a ``UserError`` for a ``key=value`` that would have no effect.
 

@@ -15,18 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, file_path, run
-from retnet.errors import UserError
+from retnet.cli import ArgumentParser, run
 from retnet.experiments.contenders import (
     Contender,
     add_options,
-    check_not_taken,
+    check_seeds,
     check_settings,
     choices,
     contenders,
     planned,
 )
-from retnet.experiments.tune import read_tuned
+from retnet.experiments.tune import add_tuned, tuned_for
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,12 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--vary", action="append", default=[], metavar="key=a,b", help="settings")
-    add("--tuned", type=file_path, metavar="FILE", help="what tune chose for each contender")
+    add_tuned(parser)
     arguments = parser.parse_intermixed_args(argv)
     who, variations = contenders(arguments), choices("--vary", arguments.vary)
     check_settings(arguments, "--vary", variations, {"train.seed": "--seeds"})
-    for seed in arguments.seeds:
-        if arguments.seeds.count(seed) > 1:
-            raise UserError(f"--seeds ({seed}) is there twice: the same run, and no spread")
-    tuned = read_tuned(arguments.tuned) if arguments.tuned else {}
-    for contender in who:
-        if arguments.tuned and contender.name not in tuned:
-            raise UserError(f"--tuned ({arguments.tuned}) says nothing of {contender.name}")
-        what, found = f"--tuned {contender.name}", tuned.get(contender.name, [])
-        check_not_taken(what, found, dict.fromkeys(variations, "--vary"))
-        by_file = {text.partition("=")[0]: f"--tuned ({arguments.tuned})" for text in found}
-        check_not_taken("argument", [*arguments.overrides, *contender.keys], by_file)
+    check_seeds(arguments.seeds)
+    tuned = tuned_for(who, arguments, dict.fromkeys(variations, "--vary"))
     rows = repeat(
         arguments.recipe,
         who,

@@ -28,6 +28,7 @@ from retnet.experiments.contenders import (
     Contender,
     Run,
     add_options,
+    check_not_taken,
     check_settings,
     choices,
     contenders,
@@ -170,6 +171,33 @@ def read_tuned(path: Path) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no chosen settings: {fix}") from error
+
+
+def add_tuned(parser: ArgumentParser) -> None:
+    """The option that takes what was chosen."""
+    text = "what tune chose for each contender"
+    parser.add_argument("--tuned", type=file_path, metavar="FILE", help=text)
+
+
+def tuned_for(
+    who: Sequence[Contender], arguments: argparse.Namespace, taken: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The ``key=value`` that --tuned gives each contender.
+
+    Raises:
+        UserError: It says nothing of one, or a key is set elsewhere too: ``taken`` says by which
+            option.
+    """
+    file = arguments.tuned
+    tuned = read_tuned(file) if file else {}
+    for contender in who:
+        if file and contender.name not in tuned:
+            raise UserError(f"--tuned ({file}) says nothing of {contender.name}")
+        what, found = f"--tuned {contender.name}", tuned.get(contender.name, [])
+        check_not_taken(what, found, taken)
+        by_file = {text.partition("=")[0]: f"--tuned ({file})" for text in found}
+        check_not_taken("argument", [*arguments.overrides, *contender.keys], by_file)
+    return tuned
 
 
 def table(trials: Sequence[Trial], chosen: Sequence[Chosen]) -> list[str]:

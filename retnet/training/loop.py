@@ -140,6 +140,7 @@ class Trainer:
             "optim/grad_norm": norm,
             "data/epoch": self.batches.epoch(step + 1),
             "perf/tokens_per_s": self.batches.global_batch * self.config.data.seq_len / seconds,
+            "perf/seconds": self.progress.seconds,
             "perf/data_wait_share": waited / seconds,
         }
 
