@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from benchmarks.contenders import Prepare
 
 
-def linear_products(model: nn.Module, tokens: int) -> Prepare:
+def linear_products(model: nn.Module, tokens: int, dtype: torch.dtype | None = None) -> Prepare:
     """The products of all linear layers, forward and backward, and nothing else.
 
     Per layer [out, in] and N tokens: Y = X W^T, dX = dY W, dW = dY^T X, by the library that the
     process gives its products to. Tied embeddings count once, as the output layer.
 
     Args:
-        model: Whose layers, device and dtype.
+        model: Whose layers and device.
         tokens: N.
+        dtype: Of all operands; the model's when None.
     """
-    weights, rows = _linear_layers(model, tokens)
+    weights, rows = _linear_layers(model, tokens, dtype)
 
     def work() -> None:
         for weight in weights:
@@ -66,9 +67,12 @@ def _torchs_own_choice() -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def _linear_layers(model: nn.Module, tokens: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+def _linear_layers(
+    model: nn.Module, tokens: int, dtype: torch.dtype | None = None
+) -> tuple[list[Tensor], dict[int, Tensor]]:
     """The weights, and random rows [N, width] of every width that occurs."""
-    weights = [x.weight.detach() for x in model.modules() if isinstance(x, nn.Linear)]
+    layers = [x for x in model.modules() if isinstance(x, nn.Linear)]
+    weights = [layer.weight.detach().to(dtype or layer.weight.dtype) for layer in layers]
     widths = {size for weight in weights for size in weight.shape}
     return weights, {width: torch.randn(tokens, width).to(weights[0]) for width in widths}
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, Field, Ours, make_retnet, make_transformer
-from benchmarks.measure import STEPS, Piece, Plan, Results, measure
+from benchmarks.limits import linear_products
+from benchmarks.measure import LIMIT, STEPS, Piece, Plan, Results, measure
 from benchmarks.training import passes
 from retnet.training.muon import Muon, parameters_of_muon
 from retnet.training.optimizer import build_optimizer
@@ -36,8 +37,13 @@ def steps(plan: Plan, results: Results) -> None:
         field.add(Ours(name, model))
         field.add(Narrow(name + NARROW, model))
     results.note_field(plan.size, field)
-    case = PASSES.format(plan.train_short)
-    measure(STEPS, passes(field.contenders, 1, plan.train_short, plan, case), plan, results)
+    case, tokens = PASSES.format(plan.train_short), plan.train_short
+    limits = [
+        Piece(case, LIMIT + name, tokens, linear_products(field.contenders[0].model, tokens, dtype))
+        for name, dtype in (("", torch.float32), (NARROW, torch.bfloat16))
+    ]
+    pieces = [*passes(field.contenders, 1, tokens, plan, case), *limits]
+    measure(STEPS, pieces, plan, results)
     for one in field.contenders[::2]:
         measure(STEPS, _updates(one, plan), plan, results)
 

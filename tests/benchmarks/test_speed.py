@@ -14,6 +14,7 @@ from benchmarks.family import PLAIN, STATE_FACT, variants
 from benchmarks.limits import decode_bytes, linear_flops, linear_products, matmul_products
 from benchmarks.measure import LIMIT, MATMULS, Measurement, Plan, Results
 from benchmarks.others import TORCHSCALE, YET_ANOTHER, add_others
+from benchmarks.report import _times
 from benchmarks.speed import BENCHMARKS
 from benchmarks.steps import ADAMW, MATRICES, MUON, NARROW, TORCHS
 from benchmarks.targets import targets
@@ -83,7 +84,7 @@ def test_everything_runs_and_is_written_down(
     own = {*variants(plan), PLAIN}
     assert {*MIXERS, "aft simple", "hybrid, window"} < own
     ours = {"RetNet", "Transformer", "Llama", LIMIT, MATMULS, *forms, *loops, *chunks}
-    narrow = {"RetNet" + NARROW, "Transformer" + NARROW}
+    narrow = {name + NARROW for name in ("RetNet", "Transformer", LIMIT)}
     assert names == ours | own | narrow | {ADAMW, MUON, MATRICES, TORCHS}
     for name in variants(plan):
         sizes = [written["facts"][STATE_FACT.format(name, n)] for n in plan.family_contexts]
@@ -179,6 +180,27 @@ def test_limits_count_every_linear_layer_once() -> None:
         products(model, 5)()()
     norms = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
     assert decode_bytes(model, 100) == 4 * (layers + norms) + 200  # the tied embedding once
+
+
+def test_the_limit_in_another_type_has_operands_of_it() -> None:
+    """And each precision's row is held against its own limit."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.update(x.dtype for x in args if isinstance(x, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    work = linear_products(make_retnet(SIZE), 5, torch.bfloat16)()
+    with Watch():
+        work()
+    assert seen == {torch.bfloat16}
+    names = {"RetNet": 8.0, "RetNet" + NARROW: 4.0, LIMIT: 4.0, LIMIT + NARROW: 1.0}
+    group = [
+        Measurement("steps", "pass", name, 1, Timing(s, s, s, 1, (s,))) for name, s in names.items()
+    ]
+    last = [line.split()[-1] for line in _times(group)[2:]]
+    assert last == ["0.50", "0.25", "1.00", "1.00"]
 
 
 def test_the_row_by_mkl_is_measured_without_the_switch() -> None:
