@@ -1,6 +1,6 @@
 """How good, how fast and how large: perplexity, intervals, decoding speed, comparison tables."""
 
-from retnet.evaluation.bootstrap import Difference, paired_bootstrap
+from retnet.evaluation.bootstrap import Difference, paired_bootstrap, t_interval
 from retnet.evaluation.comparison import Comparison, compare_checkpoints
 from retnet.evaluation.output import check_not_read, check_writable, write_json
 from retnet.evaluation.report import format_comparison, to_json

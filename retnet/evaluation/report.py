@@ -99,9 +99,12 @@ def _differences(comparison: Comparison) -> list[str]:
 
 
 def _format_difference(difference: Difference) -> str:
-    if difference.low is None:
-        return f"{difference.value:+.4f}"
-    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return f"{difference.value:+.4f} {format_interval(difference)}".rstrip()
+
+
+def format_interval(difference: Difference) -> str:
+    """ "[low, high]"; empty where there is none."""
+    return "" if difference.low is None else f"[{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def _verdict(difference: Difference) -> str:

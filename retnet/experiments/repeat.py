@@ -4,6 +4,8 @@
         --mixers retention attention --vary train.learning_rate=2e-3,4e-3 data.source=PATH
 
 Each run has its own folder, so what was interrupted goes on and what is finished is only read.
+The differences to the first line are of the final checkpoints on the validation documents, in
+windows of the trained length; the seeds are paired.
 ``--tuned FILE`` gives each contender the settings that ``retnet.experiments.tune`` chose for it.
 """
 
@@ -25,6 +27,7 @@ from retnet.experiments.contenders import (
     contenders,
     planned,
 )
+from retnet.experiments.intervals import differences
 from retnet.experiments.tune import add_tuned, tuned_for
 
 
@@ -34,12 +37,13 @@ class Row:
 
     setting: str
     losses: list[float]
+    runs: list[Path]  # their folders, one per seed
 
     def __str__(self) -> str:
         mean = statistics.mean(self.losses)
-        spread = statistics.stdev(self.losses) if len(self.losses) > 1 else float("nan")
+        spread = f"{statistics.stdev(self.losses):8.4f}" if len(self.losses) > 1 else f"{'-':>8}"
         each = " ".join(f"{loss:.4f}" for loss in self.losses)
-        return f"{self.setting:<44} {mean:8.4f} {spread:8.4f}   {each}"
+        return f"{self.setting:<44} {mean:8.4f} {spread}   {each}"
 
 
 def repeat(
@@ -72,7 +76,10 @@ def repeat(
             runs.append(planned(recipe, out / name.replace("/", "_"), keys))
         shown = [contender.name, *(s.partition(".")[2] for s in setting[1:])]
         plan.append((", ".join(shown), runs))
-    return [Row(setting, [run() for run in runs]) for setting, runs in plan]
+    return [
+        Row(setting, [run() for run in runs], [run.folder for run in runs])
+        for setting, runs in plan
+    ]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{'validation loss, nats/token':<44} {'mean':>8} {'sd':>8}   seeds {arguments.seeds}")
     for row in rows:
         print(row)
+    if len(rows) > 1:
+        print("\n".join(["", *differences([(row.setting, row.runs) for row in rows])]))
 
 
 if __name__ == "__main__":

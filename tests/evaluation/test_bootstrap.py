@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from retnet.evaluation import Difference, paired_bootstrap
-from retnet.evaluation.bootstrap import to_bits
+from retnet.evaluation import Difference, paired_bootstrap, t_interval
+from retnet.evaluation.bootstrap import FEW_SEEDS, to_bits
 
 
 def documents(seed: int, number: int = 60, gap: float = 0.1):
@@ -76,3 +76,46 @@ def test_empty_documents_are_no_division_by_zero() -> None:
 
 def test_bits_are_nats_over_ln_2() -> None:
     assert to_bits(Difference(math.log(2), 0.0, math.log(4))) == Difference(1.0, 0.0, 2.0)
+
+
+def seeds_and_documents(seed: int, seeds: int = 6, number: int = 40):
+    """Totals [seeds, D] of two models, whose difference varies with seed and with document."""
+    generator = np.random.default_rng(seed)
+    weights = generator.integers(50, 500, number)
+    first = generator.normal(3, 1, number) + generator.normal(0, 0.01, (seeds, number))
+    gap = 0.1 + generator.normal(0, 0.1, (seeds, 1)) + generator.normal(0, 0.2, number)
+    return first * weights, (first + gap) * weights, weights
+
+
+def test_seeds_are_resampled_beside_documents() -> None:
+    """One seed is what it was; equal seeds add nothing; several differing ones widen."""
+    first, second, weights = seeds_and_documents(0)
+    alone = paired_bootstrap(first[0], second[0], weights)
+    assert paired_bootstrap(first[:1], second[:1], weights) == alone
+    same = paired_bootstrap(first[[0] * 4], second[[0] * 4], weights)
+    assert (same.value, same.low, same.high) == pytest.approx((alone.value, alone.low, alone.high))
+    mean = (second - first).mean(axis=0).sum() / weights.sum()
+    crossed = paired_bootstrap(first, second, weights)
+    assert crossed.value == pytest.approx(mean)
+    averaged = paired_bootstrap(first.mean(axis=0), second.mean(axis=0), weights)
+    assert crossed.high - crossed.low > 1.2 * (averaged.high - averaged.low)
+    one = paired_bootstrap(first[:, :1], second[:, :1], weights[:1])  # of one document: seeds alone
+    assert one.low < one.value < one.high
+
+
+def test_coverage_over_seeds_and_documents() -> None:
+    hits = 0
+    for seed in range(100):
+        difference = paired_bootstrap(*seeds_and_documents(seed, seeds=12), resamples=200)
+        hits += difference.low <= 0.1 <= difference.high
+    assert 85 <= hits <= 99
+
+
+def test_few_seeds_have_students_interval() -> None:
+    """As often as it says, where resampling three values would hold the truth far too seldom."""
+    generator = np.random.default_rng(0)
+    for seeds in range(2, FEW_SEEDS):
+        found = [t_interval(generator.normal(1, 2, seeds)) for _ in range(2000)]
+        hits = sum(one.low <= 1 <= one.high for one in found)
+        assert 0.935 < hits / 2000 < 0.965, seeds
+    assert t_interval([0.5]) == Difference(0.5, None, None)

@@ -6,10 +6,13 @@ import statistics
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from retnet import cli
+from retnet.checkpoints import load_checkpoint
 from retnet.errors import UserError
+from retnet.evaluation import score_documents, t_interval, validation_text
 from retnet.experiments import contenders as module
 from retnet.experiments import repeat
 from retnet.experiments.contenders import contenders
@@ -33,8 +36,8 @@ def test_a_row_for_each_mixer_and_setting(arguments, tmp_path: Path, capsys) -> 
     vary += ["--seeds", "0", "1", "--vary", "train.learning_rate=1e-3,1e-1"]
     assert cli.run(repeat.main, [*arguments, *vary]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 1 + 2 * 2
-    settings = [re.split(r"  +", row)[0] for row in table[1:]]
+    assert len(table) == (1 + 2 * 2) + 1 + (2 + 3), "runs, differences of all but the first"
+    settings = [re.split(r"  +", row)[0] for row in table[1:5]]
     assert settings == [
         "retention, learning_rate=1e-3", "retention, learning_rate=1e-1",
         "attention, learning_rate=1e-3", "attention, learning_rate=1e-1",
@@ -53,7 +56,7 @@ def test_a_row_for_each_mixer_and_setting(arguments, tmp_path: Path, capsys) -> 
 def test_one_mixer_one_seed(arguments, capsys) -> None:
     assert cli.run(repeat.main, [*arguments, "--seeds", "3", "--mixers", "attention"]) == 0
     (row,) = capsys.readouterr().out.splitlines()[1:]
-    assert row.startswith("attention ") and "nan" in row
+    assert row.startswith("attention ") and row.split()[2] == "-"
 
 
 def test_every_mixer_takes_part_and_variants_too(arguments, capsys) -> None:
@@ -63,6 +66,50 @@ def test_every_mixer_takes_part_and_variants_too(arguments, capsys) -> None:
     assert row.startswith("short, decay=0.9 ")
     who = contenders(Namespace(mixers=None, variant=[]))
     assert [one.name for one in who] == list(MIXERS)
+
+
+def many_documents(arguments: list[str], tmp_path: Path) -> list[str]:
+    """The same small runs on 40 documents, of which some are held back."""
+    file = tmp_path / "rows.jsonl"
+    texts = [f"document {n} adds its key and value to the state. " * (1 + n % 3) for n in range(40)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [f"data.source={file}" if "data.source" in text else text for text in arguments]
+
+
+def test_differences_with_intervals_over_seeds_and_documents(arguments, tmp_path, capsys) -> None:
+    who = ["--mixers", "retention", "--variant", "wild", "retention", "train.learning_rate=0.3"]
+    options = [*many_documents(arguments, tmp_path), *who, "--seeds", "4", "5"]
+    assert cli.run(repeat.main, options) == 0
+    head, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert re.split(r"  +", head) == [
+        "minus retention", "nats/token", "95% over seeds and documents", "over 2 seeds (t)",
+    ]  # fmt: skip
+    _, _, value, *ends = re.sub(r"[\[\],]", "", row).split()
+    low, high, t_low, t_high = map(float, ends)
+    # by the parts: every run scored on what it held back
+    totals = []
+    for who_ in ("retention", "wild-0.3"):
+        for seed in (4, 5):
+            checkpoint = load_checkpoint(tmp_path / f"runs/shakespeare-char-{who_}-{seed}")
+            texts = validation_text([checkpoint]).documents
+            model, tokenizer = checkpoint.model, checkpoint.tokenizer
+            scores = score_documents(model, tokenizer, texts, context=16)
+            totals.append(scores.nll)
+    gaps = (np.stack(totals[2:]) - np.stack(totals[:2])).sum(axis=1) / scores.targets.sum()
+    assert float(value) == pytest.approx(gaps.mean(), abs=1e-4)
+    assert low < float(value) < high
+    student = t_interval(gaps.tolist())
+    assert (t_low, t_high) == pytest.approx((student.low, student.high), abs=1e-4)
+
+
+def test_one_seed_and_other_tokenizers_or_texts(arguments, tmp_path, capsys) -> None:
+    given = many_documents(arguments, tmp_path)
+    given += ["--mixers", "linear", "--seeds", "0"]
+    assert cli.run(repeat.main, [*given, "--vary", "data.tokenizer=bytes,bpe"]) == 0
+    head = capsys.readouterr().out.splitlines()[-3]
+    assert re.split(r"  +", head)[1:] == ["bits/byte", "95% over documents"]
+    assert cli.run(repeat.main, [*given, "--vary", "data.validation_fraction=0.2,0.5"]) == 0
+    assert "no differences: " in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
