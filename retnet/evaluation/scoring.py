@@ -62,6 +62,10 @@ class Window:
     end: int
     first_target: int
 
+    @property
+    def num_targets(self) -> int:
+        return self.end + 1 - self.first_target
+
 
 def windows(document: int, num_tokens: int, context: int, stride: int) -> Iterator[Window]:
     """Cut a document of ``num_tokens`` tokens so that every target is scored exactly once.
@@ -104,8 +108,7 @@ def score_documents(
         raise UserError(f"text ({len(documents)} documents) is empty: give some to evaluate")
     tokens = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, documents)]
     if batch_size is None:
-        tokens_per_batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.vocab_size)
-        batch_size = max(1, tokens_per_batch // context)
+        batch_size = max(1, tokens_per_batch(model) // context)
     targets = np.array([len(ids) - 1 for ids in tokens], dtype=np.int64)
     totals = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
     bar = tqdm(
@@ -118,6 +121,11 @@ def score_documents(
             totals.index_add_(0, documents_of_rows.to(totals.device), nll)
             bar.update(scored)
     return DocumentScores(totals.cpu().numpy(), targets, sizes)
+
+
+def tokens_per_batch(model: DecoderForCausalLM) -> int:
+    """How many go through the model at once, so that their logits fit in memory."""
+    return max(1, min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.vocab_size))
 
 
 def check_windows(
@@ -178,20 +186,38 @@ def _padded(rows: Sequence[Tensor], fill: int, device: torch.device) -> Tensor:
 def _score_windows(
     model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
 ) -> Iterator[Scored]:
-    """Score windows in batches of similar length, the longest (which takes most memory) first.
-
-    Rows are padded on the right, where a causal model sees the padding only after all targets.
-    """
+    """Score all targets, window by window."""
     every = [
         window
         for document, ids in enumerate(tokens)
         for window in windows(document, len(ids), context, stride)
     ]
-    every.sort(key=lambda window: window.start - window.end)
+    for batch, nll in scored_windows(model, tokens, every, batch_size * context):
+        rows = torch.tensor([window.document for window in batch])
+        yield rows, nll.sum(dim=1), sum(window.num_targets for window in batch)
+
+
+def scored_windows(
+    model: DecoderForCausalLM, tokens: Sequence[Tensor], every: Sequence[Window], num_tokens: int
+) -> Iterator[tuple[Sequence[Window], Tensor]]:
+    """Score windows in batches of similar length, the longest (which takes most memory) first.
+
+    Rows are padded on the right, where a causal model sees the padding only after all targets.
+
+    Args:
+        tokens: Of each document.
+        every: The windows, in any order.
+        num_tokens: In a batch of the longest windows.
+
+    Returns:
+        Batches of windows with the nll of their targets, float64 [B, T]: that of the target after
+        the input at ``start + i`` at index ``i``, zero where it does not count.
+    """
+    every = sorted(every, key=lambda window: window.start - window.end)
     done = 0
     while done < len(every):
         longest = every[done].end - every[done].start
-        batch = every[done : done + max(1, batch_size * context // longest)]
+        batch = every[done : done + max(1, num_tokens // longest)]
         done += len(batch)
         inputs, labels = [], []
         for window in batch:
@@ -201,9 +227,7 @@ def _score_windows(
             targets[: window.first_target - window.start - 1] = IGNORE_INDEX
             labels.append(targets)
         output = model(_padded(inputs, 0, model.device), use_cache=False)
-        nll = token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device)).sum(dim=1)
-        rows = torch.tensor([window.document for window in batch])
-        yield rows, nll, sum(window.end + 1 - window.first_target for window in batch)
+        yield batch, token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device))
 
 
 def _score_carried(

@@ -1,0 +1,200 @@
+"""Where a model is good: losses by position, by context, and by kind of target.
+
+One number hides what tells mixers apart: what more context is worth to a model, what it does beyond
+the length that it was trained at, and whether it finds again what has been there before.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from retnet.data import encode_documents
+from retnet.evaluation.scoring import Window, scored_windows, tokens_per_batch, windows
+from retnet.generation import evaluation_mode
+from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.terminal import harmless
+
+LAST_TARGETS = 128  # of a window, whose loss is told by context; the paper's figure 5 has these
+LONG_WINDOWS = 64  # at most, spread evenly over the text
+RANKS = (
+    10,
+    100,
+    1000,
+)  # of a target among all by frequency, where one kind ends and the next begins
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """Nats per target over a number of targets; none where there are no targets."""
+
+    nats: float | None
+    targets: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The mean losses of one model on one text.
+
+    Attributes:
+        by_position: Of the first, second, ... target of a window of the trained length, whose
+            number of inputs it is predicted from is 1, 2, ...; in groups, each named by its last.
+        by_kind: Of targets that have followed the same token before in their window, of those that
+            have not, and by their frequency in the text.
+        by_context: Of the same targets, predicted from so many tokens; None beyond the length for
+            which the model is defined.
+    """
+
+    by_position: dict[int, MeanLoss]
+    by_kind: dict[str, MeanLoss]
+    by_context: dict[int, MeanLoss | None]
+
+
+def profile(
+    model: DecoderForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    *,
+    context: int,
+    contexts: Sequence[int],
+    progress: str | None = None,
+) -> Profile:
+    """Score a text in windows of ``context``, and the ends of its long documents by ``contexts``.
+
+    ``progress`` is the title of a progress bar on a terminal. Contexts for which no document is
+    long enough are left out.
+    """
+    tokens = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, documents)]
+    every = [
+        window
+        for document, ids in enumerate(tokens)
+        for window in windows(document, len(ids), context, context)
+    ]
+    losses = window_losses(model, tokens, every, progress)
+    return Profile(
+        _by_position(every, losses, context),
+        _by_kind(tokens, every, losses),
+        by_context(model, tokens, contexts, progress=progress),
+    )
+
+
+def window_losses(
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    every: Sequence[Window],
+    progress: str | None = None,
+) -> list[NDArray[np.float64]]:
+    """The nats of each window's targets, in the order of the windows."""
+    found: dict[Window, NDArray[np.float64]] = {}
+    total = sum(window.num_targets for window in every)
+    title = progress and harmless(progress)
+    bar = tqdm(total=total, desc=title, unit="token", unit_scale=True, leave=False,
+               disable=True if progress is None else None)  # fmt: skip
+    with evaluation_mode(model), torch.inference_mode(), bar:
+        for batch, nll in scored_windows(model, tokens, every, tokens_per_batch(model)):
+            for window, row in zip(batch, nll.cpu().numpy(), strict=True):
+                first, end = window.first_target - 1 - window.start, window.end - window.start
+                found[window] = row[first:end].copy()
+                bar.update(window.num_targets)
+    return [found[window] for window in every]
+
+
+def _mean(losses: NDArray[np.float64]) -> MeanLoss:
+    return MeanLoss(float(losses.mean()) if len(losses) else None, len(losses))
+
+
+def _by_position(
+    every: Sequence[Window], losses: Sequence[NDArray[np.float64]], context: int
+) -> dict[int, MeanLoss]:
+    """In groups that double: 1, 2, 3-4, 5-8, ..., so that late ones are not lost in noise."""
+    positions = np.concatenate([np.arange(w.first_target, w.end + 1) - w.start for w in every])
+    flat, found, before = np.concatenate(losses), {}, 0
+    for end in sorted({min(2**power, context) for power in range(context.bit_length() + 1)}):
+        found[end] = _mean(flat[(before < positions) & (positions <= end)])
+        before = end
+    return found
+
+
+def recalled(ids: Sequence[int]) -> list[bool]:
+    """Whether each token but the first has followed the same token before in these."""
+    seen: set[tuple[int, int]] = set()
+    found = []
+    for pair in pairwise(ids):
+        found.append(pair in seen)
+        seen.add(pair)
+    return found
+
+
+def _by_kind(
+    tokens: Sequence[Tensor], every: Sequence[Window], losses: Sequence[NDArray[np.float64]]
+) -> dict[str, MeanLoss]:
+    flat = np.concatenate(losses)
+    targets, again = [], []
+    for window in every:
+        ids = tokens[window.document][window.start : window.end + 1].tolist()
+        own = window.first_target - window.start
+        targets += ids[own:]
+        again += recalled(ids)[own - 1 :]
+    hits = np.array(again)
+    kinds: dict[str, NDArray[np.bool_]] = {
+        "the same pair of tokens was there before": hits,
+        "the pair of tokens is new": ~hits,
+    }
+    ranks = {token: rank for rank, (token, _) in enumerate(Counter(targets).most_common())}
+    rank = np.array([ranks[token] for token in targets])
+    for low, high in zip((0, *RANKS), (*RANKS, None), strict=True):
+        if low < len(ranks):
+            name = f"target of rank {low + 1:,} to {high:,}" if high else f"rarer than rank {low:,}"
+            kinds[name] = (rank >= low) & (rank < (high or len(ranks)))
+    return {name: _mean(flat[mask]) for name, mask in kinds.items()}
+
+
+def by_context(
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    contexts: Sequence[int],
+    *,
+    last: int = LAST_TARGETS,
+    at_most: int = LONG_WINDOWS,
+    progress: str | None = None,
+) -> dict[int, MeanLoss | None]:
+    """The loss of the same targets, predicted from windows of several lengths that end there.
+
+    Each window's last targets count, at most half of the shortest window's. Contexts that no
+    document is as long as are left out.
+    """
+    longest_document = max((len(ids) for ids in tokens), default=0)
+    contexts = [context for context in sorted(contexts) if context < longest_document]
+    if not contexts:
+        return {}
+    counted = max(1, min(last, contexts[0] // 2))
+    ends = [
+        (document, end)
+        for document, ids in enumerate(tokens)
+        for end in range(contexts[-1], len(ids), contexts[-1])
+    ]
+    if len(ends) > at_most:
+        ends = [ends[i] for i in np.linspace(0, len(ends) - 1, at_most).round().astype(int)]
+    found: dict[int, MeanLoss | None] = {}
+    for context in contexts:
+        found[context] = None
+        if model.config.longest is None or context <= model.config.longest:
+            every = [Window(d, end - context, end, end + 1 - counted) for d, end in ends]
+            found[context] = _mean(np.concatenate(window_losses(model, tokens, every, progress)))
+    return found
+
+
+def perplexities(losses: Mapping[int, MeanLoss | None]) -> dict[int, float]:
+    """exp of the mean losses that there are."""
+    return {
+        key: float(np.exp(loss.nats))
+        for key, loss in losses.items()
+        if loss and loss.nats is not None
+    }
