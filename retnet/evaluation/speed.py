@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from retnet.generation import Step, make_step, prefill
+from retnet.errors import UserError
+from retnet.generation import Step, check_text_fits, make_step, prefill
 from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
@@ -48,13 +49,26 @@ class Timing:
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decoding after a context of a given length, batch 1; None where it is not defined."""
+    """Decoding after a context of a given length; None where it is not defined, or was stopped."""
 
-    context: int  # tokens in the cache when the clock starts
+    context: int  # tokens in the cache of each row when the clock starts
     ms_per_token: float | None = None  # median over the rounds
     ms_low: float | None = None  # first quartile
     ms_high: float | None = None  # third quartile
     cache_bytes: int | None = None  # of the state, or of the used part of the key-value cache
+    prefill_s: float | None = None  # seconds in which the context was read, once
+    rows: int = 1
+    stopped: bool = False  # whether it would have taken too long, or not fit in memory
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all rows together."""
+        return None if self.ms_per_token is None else 1000 * self.rows / self.ms_per_token
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """Of all rows together."""
+        return None if self.prefill_s is None else self.rows * self.context / self.prefill_s
 
 
 def interleaved(
@@ -102,8 +116,10 @@ def decode_speed(
     models: Sequence[DecoderForCausalLM],
     contexts: Sequence[int] = CONTEXTS,
     *,
+    rows: int = 1,
     tokens: int = TOKENS_PER_ROUND,
     rounds: int = ROUNDS,
+    limit_s: float | None = None,
     progress: str | None = None,
 ) -> list[list[DecodeSpeed]]:
     """Milliseconds per token and bytes of memory after contexts of given lengths.
@@ -111,26 +127,53 @@ def decode_speed(
     The contexts are read by prefill into real caches. Every round starts from a copy of that
     cache and feeds ``tokens`` tokens, each the most likely one after the last. The models are on
     one device and in evaluation mode; ``progress`` is the title of a progress bar on a terminal.
+    With ``limit_s`` a model is stopped at the first context that would take longer to read, if
+    the time grew with its square, or whose memory the machine does not have.
 
     Returns:
         For each model its results in the order of ``contexts``.
     """
     results: list[list[DecodeSpeed]] = [[] for _ in models]
+    for model in models if limit_s is not None else ():
+        _read_context(model, min(contexts), rows, tokens)  # the first time is slower
     bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
     for context in bar:
-        measured = [i for i, model in enumerate(models) if _has_room(model, context + tokens)]
-        caches = [_read_context(models[i], context, tokens) for i in measured]
+        measured = []
+        for i, model in enumerate(models):
+            defined = _has_room(model, context + tokens)
+            stopped = defined and limit_s is not None and (
+                _too_long(results[i], context, limit_s) or _too_large(model, context + tokens, rows)
+            )  # fmt: skip
+            measured += [i] if defined and not stopped else []
+            results[i].append(DecodeSpeed(context, rows=rows, stopped=stopped))
+        read = [_read_context(models[i], context, rows, tokens) for i in measured]
         prepares = [
-            _decoding(models[i], cache, tokens) for i, cache in zip(measured, caches, strict=True)
+            _decoding(models[i], cache, rows, tokens)
+            for i, (cache, _) in zip(measured, read, strict=True)
         ]
         timings = interleaved(prepares, models[0].device, rounds=rounds)
-        for own in results:
-            own.append(DecodeSpeed(context))
-        for i, cache, timing in zip(measured, caches, timings, strict=True):
+        for i, (cache, seconds), timing in zip(measured, read, timings, strict=True):
             ms = 1000 / tokens
             spread = (ms * timing.median, ms * timing.low, ms * timing.high)
-            results[i][-1] = DecodeSpeed(context, *spread, cache_bytes=cache.num_bytes())
+            results[i][-1] = DecodeSpeed(context, *spread, cache.num_bytes(), seconds, rows)
     return results
+
+
+def _too_long(before: Sequence[DecodeSpeed], context: int, limit_s: float) -> bool:
+    """Whether it was stopped before, or reading would take longer now."""
+    if not before or before[-1].stopped:
+        return bool(before)
+    last = before[-1]
+    return last.prefill_s is not None and (context / last.context) ** 2 * last.prefill_s > limit_s
+
+
+def _too_large(model: DecoderForCausalLM, tokens: int, rows: int) -> bool:
+    """Whether its memory would not fit, the copy of it included."""
+    try:
+        check_text_fits(model, 2 * tokens, rows, "")
+    except UserError:
+        return True
+    return False
 
 
 def _has_room(model: DecoderForCausalLM, tokens: int) -> bool:
@@ -139,22 +182,29 @@ def _has_room(model: DecoderForCausalLM, tokens: int) -> bool:
     return longest is None or tokens <= longest
 
 
-def _read_context(model: DecoderForCausalLM, context: int, tokens: int) -> DecoderCache:
+def _read_context(
+    model: DecoderForCausalLM, context: int, rows: int, tokens: int
+) -> tuple[DecoderCache, float]:
+    """A cache that has read so many random tokens, and the seconds that took."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, context), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (rows, context), generator=generator)
+    ids = ids.to(model.device)
     cache = model.new_cache(max_length=context + tokens)
-    prefill(model, ids.to(model.device), cache)
-    return cache
+    synchronize(model.device)
+    started = time.perf_counter()
+    prefill(model, ids, cache)
+    synchronize(model.device)
+    return cache, time.perf_counter() - started
 
 
 def _decoding(
-    model: DecoderForCausalLM, cache: DecoderCache, tokens: int
+    model: DecoderForCausalLM, cache: DecoderCache, rows: int, tokens: int
 ) -> Callable[[], Callable[[], object]]:
     step = make_step(model)
 
     def prepare() -> Callable[[], object]:
         own = copy.deepcopy(cache)
-        start = torch.zeros(1, dtype=torch.int64, device=model.device)
+        start = torch.zeros(rows, dtype=torch.int64, device=model.device)
         return lambda: _decode(step, own, start, tokens)
 
     return prepare

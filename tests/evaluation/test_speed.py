@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retnet.evaluation import decode_speed, interleaved
+from retnet.evaluation import decode_speed, interleaved, speed
 from retnet.evaluation.speed import DecodeSpeed
 from tests.generation.builders import MIXERS, tiny_model
 from tests.model.conftest import ROW_BYTES
@@ -76,3 +76,38 @@ def test_every_round_decodes_the_asked_number_after_the_full_context(mixer, monk
     monkeypatch.setattr("retnet.evaluation.speed.make_step", lambda model: step)
     decode_speed([tiny_model(mixer)], (20,), tokens=3, rounds=2)
     assert lengths == [20, 21, 22] * 3
+
+
+def test_rows_side_by_side_and_the_time_of_reading() -> None:
+    ((one,),) = decode_speed([tiny_model("attention")], (8,), tokens=2, rounds=2)
+    ((four,),) = decode_speed([tiny_model("attention")], (8,), rows=4, tokens=2, rounds=2)
+    assert (one.rows, four.rows) == (1, 4) and four.cache_bytes == 4 * one.cache_bytes
+    assert four.tokens_per_second == pytest.approx(4000 / four.ms_per_token)
+    assert four.prefill_tokens_per_second == pytest.approx(4 * 8 / four.prefill_s)
+    assert DecodeSpeed(3).tokens_per_second is DecodeSpeed(3).prefill_tokens_per_second is None
+
+
+def test_a_model_is_stopped_where_it_would_take_too_long_or_not_fit(monkeypatch) -> None:
+    """By the time of the context before, as if it grew with the square; then for good."""
+    clock, reads = [0.0], []
+
+    def slow(model, ids, cache):
+        reads.append(ids.shape[1])
+        clock[0] += ids.shape[1] if model is slow_model else 0
+        return prefill(model, ids, cache)
+
+    slow_model, other = tiny_model("attention"), tiny_model("retention")
+    prefill = speed.prefill
+    monkeypatch.setattr(speed, "prefill", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    options = {"tokens": 2, "rounds": 2}
+    found, all_of_it = decode_speed([slow_model, other], (4, 8, 32, 64), limit_s=100, **options)
+    assert [one.stopped for one in found] == [False, False, True, True], "8 s become 128 s at 32"
+    assert [one.prefill_s for one in found] == [4, 8, None, None]
+    assert not any(one.stopped for one in all_of_it) and all(one.cache_bytes for one in all_of_it)
+    assert reads == [4, 4, 4, 4, 8, 8, 32, 64]  # the first two warm up
+
+    monkeypatch.setattr("retnet.generation.checks.memory_of", lambda device: 200_000)
+    found, all_of_it = decode_speed([slow_model, other], (8, 600), limit_s=1e9, **options)
+    assert [one.stopped for one in found] == [False, True]
+    assert not any(one.stopped for one in all_of_it)
