@@ -2,28 +2,23 @@
 
     python -m benchmarks.memory CONTENDER ROWS LENGTH --size WIDTH LAYERS HEADS VOCABULARY ...
 
-On a GPU: what torch's allocator held at most, less what it held before. On the CPU, where torch
-keeps no books: how far the process's largest resident size rises over what it was just before the
-step. That counts everything, freed memory that the C library keeps included, and nothing from
-before, which is why a process measures one step.
+What is counted, ``retnet.evaluation.memory`` says.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import Contender, Field, Llama, Size, add_ours, make_llama
 from benchmarks.measure import Peak, Plan, Results, random_ids
 from benchmarks.others import add_others
+from retnet.evaluation.memory import peak_of as peak_memory
 from retnet.machine import keep_freed_memory, use_fast_products
 
 CONTENDERS = ("RetNet", "Transformer", "Llama", "torchscale chunkwise")
-STATUS = Path("/proc/self/status")
 
 
 def memory_case(rows: int, length: int) -> str:
@@ -72,28 +67,7 @@ def peak_of(name: str, rows: int, length: int, plan: Plan) -> int | None:
     ids = random_ids(rows, length, plan, plan.size)
     # a tiny step first: libraries are loaded and threads have their stacks before the count begins
     contender.training_step(ids[:1, :16], ids[:1, :16])()()
-    step = contender.training_step(ids, ids)()
-    if plan.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(plan.device)
-        before = torch.cuda.memory_allocated(plan.device)
-        step()
-        return torch.cuda.max_memory_allocated(plan.device) - before
-    before = largest_resident_size()
-    step()
-    return largest_resident_size() - before
-
-
-def largest_resident_size() -> int:
-    """Bytes of this process so far.
-
-    Linux's ru_maxrss counts the process that started this one too, which may be larger than this
-    one ever gets; VmHWM does not.
-    """
-    if STATUS.exists():
-        line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory(contender.training_step(ids, ids)(), plan.device)
 
 
 def main(argv: Sequence[str]) -> None:

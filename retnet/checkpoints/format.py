@@ -45,6 +45,7 @@ ADAPTER = "adapter_config.json"  # of peft
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
+METRICS = "metrics.jsonl"
 PARTS_OF_A_RUN = (CHECKPOINTS, BEST, FINAL)
 MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retnet.checkpoints.format import METRICS
 from retnet.cli import ArgumentParser, file_path
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
 from retnet.training.precision import settled_precision
-from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 

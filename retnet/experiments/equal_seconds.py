@@ -21,6 +21,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from retnet import cli
+from retnet.checkpoints.format import METRICS
 from retnet.errors import UserError
 from retnet.evaluation import write_json
 from retnet.experiments.contenders import (
@@ -34,7 +35,6 @@ from retnet.experiments.contenders import (
 )
 from retnet.experiments.tune import add_tuned, check_output, tuned_for
 from retnet.training import load_config
-from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 

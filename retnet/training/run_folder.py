@@ -12,6 +12,7 @@ from retnet.checkpoints.format import (
     BEST,
     CHECKPOINTS,
     FINAL,
+    METRICS,
     PARTS_OF_A_RUN,
     is_run,
     list_checkpoints,
@@ -26,7 +27,6 @@ from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
-from retnet.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 

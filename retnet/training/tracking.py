@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retnet.checkpoints.format import METRICS
 from retnet.errors import UserError
 from retnet.files import write_text
 from retnet.terminal import shown
@@ -25,7 +26,6 @@ from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 WANDB_FILES_ONLY = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "run", "shared", *WANDB_FILES_ONLY)
 NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network

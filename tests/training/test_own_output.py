@@ -9,11 +9,10 @@ import pytest
 import compare
 import train
 from retnet import cli
-from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL
+from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, METRICS
 from retnet.data.listing import files_below
 from retnet.training.health import DIVERGED
 from retnet.training.run_folder import CONFIG, LOCK, SET_ASIDE
-from retnet.training.tracking import METRICS
 from tests.training.conftest import as_options
 
 EVERY_STEP = {"train.eval_every": 1, "train.save_every": 1}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from retnet.training.tracking import METRICS, MetricsFile
+from retnet.checkpoints.format import METRICS
+from retnet.training.tracking import MetricsFile
 from tests.training.test_faults import fail_at, no_space
 from tests.training.test_train import run
 

@@ -41,9 +41,9 @@ def _heading(comparison: Comparison) -> list[str]:
     dtypes = " and ".join(sorted({model.dtype for model in comparison.models}))
     lines = [
         *textwrap.wrap(f"text     {text.description}", WIDTH, subsequent_indent=" " * 9),
-        f"         {_count(len(text.documents), 'document')}, {text.num_bytes:,} bytes",
+        f"         {count(len(text.documents), 'document')}, {text.num_bytes:,} bytes",
         f"windows  {windows}",
-        f"machine  {environment['device']}, {_count(environment['threads'], 'thread')}, {dtypes}, "
+        f"machine  {environment['device']}, {count(environment['threads'], 'thread')}, {dtypes}, "
         f"Python {environment['python']}, torch {environment['torch']}",
     ]
     if not comparison.same_tokenizers:
@@ -52,17 +52,17 @@ def _heading(comparison: Comparison) -> list[str]:
             "are not alike"
         )
     if len({model.trained_in for model in comparison.models} - {None}) > 1:
-        pairs = zip(_labels(comparison), comparison.models, strict=True)
+        pairs = zip(labels(comparison), comparison.models, strict=True)
         each = ", ".join(f"{label} in {model.trained_in}" for label, model in pairs)
         lines.append(f"note     trained in different precisions: {each}")
     return lines
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _labels(comparison: Comparison) -> list[str]:
+def labels(comparison: Comparison) -> list[str]:
     """Numbered names, shortened at the front, where paths say least."""
     return [
         f"{number} {name if len(name) <= NAME_WIDTH else '...' + name[3 - NAME_WIDTH :]}"
@@ -72,7 +72,7 @@ def _labels(comparison: Comparison) -> list[str]:
 
 def _quality(comparison: Comparison) -> list[str]:
     rows = [["model", "mixer", "parameters", "tokens", "nats/token", "perplexity", "bits/byte"]]
-    for label, model in zip(_labels(comparison), comparison.models, strict=True):
+    for label, model in zip(labels(comparison), comparison.models, strict=True):
         scores, perplexity = model.scores, model.scores.perplexity
         sizes = [f"{model.parameters:,}", f"{scores.targets.sum():,}"]
         readable = f"{perplexity:,.3f}" if perplexity < 1e5 else f"{perplexity:.3e}"
@@ -84,7 +84,7 @@ def _quality(comparison: Comparison) -> list[str]:
 def _differences(comparison: Comparison) -> list[str]:
     documents = len(comparison.text.documents)
     rows = [["minus model 1", "nats/token", "bits/byte", "verdict"]]
-    for label, model in list(zip(_labels(comparison), comparison.models, strict=True))[1:]:
+    for label, model in list(zip(labels(comparison), comparison.models, strict=True))[1:]:
         nats, bits = model.nats_difference, model.bits_difference
         assert bits is not None
         in_nats = "other tokens" if nats is None else _format_difference(nats)
@@ -119,7 +119,7 @@ def _verdict(difference: Difference) -> str:
 def _speed(comparison: Comparison) -> list[str]:
     rows = [["decoding", "after tokens", "ms/token", "quartiles", "bytes of state or cache"]]
     for entries in zip(*(model.speed for model in comparison.models), strict=True):
-        for label, entry in zip(_labels(comparison), entries, strict=True):
+        for label, entry in zip(labels(comparison), entries, strict=True):
             figures = ["not defined", "", ""]
             if entry.ms_per_token is not None:
                 quartiles = f"{entry.ms_low:.2f}-{entry.ms_high:.2f}"

@@ -1,0 +1,107 @@
+"""How much memory a piece of work takes at its peak.
+
+On a GPU: what torch's allocator held at most, less what it held before. On the CPU, where torch
+keeps no books: how far the process's largest resident size rises over what it was just before.
+That counts everything, freed memory that the C library keeps included, and nothing from before.
+
+    python -m retnet.evaluation.memory RUN 256 512 --device cpu --dtype float32 --threads 2
+
+prints as JSON what training steps of one row take, the shorter rows first.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from retnet.checkpoints import load_checkpoint
+from retnet.machine import use_fast_products
+from retnet.model.causal_lm import DecoderForCausalLM
+
+STATUS = Path("/proc/self/status")
+
+
+def largest_resident_size() -> int:
+    """Bytes of this process so far.
+
+    Linux's ru_maxrss counts the process that started this one too, which may be larger than this
+    one ever gets; VmHWM does not.
+    """
+    if STATUS.exists():
+        line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a piece of work takes above what there was before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = largest_resident_size()
+    work()
+    return largest_resident_size() - before
+
+
+def training_step(model: DecoderForCausalLM, rows: int, length: int) -> Callable[[], object]:
+    """Forward and backward pass on random tokens; the gradients are dropped afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+    ids = ids.to(model.device)
+
+    def work() -> None:
+        loss = model(ids, labels=ids, return_logits=False, use_cache=False).loss
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return work
+
+
+def training_peaks(
+    path: Path, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> list[int]:
+    """The peak of a training step of one row of each length, ascending, in a process of its own."""
+    command = [sys.executable, "-m", "retnet.evaluation.memory", str(path), *map(str, lengths)]
+    options = ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+    options += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def peaks(model: DecoderForCausalLM, lengths: Sequence[int]) -> list[int]:
+    """Those of training steps of one row; to be called once in a process, the lengths ascending."""
+    # a tiny step first: libraries are loaded and threads have their stacks before the count begins
+    training_step(model, 1, min(16, *lengths))()
+    rises = [peak_of(training_step(model, 1, length), model.device) for length in lengths]
+    # on the CPU, each is counted from the largest of those before
+    return rises if model.device.type == "cuda" else list(accumulate(rises))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("retnet.evaluation.memory", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("lengths", type=int, nargs="+")
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    use_fast_products()  # as in the process that started this one
+    dtype = getattr(torch, arguments.dtype)
+    model = load_checkpoint(arguments.checkpoint, device=arguments.device, dtype=dtype).model
+    print(json.dumps(peaks(model, arguments.lengths)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
