@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 from retnet.files import write_text
 from retnet.terminal import shown
 from retnet.training.spec import Config, flatten
@@ -66,7 +66,8 @@ def _lines_until(path: Path, step: int) -> list[str]:
     A damaged one is left out with a warning, and one warning says when steps are missing, there
     twice or out of order; of a step that is there twice the later line stands.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    with memory_errors(path):
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
     steps: list[int] = []
     kept: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
