@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retnet.cli import ArgumentParser, file_path, run
+from retnet.cli import ArgumentParser, file_path, run, whole_number
 from retnet.errors import UserError
 from retnet.experiments.contenders import (
     Contender,
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_options(parser)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=whole_number, nargs="+", default=[0, 1, 2])
     add("--vary", action="append", default=[], metavar="key=a,b", help="settings")
     add("--tuned", type=file_path, metavar="FILE", help="what tune chose for each contender")
     arguments = parser.parse_intermixed_args(argv)

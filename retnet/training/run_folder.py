@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 LOCK = ".lock"
 KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
-         CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder"}  # fmt: skip
+         CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder",
+         "retnet": "folder", "wandb": "folder"}  # fmt: skip
 SET_ASIDE = "set-aside-"
 ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 
