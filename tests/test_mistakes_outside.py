@@ -16,9 +16,8 @@ from torch._inductor.exc import CppCompileError
 import generate
 import train
 from retnet import cli
-from retnet.errors import UserError
-from retnet.training.tracking import MetricsFile
 from tests.places import MAINS, RUN, C, G
+from tests.test_mistakes import tree
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -284,15 +283,23 @@ def test_a_file_that_memory_does_not_take(
     assert line.startswith(f"error: {file} has ") and "bytes, and memory does not take" in line
 
 
-def test_metrics_that_memory_does_not_take(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}")
+def test_metrics_that_memory_does_not_take(places, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Found before anything is written."""
+    argv = RUN.format(**places, new=tmp_path).split()
+    assert cli.run(train.main, argv) == 0
+    file, own = tmp_path / "run/metrics.jsonl", Path.read_bytes
+    before = tree(tmp_path / "run")
 
-    def full(path: Path) -> bytes:
-        raise MemoryError
+    def read(path: Path) -> bytes:
+        if path == file:
+            raise MemoryError
+        return own(path)
 
-    monkeypatch.setattr(Path, "read_bytes", full)
-    with pytest.raises(UserError, match=r"metrics\.jsonl has 2 bytes, and memory does not take"):
-        MetricsFile(tmp_path, 1)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert cli.run(train.main, [*argv, "train.max_steps=2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {file} has ") and "bytes, and memory does not take" in line
+    assert tree(tmp_path / "run") == before
 
 
 def test_a_compiler_that_fails(capsys) -> None:

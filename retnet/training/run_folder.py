@@ -26,7 +26,7 @@ from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
-from retnet.training.tracking import METRICS
+from retnet.training.tracking import METRICS, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ def open_run_folder(config: Config, start: Start) -> bool:
     can't be written.
     """
     run = config.train.run_folder
+    lines_of(run / METRICS)  # which the run goes on with: found before anything is written
     with writing(run):
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
