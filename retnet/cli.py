@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from retnet.errors import UserError, is_out_of_memory
+from retnet.errors import UserError, is_of_compiler, is_out_of_memory
 from retnet.interrupts import interrupted_once
 from retnet.machine import use_fast_products
 from retnet.paths import expand
@@ -134,10 +134,16 @@ def _run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> in
     except UserError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
         reason = str(error).strip() or "an allocation failed"
         message = f"out of memory ({reason}): make the model, the batch or the text smaller"
+        if is_of_compiler(error):
+            reason = reason.splitlines()[0]
+            message = (
+                f"torch.compile fails ({reason}): look at the C++ compiler, which CXX may name"
+            )
+            message += ", or leave --compile or train.compile out"
+        elif not is_out_of_memory(error):
+            raise
     except OSError as error:
         if not _has_current_folder():
             message = "the current folder has been removed: go to another one (cd) and start again"

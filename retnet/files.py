@@ -21,7 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 
 if sys.platform != "win32":
     import fcntl
@@ -143,7 +143,8 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():  # of a pipe the end would be waited for
             raise UserError(f"{path} is a folder, pipe or device, where a file is needed: {fix}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with memory_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError as error:  # nothing is wrong with what is in it
         raise UserError(unreadable(path)) from error
     except UserError:

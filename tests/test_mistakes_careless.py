@@ -103,6 +103,7 @@ def trained(places: dict[str, Path], tmp_path_factory) -> Path:
     [
         ("final", "folder"), ("best", "folder"), ("checkpoints", "folder"), ("config.yaml", "file"),
         ("metrics.jsonl", "file"), ("diverged.json", "file"), (".lock", "file"),
+        ("retnet", "folder"), ("wandb", "folder"),
     ],
 )  # fmt: skip
 def test_what_lies_where_a_run_keeps_something_else(
@@ -115,7 +116,7 @@ def test_what_lies_where_a_run_keeps_something_else(
         place.unlink(missing_ok=True)
         place.mkdir()
     else:
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         place.write_text("mine")
     before = tree(tmp_path)
     argv = RUN.format(**places, new=tmp_path).split()

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError
 
 import generate
 import train
 from retnet import cli
 from tests.places import MAINS, RUN, C, G
+from tests.test_mistakes import tree
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -239,3 +241,73 @@ def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> No
         result = subprocess.run(command, stdout=full, stderr=-1, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+CARD = "{new}/set/README.md"
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments", "file"),
+    [
+        ("train", "{new}/recipe.yaml", "{new}/recipe.yaml"),
+        ("train", RUN + " data.source={new}/x.txt", "{new}/x.txt"),
+        ("train", RUN + " data.source={new}/set", CARD),
+        ("train", RUN + " data.tokenizer={new}/m", "{new}/m/tokenizer.json"),
+        ("generate", "{new}/m", "{new}/m/config.json"),
+        ("generate", "{new}/m", "{new}/m/tokenizer.json"),
+        ("compare", C + " --text {new}/x.txt", "{new}/x.txt"),
+    ],
+)
+def test_a_file_that_memory_does_not_take(
+    places: dict[str, Path], tmp_path: Path, capsys, monkeypatch, entry, arguments, file
+) -> None:
+    """As one with a hole of terabytes; the answer was to make the model smaller."""
+    file = file.format(new=tmp_path)
+    shutil.copytree(places["runs"] / "retention/final", tmp_path / "m")
+    (tmp_path / "set").mkdir()
+    for name in ("recipe.yaml", "x.txt", "set/README.md", "set/a.txt"):
+        (tmp_path / name).write_text("some text " * 20)
+
+    def too_large(own):
+        def read(path: Path, *args, **options):
+            if str(path) == file:
+                raise MemoryError
+            return own(path, *args, **options)
+
+        return read
+
+    for name in ("read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, too_large(getattr(Path, name)))
+    assert cli.run(MAINS[entry], arguments.format(**places, new=tmp_path).split()) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {file} has ") and "bytes, and memory does not take" in line
+
+
+def test_metrics_that_memory_does_not_take(places, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Found before anything is written."""
+    argv = RUN.format(**places, new=tmp_path).split()
+    assert cli.run(train.main, argv) == 0
+    file, own = tmp_path / "run/metrics.jsonl", Path.read_bytes
+    before = tree(tmp_path / "run")
+
+    def read(path: Path) -> bytes:
+        if path == file:
+            raise MemoryError
+        return own(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert cli.run(train.main, [*argv, "train.max_steps=2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {file} has ") and "bytes, and memory does not take" in line
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_compiler_that_fails(capsys) -> None:
+    """It is another's program, or none at all (CXX=/bin/true)."""
+
+    def fails(argv) -> None:
+        raise CppCompileError(["c++"], "no such header\nand more")
+
+    assert cli.run(fails, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: torch.compile fails (C++ compile error): look at the C++ comp")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,9 +35,13 @@ def check_same_model(
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ``UserError`` when numbers of a checkpoint's are none; it begins with ``what``."""
+    """Raise a ``UserError`` when numbers of a checkpoint's are none; it begins with ``what``.
+
+    Training is in float32, beyond whose range those of float64 are none either.
+    """
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        narrow = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if not narrow.isfinite().all():
             raise UserError(
                 f"{what} has values that are not finite ({name}), of a run that diverged or "
                 "damaged: take another checkpoint"

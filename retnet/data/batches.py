@@ -43,7 +43,7 @@ class _Windows:
     def __init__(self, tokens: TokenFile, seq_len: int, end: int, reset_at_documents: bool) -> None:
         self._tokens, self._end, self._reset = tokens, end, reset_at_documents
         self._offsets = np.arange(seq_len + 1)
-        self._padding = int(tokens.manifest.get("pad_token_id", 0))
+        self._padding = tokens.padding
 
     def batch(self, starts: np.ndarray, *, name_documents: bool = False) -> dict[str, Tensor]:
         """The rows [B, T] that begin at ``starts``.

@@ -34,7 +34,7 @@ from retnet.data.readers import (
     suffix_of,
     text_of,
 )
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 
 T = TypeVar("T")
 ROWS = 1000
@@ -45,6 +45,9 @@ SPLIT_NAME = re.compile(
     r"|(?P<test>test(?:ing)?|eval(?:uation)?))(?:[-_.]|$)"
 )
 CARD = "README.md"
+SECOND_CARD = ".huggingface.yaml"  # what it says stands in place of the other's
+# what the library raises for a value that is not of the tag before it
+UNTYPED = ValueError, TypeError, LookupError, ArithmeticError, AttributeError
 OUTSIDE = re.compile(r"^[/~]|^\w+:[/\\]|::|(^|[/\\])\.\.([/\\]|$)")  # a path, an address
 CARD_KEYS = re.compile(r"^(configs|dataset_info)\s*:", re.MULTILINE)
 
@@ -161,51 +164,55 @@ def _declares_configurations(folder: Path) -> bool:
     card = folder / CARD
     if not card.is_file():
         return False
-    head = card.read_text(encoding="utf-8", errors="replace")
+    head = _read(card)
     return head.startswith("---") and bool(CARD_KEYS.search(head.split("\n---", 1)[0]))
 
 
+def _read(card: Path) -> str:
+    with memory_errors(card):
+        return card.read_text(encoding="utf-8", errors="replace")
+
+
 def _check_card(folder: Path, what: str) -> None:
-    """Raise a ``UserError`` where a local data set's card leads out of its folder, or is huge.
+    """Raise a ``UserError`` where a local data set's cards lead out of its folder, or are huge.
 
     Any file of this machine could become text that way, and changes of it would not be noticed.
+    What is looked at is what the library reads: the same lines, with aliases and merged keys.
     """
-    head = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-    try:
-        card = yaml.compose(head.split("\n---", 1)[0], yaml.SafeLoader)
-        large = too_large(card)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{what}: {folder / CARD} is not valid YAML ({reason_of(error)}): correct it"
-        ) from error
-    if large:
-        raise UserError(
-            f"{what}: {folder / CARD} has more than {MOST_NODES:,} values before its text, aliases "
-            "written out: make it shorter"
-        )
-    pairs = card.value if isinstance(card, yaml.MappingNode) else ()
-    for text in _texts([value for key, value in pairs if key.value == "configs"]):
-        if OUTSIDE.search(text):
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.search(_read(folder / CARD))
+    heads = {folder / CARD: block[2] if block else ""}
+    if (folder / SECOND_CARD).is_file():
+        heads[folder / SECOND_CARD] = _read(folder / SECOND_CARD)
+    for file, head in heads.items():
+        try:
+            large = too_large(yaml.compose(head, yaml.SafeLoader))
+            card = None if large else yaml.safe_load(head)
+        except (yaml.YAMLError, RecursionError, *UNTYPED) as error:
             raise UserError(
-                f"{what}: {folder / CARD} names {reprlib.repr(text)}, which is outside of the "
-                "folder: put the files into it, and name them there"
+                f"{what}: {file} is not valid YAML ({reason_of(error)}): correct it"
+            ) from error
+        if large:
+            raise UserError(
+                f"{what}: {file} has more than {MOST_NODES:,} values before its text, aliases "
+                "written out: make it shorter"
             )
+        for text in _texts(card.get("configs") if isinstance(card, dict) else None):
+            if OUTSIDE.search(text):
+                raise UserError(
+                    f"{what}: {file} names {reprlib.repr(text)}, which is outside of the folder: "
+                    "put the files into it, and name them there"
+                )
 
 
-def _texts(nodes: list[yaml.Node]) -> Iterator[str]:
-    """The scalars in and below some YAML nodes; a node with several aliases counts once."""
-    waiting, seen = list(nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            waiting += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        else:
-            yield node.value
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in and below a value of YAML; it is not large, ``too_large`` was asked."""
+    if isinstance(value, dict | list | tuple | set):
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def _splits(folder: Path, key: str) -> dict[Path, str]:

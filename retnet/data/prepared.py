@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.network import HubUnreachableError
+from retnet.data.record import NULL
+from retnet.data.record import entry as part
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
 from retnet.data.tokenizer import max_token_id, tokenizer_hash
 from retnet.errors import UserError, os_errors
@@ -58,6 +60,7 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
         return None
     try:
         record = read_json(entry / RECORD, PREPARE_AGAIN)
+        _check_record(record)
         train, validation = TokenFile.open(entry / TRAIN), TokenFile.open(entry / VALIDATION)
         if tokenizer is None:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
@@ -69,6 +72,17 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
         logger.warning("%s is damaged and is made again (%s)", entry, error)
         return None
     return PreparedData(train, validation, tokenizer, record)
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` where a record lacks what a run or a comparison asks of it."""
+    for side in SIDES:
+        part(record, f"{side}_sha256", str)
+    for name in ("corpus_sha256", "tokenizer_sha256"):
+        part(record, name, str)
+    for name in ("source", "split"):
+        part(record, name, dict)
+    part(record, "validation_source", dict, NULL)
 
 
 def known_revision(cache_dir: Path, location: str) -> str | None:

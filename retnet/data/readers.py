@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from retnet.errors import UserError, os_errors
+from retnet.errors import UserError, memory_errors, os_errors
 from retnet.files import sha256
 
 PARQUET_ROWS = 1024
@@ -31,7 +31,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
     A ``UserError`` where it is unreadable, damaged, not UTF-8 (with the offset of the first bad
     byte), or a row lacks ``text_field`` (with the fields there are).
     """
-    with _reading(path):
+    with _reading(path), memory_errors(path):
         try:
             yield from READERS[suffix_of(path)](path, text_field)
         except UnicodeDecodeError as error:
@@ -197,6 +197,11 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     except pa.ArrowException as error:
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"
+        ) from error
+    except UnicodeDecodeError as error:  # not of a row
+        raise UserError(
+            f"{path} is not a readable parquet file, the name of a column is not UTF-8: write it "
+            "again"
         ) from error
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from retnet.data.record import entry
 from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import DocumentsHash, SplitRule
-from retnet.data.token_file import TokenFileWriter
+from retnet.data.token_file import TokenFileWriter, can_go_on
 from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id
 from retnet.data.writing import Phase, add_document, finish_tokens, phase, read_documents_of
 from retnet.errors import UserError
@@ -81,18 +81,18 @@ def write_stream(
     Returns what the record says of the documents; a ``UserError`` where a side is empty.
     """
     documents, hashes = read_documents_of(source), _Hashes(rule)
-    committed = _take_up(folder, documents, hashes)
+    sides, largest = SIDES[:1] if rule.kind == "given" else SIDES, max_token_id(tokenizer)
+    committed = _take_up(folder, documents, hashes, sides, largest)
     if not committed:  # nothing yet, or the text is another
         for side in SIDES:
             shutil.rmtree(folder / side, ignore_errors=True)
         documents, hashes = read_documents_of(source), _Hashes(rule)
-    largest = max_token_id(tokenizer)
     with ExitStack() as stack:
         writers = {
             side: stack.enter_context(
                 closing(TokenFileWriter(folder / side, largest, committed.get(side)))
             )
-            for side in (SIDES[:1] if rule.kind == "given" else SIDES)
+            for side in sides
         }
         with phase(f"tokenising {source.name}") as counter:
             last_commit = 0
@@ -125,16 +125,20 @@ def write_stream(
     return facts
 
 
-def _take_up(folder: Path, documents: Iterator[str], hashes: _Hashes) -> dict[str, Any]:
+def _take_up(
+    folder: Path, documents: Iterator[str], hashes: _Hashes, sides: Sequence[str], largest: int
+) -> dict[str, Any]:
     """Read past the committed documents; nothing is where there are none or they are others now."""
     if not (folder / PROGRESS).is_file():
         return {}
     try:
         committed = read_json(folder / PROGRESS, "start again")
         read, sha256 = entry(committed, "documents_read", int), entry(committed, "sha256", str)
-        for side in set(SIDES) & committed.keys():
-            for count in ("documents", "bytes", "tokens"):
-                entry(committed[side], count, int)
+        for side in sides:
+            counts = entry(committed, side, dict)
+            counts = {name: entry(counts, name, int) for name in ("documents", "bytes", "tokens")}
+            if not can_go_on(folder / side, largest, counts):
+                raise ValueError(f"{side} has less than was written")
     except ValueError as error:  # a UserError is one
         logger.warning(f"what was tokenised already is damaged ({error}): tokenising it anew")
         return {}

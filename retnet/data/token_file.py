@@ -50,6 +50,12 @@ class TokenFile:
         """UTF-8 bytes of all texts."""
         return int(self.document_bytes.sum())
 
+    @property
+    def padding(self) -> int:
+        """The id that fills the last window up; older manifests have none."""
+        padding: int = self.manifest.get("pad_token_id", 0)
+        return padding
+
     @classmethod
     def open(cls, folder: Path) -> "TokenFile":
         """Map the token file in ``folder``; a ``DamagedTokenFileError`` where it is not whole."""
@@ -67,6 +73,8 @@ class TokenFile:
                 manifest=manifest,
             )
             found._check_documents(folder)
+            if type(found.padding) is not int or found.padding < 0:
+                raise DamagedTokenFileError(f"{folder / MANIFEST}: pad_token_id is no id")
             return found
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DamagedTokenFileError(f"{folder}: {error}") from error
@@ -82,9 +90,28 @@ class TokenFile:
 
     def check_ids(self, largest: int) -> None:
         """Raise a ``DamagedTokenFileError`` where a token is beyond a vocabulary's largest id."""
-        found = int(self.tokens.max())
+        found = max(int(self.tokens.max()), self.padding)
         if found > largest:
-            raise DamagedTokenFileError(f"{TOKENS} has the id {found}, the vocabulary {largest}")
+            raise DamagedTokenFileError(
+                f"{TOKENS} or {MANIFEST} has the id {found}, the vocabulary {largest}"
+            )
+
+
+def can_go_on(folder: Path, max_token_id: int, committed: dict[str, int]) -> bool:
+    """Whether all that a ``commit`` returned counts of is there for another writer."""
+    documents, each = committed["documents"], np.dtype(np.int64).itemsize
+    least = {
+        TOKENS: committed["tokens"] * _dtype_for(max_token_id).itemsize,
+        **{f"{name}.part": documents * each for name in (STARTS, SIZES)},
+    }
+    files = {name: folder / name for name in least}
+    return min(committed.values()) >= 0 and all(
+        file.is_file() and file.stat().st_size >= least[name] for name, file in files.items()
+    )
+
+
+def _dtype_for(max_token_id: int) -> np.dtype:
+    return np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
 
 
 class TokenFileWriter:
@@ -98,7 +125,7 @@ class TokenFileWriter:
     ) -> None:
         """Start a token file, or go on after a ``commit`` that returned ``committed``."""
         self._folder = folder
-        self._dtype = np.dtype(np.uint16 if max_token_id < 1 << 16 else np.uint32)
+        self._dtype = _dtype_for(max_token_id)
         self._starts, self._sizes = array("q"), array("q")
         self.num_tokens = self._committed = 0
         if committed is None:

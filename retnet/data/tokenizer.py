@@ -96,7 +96,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer.init_kwargs["split_special_tokens"] = True
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
         current = getattr(tokenizer, f"{kind}_token")
-        if current is None or (kind == "pad" and current == tokenizer.eos_token):
+        lacking = not current or getattr(tokenizer, f"{kind}_token_id") is None  # "" is none
+        if lacking or (kind == "pad" and current == tokenizer.eos_token):
             tokenizer.add_special_tokens({f"{kind}_token": text})
     return tokenizer
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retnet.errors import UserError
+from retnet.errors import TooLargeError, UserError
 from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
 
@@ -38,6 +38,8 @@ def check_tokenizer_files(folder: Path, fix: str) -> None:
         return
     try:
         content = read_json(folder / TOKENIZER, fix)
+    except TooLargeError:
+        raise
     except UserError:  # the library says what is wrong with it
         return
     largest = max(_ids(content), default=0)

@@ -73,8 +73,14 @@ class Run:
         logger.info("== %s", self.folder.name)
         if train(self.config, self.by_hand) != 0:
             raise UserError(f"run ({self.folder}) did not finish: see its messages above")
-        last = json.loads((self.folder / METRICS).read_text().splitlines()[-1])
-        return float(last["val/loss"])
+        try:
+            last = json.loads((self.folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+            return float(last["val/loss"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{self.folder / METRICS} does not tell the last step's validation loss: restore "
+                f"it, or remove {self.folder} to train that run again"
+            ) from error
 
 
 def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:

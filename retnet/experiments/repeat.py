@@ -17,7 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+<<<<<<< HEAD
 from retnet.cli import ArgumentParser, run
+=======
+from retnet.cli import ArgumentParser, file_path, run, whole_number
+from retnet.errors import UserError
+>>>>>>> r5hostile
 from retnet.experiments.contenders import (
     Contender,
     add_options,
@@ -88,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_options(parser)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--seeds", type=whole_number, nargs="+", default=[0, 1, 2])
     add("--vary", action="append", default=[], metavar="key=a,b", help="settings")
     add_tuned(parser)
     arguments = parser.parse_intermixed_args(argv)

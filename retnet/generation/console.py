@@ -11,7 +11,8 @@ from retnet.errors import UserError
 from retnet.terminal import discard, harmless
 
 # What writing to a full disk, a lost terminal or a descriptor for reading only raises.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+# And a pipe that is full, where whoever opened it has set it not to wait.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN)
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def text_output() -> Iterator[None]:
         else:
             yield
         stream.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         discard(stream)
     except OSError as error:
         if error.errno not in UNWRITABLE or error.filename is not None:

@@ -1,5 +1,7 @@
 """From what the user typed to the tokens of a prompt."""
 
+import os
+import select
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -44,10 +46,26 @@ def read_prompt(source: Path | None) -> str:
 
 def _read(stream: BinaryIO, name: str) -> bytes:
     """All that a stream gives; a ``UserError`` where that is too much, as of /dev/zero."""
-    data = stream.read(MOST_BYTES + 1)
+    data = b""
+    while len(data) <= MOST_BYTES:
+        part = stream.read(MOST_BYTES + 1 - len(data))
+        if part is None:  # a pipe that is set not to wait, and has nothing yet
+            select.select([stream], [], [])
+            continue
+        data += part
+        if not part or _waits(stream):
+            break
     if len(data) > MOST_BYTES:
         raise UserError(f"{name} has more than {MOST_BYTES:,} bytes: name a shorter text")
     return data
+
+
+def _waits(stream: BinaryIO) -> bool:
+    """Whether reading waits for all there will be; else it gives what is there."""
+    try:
+        return os.get_blocking(stream.fileno())
+    except OSError:  # it has no descriptor
+        return True
 
 
 def decode_utf8(data: bytes, name: str) -> str:

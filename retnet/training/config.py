@@ -12,7 +12,7 @@ import yaml
 
 from retnet.data import DataSpec
 from retnet.data.spec import BPE
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 from retnet.paths import expand, kind_of
 from retnet.training.limits import problems
 from retnet.training.optimizer import settled_optimizer
@@ -104,7 +104,10 @@ def _read_file(path: Path) -> Values:
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        with memory_errors(path):
+            content = read_yaml(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(
             f"configuration ({path}) cannot be read ({error.strerror}): check its permissions"

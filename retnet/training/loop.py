@@ -101,7 +101,9 @@ class Trainer:
         began = time.perf_counter()
         self.model.train()
         micro_steps = range(self.spec.gradient_accumulation_steps)
-        targets = torch.tensor(self.batches.num_targets(step), device=self.accelerator.device)
+        # windows that hold nothing but documents' beginnings have none: their loss is 0
+        number = max(1, self.batches.num_targets(step))
+        targets = torch.tensor(number, device=self.accelerator.device)
         waited = time.perf_counter() - began
         loss = torch.zeros((), device=self.accelerator.device)
         for micro_step in micro_steps:

@@ -27,13 +27,18 @@ from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
+<<<<<<< HEAD
+=======
+from retnet.training.tracking import METRICS, lines_of
+>>>>>>> r5hostile
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
-         CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder"}  # fmt: skip
+         CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder",
+         "retnet": "folder", "wandb": "folder"}  # fmt: skip
 SET_ASIDE = "set-aside-"
 ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 
@@ -152,6 +157,7 @@ def open_run_folder(config: Config, start: Start) -> bool:
     can't be written.
     """
     run = config.train.run_folder
+    lines_of(run / METRICS)  # which the run goes on with: found before anything is written
     with writing(run):
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)

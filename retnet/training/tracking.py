@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retnet.checkpoints.format import METRICS
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 from retnet.files import write_text
 from retnet.terminal import shown
 from retnet.training.spec import Config, flatten
@@ -60,13 +60,19 @@ class MetricsFile:
         self._file.close()
 
 
+def lines_of(path: Path) -> list[bytes]:
+    """The lines of a metrics file; a ``UserError`` where memory does not take them."""
+    with memory_errors(path):
+        return path.read_bytes().split(b"\n") if path.exists() else []
+
+
 def _lines_until(path: Path, step: int) -> list[str]:
     """The lines of the steps up to ``step``, each once and in order.
 
     A damaged one is left out with a warning, and one warning says when steps are missing, there
     twice or out of order; of a step that is there twice the later line stands.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = lines_of(path)
     steps: list[int] = []
     kept: dict[int, str] = {}
     for number, line in enumerate(lines, 1):

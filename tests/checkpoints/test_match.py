@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retnet.checkpoints.match import check_same_meaning, check_same_model
+from retnet.checkpoints.match import check_finite, check_same_meaning, check_same_model
 from retnet.errors import UserError
 from tests.checkpoints.folders import change_config
 from tests.generation.builders import tiny_model
@@ -39,3 +39,13 @@ def test_options_that_change_what_weights_mean(copy: Path) -> None:
         "checkpoint (x) is another model: model.rotary_layout is half there and interleaved here; "
         "fix it"
     )
+
+
+@pytest.mark.parametrize("value", [1e300, float("inf"), float("nan")])
+def test_numbers_that_are_none_in_training(value: float) -> None:
+    """In float64 there are more of them than in float32, to which they are converted."""
+    weights = {"a": torch.full((2,), 1e38, dtype=torch.float64), "b": torch.zeros(2)}
+    check_finite(weights, "this")
+    weights["a"][1] = value
+    with pytest.raises(UserError, match=r"this has values that are not finite \(a\)"):
+        check_finite(weights, "this")

@@ -435,6 +435,31 @@ def test_a_card_that_leads_out_of_its_folder(tmp_path: Path, spec_for: SpecFor, 
     assert f"README.md names '{named}', which is outside of the folder" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("README.md", "---\ndataset_info: {}\n<<:\n  configs: CONFIGS\n---\n"),
+        ("README.md", "---\ndataset_info: {}\n---x: 1\nconfigs: CONFIGS\n---\n"),
+        (".huggingface.yaml", "configs: CONFIGS\n"),
+    ],
+)
+def test_a_card_that_hides_where_it_leads(
+    tmp_path: Path, spec_for: SpecFor, name: str, card: str
+) -> None:
+    """What the library reads counts: merged keys, its own end of the card, the second card."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    (tmp_path / "set/a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "set/README.md").write_text("---\ndataset_info: {}\n---\n")
+    configs = "[{config_name: default, data_files: ../secret.jsonl}]"
+    (tmp_path / "set" / name).write_text(card.replace("CONFIGS", configs))
+    source = open_source(spec_for(tmp_path / "set"))
+    with pytest.raises(UserError) as caught:
+        list(source.documents())
+    words = f"{name} names '../secret.jsonl', which is outside of the folder"
+    assert words in str(caught.value)
+
+
 def test_a_card_that_is_no_yaml(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")

@@ -175,6 +175,31 @@ def test_a_damaged_entry_is_made_again(
     assert len(builds) == 2
 
 
+@pytest.mark.parametrize("name", ["train_sha256", "corpus_sha256", "split", "validation_source"])
+def test_a_record_that_lacks_an_entry_is_made_again(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int], name: str
+) -> None:
+    """A run that went on ended in a KeyError."""
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    first = prepare_data(spec)
+    (file,) = Path(spec.cache_dir).glob("*/record.json")
+    file.write_text(json.dumps({k: v for k, v in first.record.items() if k != name}))
+    assert prepare_data(spec).record == first.record
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("padding", ["x", -1, 259, None, True])
+def test_padding_that_is_no_token_is_made_again(
+    tmp_path: Path, spec_for: SpecFor, builds: list[int], padding: object
+) -> None:
+    spec = spec_for(write_documents(tmp_path / "a.jsonl"))
+    prepare_data(spec)
+    (file,) = Path(spec.cache_dir).glob("*/validation/manifest.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": padding}))
+    assert prepare_data(spec).validation.padding == 258
+    assert len(builds) == 2
+
+
 def test_tokens_that_the_tokenizer_does_not_have_are_made_again(
     tmp_path: Path, spec_for: SpecFor, builds: list[int]
 ) -> None:

@@ -280,3 +280,13 @@ def test_a_folder_without_text(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "a.png").write_text("x")
     with pytest.raises(UserError, match=r"is a folder without a file to read"):
         open_source(spec_for(tmp_path))
+
+
+def test_a_parquet_column_whose_name_is_no_text(tmp_path: Path, spec_for: SpecFor) -> None:
+    """Not the text of its rows, which could be converted."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "zzzz": [1]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"zzzz", b"\xff\xfe\xfd\xfc"))
+    words = r"a\.parquet is not a readable parquet file, the name of a column is not UTF-8"
+    with pytest.raises(UserError, match=words):
+        documents(spec_for(path))

@@ -1,5 +1,6 @@
 """data.streaming: one pass, the same tokens, taken up again after a kill, bounded memory."""
 
+import hashlib
 import json
 import logging
 import os
@@ -235,3 +236,26 @@ def test_two_processes_do_not_write_the_same_stream(
     monkeypatch.setattr(streaming, "_append", second)
     prepare_data(spec)
     assert errors
+
+
+@pytest.mark.parametrize("counts", [(5, 5, 5), (10**30, 5, 5), (1, 1, 10**30), (-1, 1, 1)])
+def test_what_was_committed_and_is_not_there(
+    corpus: Path, spec_for: SpecFor, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...]
+) -> None:
+    """The cache "could not be written" then, at every further attempt."""
+    committed = dict(zip(("documents", "bytes", "tokens"), counts, strict=True))
+    facts = {"documents_read": 0, "sha256": hashlib.sha256().hexdigest()}
+    facts |= {side: committed for side in ("train", "validation")}
+    write = streaming.write_stream
+
+    def resumed(folder: Path, *arguments):
+        for side in ("train", "validation"):
+            (folder / side).mkdir()
+            for name in ("tokens.bin", "document_starts.npy.part", "document_bytes.npy.part"):
+                (folder / side / name).write_bytes(bytes(16))
+        (folder / "progress.json").write_text(json.dumps(facts))
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(prepare, "write_stream", resumed)
+    prepared = prepare_data(spec_for(corpus, streaming=True))
+    assert prepared.train.num_documents + prepared.validation.num_documents == 400

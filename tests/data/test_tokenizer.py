@@ -113,6 +113,14 @@ def test_missing_special_tokens_are_added(tmp_path: Path) -> None:
     assert ids.tolist() == [ends[0], 1, 2, ends[1]]
 
 
+def test_a_special_token_without_letters_is_missing(tmp_path: Path) -> None:
+    """It has no id, and every document needs one to end with."""
+    tokenizer = load_tokenizer(foreign(tmp_path, eos_token=""))
+    (ids,) = encode_documents(tokenizer, ["a"])
+    assert ids.tolist() == [tokenizer.bos_token_id, 1, tokenizer.eos_token_id]
+    assert tokenizer.eos_token == "<eos>"
+
+
 def test_padding_with_the_end_token_is_replaced(tmp_path: Path) -> None:
     """generate cannot tell padding from an end otherwise."""
     tokenizer = load_tokenizer(foreign(tmp_path, eos_token="END", pad_token="END"))

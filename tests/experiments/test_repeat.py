@@ -129,6 +129,8 @@ def test_one_seed_and_other_tokenizers_or_texts(arguments, tmp_path, capsys) -> 
         (["--mixers", "performer", "linear", "--vary", "model.num_features=8,16"],
          "model.num_features (8) has no meaning with model.mixer=linear"),
         (["--mixers", "retention", "--vary", "model.value_size=16,17"], "model.value_size (17)"),
+        (["--seeds", "\u0661_\u0662"], "argument --seeds: '\u0661_\u0662' must be a whole number"),
+        (["--seeds", "9" * 30], "argument --seeds: '" + "9" * 30 + "' must be a whole number"),
         # what would have no effect
         (["train.seed=7"], "argument (train.seed=7) has no effect, since --seeds sets that key"),
         (["train.out_dir=x"], "argument (train.out_dir=x) has no effect, since --out sets that"),
@@ -163,4 +165,18 @@ def test_a_key_that_was_tuned(arguments, tmp_path, capsys, options: list[str], w
 def test_a_run_that_does_not_finish(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train", lambda *_: 3)
     with pytest.raises(UserError, match="did not finish"):
+        repeat.main([*arguments, "--seeds", "0", "--mixers", "retention"])
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 4}', '{"val/loss": null}'])
+def test_a_finished_run_without_its_metrics(arguments, monkeypatch, content: str | None) -> None:
+    def finished(config, by_hand) -> int:
+        config.train.run_folder.mkdir(parents=True)
+        if content is not None:
+            (config.train.run_folder / "metrics.jsonl").write_text(content)
+        return 0
+
+    monkeypatch.setattr(module, "train", finished)
+    words = r"metrics\.jsonl does not tell the last step's validation loss: restore it, or remove"
+    with pytest.raises(UserError, match=words):
         repeat.main([*arguments, "--seeds", "0", "--mixers", "retention"])

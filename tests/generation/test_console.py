@@ -1,6 +1,7 @@
 """What is printed, and what happens when nobody reads it."""
 
 import io
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -56,12 +57,15 @@ def test_pieces_come_out_as_they_are_made(monkeypatch) -> None:
     print_samples("prompt ", pieces(), 1)
 
 
-def test_a_reader_that_goes_away_ends_the_block_quietly(monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [BrokenPipeError, ConnectionResetError])
+def test_a_reader_that_goes_away_ends_the_block_quietly(
+    monkeypatch, tmp_path: Path, gone: type[OSError]
+) -> None:
     with (tmp_path / "out").open("w") as file:
 
         class Closed(io.TextIOBase):
             def write(self, text: str) -> int:
-                raise BrokenPipeError
+                raise gone
 
             def fileno(self) -> int:
                 return file.fileno()
@@ -72,6 +76,15 @@ def test_a_reader_that_goes_away_ends_the_block_quietly(monkeypatch, tmp_path: P
             print("text")
             after.append("more")
         assert after == []
+
+
+def test_a_full_pipe_that_does_not_wait(monkeypatch) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(reader), os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        with pytest.raises(UserError, match="standard output cannot be written"), text_output():
+            print("x" * 10_000_000)
 
 
 def test_a_terminal_without_the_character_gets_a_substitute(monkeypatch) -> None:

@@ -1,6 +1,9 @@
 """Prompts begin with <bos>, special tokens in them are text, bad bytes are named."""
 
 import io
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,26 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
 def test_stdin_is_read_as_it_is(monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\r\n".encode())))
     assert read_prompt(None) == "é\r\n"
+
+
+def test_a_pipe_that_does_not_wait_is_waited_for(monkeypatch) -> None:
+    """Who opened it may have set it so; the text comes in two parts."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+
+    def send() -> None:
+        for part in (b"a" * 10, b"b"):
+            time.sleep(0.05)
+            os.write(writer, part)
+        time.sleep(0.05)
+        os.close(writer)
+
+    thread = threading.Thread(target=send)
+    with os.fdopen(reader) as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        thread.start()
+        assert read_prompt(None) == "a" * 10 + "b"
+    thread.join()
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch) -> None:

@@ -194,6 +194,17 @@ def test_the_smallest_evaluation_has_a_target(options, tmp_path: Path, capsys, c
     assert 0 < metrics(tmp_path / "run")[-1]["val/bits_per_byte"] < math.inf
 
 
+def test_steps_without_a_target(options, tmp_path: Path) -> None:
+    """Windows of one token, some of them a document's last: the loss was nan, 0 by 0."""
+    corpus = tmp_path / "letters.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": chr(33 + i)}) for i in range(90)))
+    more = [f"data.source={corpus}", "data.seq_len=1", "data.tokenizer=bytes", "train.batch_size=1"]
+    assert cli.run(train.main, ["configs/tiny.yaml", *options, *more, "train.max_steps=12"]) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["train/loss"] for line in lines]
+    assert 0 in losses and max(losses) > 1
+
+
 def test_init_from(options, whole: Path, tmp_path: Path, capsys) -> None:
     assert run(options, model__init_from=whole, train__learning_rate=1e-9) == 0
     assert f"weights from {whole / 'final'}" in capsys.readouterr().err

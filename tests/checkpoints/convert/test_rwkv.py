@@ -152,6 +152,20 @@ class Needs:
         return print, ("code ran",)
 
 
+@pytest.mark.parametrize("kind", ["meta", "one number"])
+def test_weights_that_are_not_stored(tmp_path: Path, capsys, kind: str) -> None:
+    """A small file could say that it has terabytes."""
+    weights = {"emb.weight": torch.zeros(1, 1).expand(2**40, 48)}
+    if kind == "meta":
+        weights = {"emb.weight": torch.zeros(61, 48, device="meta")}
+    torch.save(weights, tmp_path / "rwkv.pth")
+    assert convert(tmp_path / "rwkv.pth", tmp_path / "ours") == 2
+    words = f"error: source ({tmp_path}/rwkv.pth): emb.weight has "
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(words) and "are stored: save the weights as they are" in line
+    assert not (tmp_path / "ours").exists()
+
+
 def test_mistakes_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     weights = rwkv_lm_names(load_file(model_file()))
     there = tmp_path / "there"
