@@ -34,6 +34,8 @@ MAY_LACK = {"may_lack": True}  # metadata of a field that older files of a recor
 Record = TypeVar("Record", bound="DataclassInstance")
 UNFINISHED = ".unfinished-"
 REPLACED = ".unfinished-old-"
+LFS_POINTER = b"version https://git-lfs"  # how one begins
+MOST_OF_A_POINTER = 1024  # bytes, as its specification has it
 OURS = re.compile(r"\.unfinished-(?P<old>old-)?[0-9a-f]{16}-(?P<name>.+)", re.DOTALL)
 
 
@@ -96,6 +98,15 @@ def _new_file(path: Path) -> Iterator[tuple[Path, Path]]:
         with suppress(OSError):
             new.unlink()
         raise
+
+
+def check_no_pointer(path: Path, beginning: bytes, size: int) -> None:
+    """Raise a ``UserError`` where a file only says which one Git LFS would put in its place."""
+    if size <= MOST_OF_A_POINTER and beginning.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, a few lines in place of the file: fetch it with "
+            "git lfs pull, or copy the file from elsewhere"
+        )
 
 
 def try_to_write(path: Path) -> None:

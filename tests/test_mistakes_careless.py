@@ -51,6 +51,13 @@ TRAINING = [
     (RUN + " data.streaming=true data.validation={folder}/c*.jsonl", "{corpus} is in data.source"),
     (RUN + " data.source=python-stdlib data.validation=python-stdlib",
      "data.validation (python-stdlib): python-stdlib is in data.source (python-stdlib) too"),
+    (RUN + " train.schedule=constant train.final_learning_rate=0.5",
+     "train.final_learning_rate (0.5) has no meaning with train.schedule=constant"),
+    (RUN + " data.validation={bad}/latin.txt data.validation_fraction=0.2",
+     "data.validation_fraction (0.2) has no meaning with data.validation ({bad}/latin.txt)"),
+    (RUN + " model.decay=log-linear",
+     "(0, 1] or one of paper, log_linear; did you mean 'log_linear'?"),
+    (RUN + " data.seq_len=32 data.max_tokens=32", "at most 31, or more text (data.source, data.m"),
     (RUN + " train.out_dir={runs}/lost/final", "train.out_dir ({runs}/lost/final) is a checkpoint"),
 ]  # fmt: skip
 

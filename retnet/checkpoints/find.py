@@ -24,7 +24,8 @@ NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
 def find_checkpoint(path: str | Path) -> Path:
     """The folder itself, or of a run ``final``, else ``best``, else the newest of ``checkpoints``.
 
-    A ``UserError`` where there is none, which lists those that are near, or it cannot be reached.
+    A ``UserError`` where there is none, which lists those that are near, it cannot be reached, or
+    the one of the run that is meant is not whole.
     """
     if not str(path):
         raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
@@ -38,9 +39,13 @@ def find_checkpoint(path: str | Path) -> Path:
             near = f"a checkpoint or run folder; {_suggest(path)}"
         raise UserError(f"checkpoint ({path}) is a file: name {near}")
     steps = in_order((*path.glob(f"{CHECKPOINTS}/*"), *path.glob("*")))
-    for folder in (path, path / FINAL, path / BEST, *reversed(steps)):
+    of_run = (path / FINAL, path / BEST, *reversed(steps))
+    for folder in (path, *of_run):
         if kind_of(folder / CONFIG, "checkpoint") == "file":
             return folder
+        if folder in of_run and kind_of(folder, "checkpoint") == "folder":
+            path = folder  # it is what is meant, and another one has other weights
+            break
     if kind_of(path / ADAPTER, "checkpoint") == "file":
         raise UserError(only_an_adapter(path))
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")

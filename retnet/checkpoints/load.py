@@ -1,7 +1,7 @@
 """Loading a checkpoint: local files and safetensors only."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +153,14 @@ def _check_fits(folder: Path, model: Any, stored: dict[str, tuple[int, ...]]) ->
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys.keys() if model.config.tie_word_embeddings else ()
     missing = own.keys() - stored.keys() - set(tied)
+    could_be_tied: Mapping[str, str] = getattr(model, "_tied_weights_keys", None) or {}
+    if missing and missing <= could_be_tied.keys():
+        name = min(missing)
+        raise UserError(
+            f"{folder / CONFIG}: tie_word_embeddings (false) makes {name} and "
+            f"{could_be_tied[name]} two, and the weights hold one: set it to true, or copy the "
+            "checkpoint again"
+        )
     mismatched = {name for name in own.keys() & stored.keys() if own[name] != stored[name]}
     for names, problem in (
         (missing, "missing from the weights"),

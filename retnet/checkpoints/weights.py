@@ -10,10 +10,9 @@ from torch import Tensor
 
 from retnet.checkpoints.format import ADAPTER, COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX, only_an_adapter
 from retnet.errors import UserError
-from retnet.files import read_json, unreadable
+from retnet.files import LFS_POINTER, check_no_pointer, read_json, unreadable
 from retnet.paths import kind_of
 
-LFS_POINTER = b"version https://git-lfs"  # how one begins
 NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that weights may be
 
 
@@ -109,11 +108,7 @@ def _opened(path: Path) -> Any:
             beginning = file.read(len(LFS_POINTER))
     except PermissionError as error:
         raise UserError(unreadable(path)) from error
-    if beginning == LFS_POINTER:
-        raise UserError(
-            f"{path} is a Git LFS pointer, a few lines in place of the weights: fetch them with "
-            "git lfs pull, or copy the file from elsewhere"
-        )
+    check_no_pointer(path, beginning, path.stat().st_size)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

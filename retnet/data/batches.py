@@ -22,7 +22,7 @@ def check_window(num_tokens: int, seq_len: int) -> None:
         raise UserError(
             f"data.seq_len ({seq_len}) is longer than the training text, which has "
             f"{num_tokens} tokens where {seq_len + 1} are needed: "
-            f"use at most {num_tokens - 1}, or more text"
+            f"use at most {num_tokens - 1}, or more text (data.source, data.max_tokens)"
         )
 
 

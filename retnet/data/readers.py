@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from retnet.errors import UserError, memory_errors, os_errors
-from retnet.files import sha256
+from retnet.files import LFS_POINTER, check_no_pointer, sha256
 
 PARQUET_ROWS = 1024
 MAX_LINE = 1 << 30  # bytes of a .jsonl line: a small packed file may hold more than any memory
@@ -28,10 +28,12 @@ BOM = codecs.BOM_UTF8.decode()
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yield the documents of one file in order.
 
-    A ``UserError`` where it is unreadable, damaged, not UTF-8 (with the offset of the first bad
-    byte), or a row lacks ``text_field`` (with the fields there are).
+    A ``UserError`` where it is unreadable, damaged, a Git LFS pointer, not UTF-8 (with the offset
+    of the first bad byte), or a row lacks ``text_field`` (with the fields there are).
     """
     with _reading(path), memory_errors(path):
+        with path.open("rb") as file:
+            check_no_pointer(path, file.read(len(LFS_POINTER)), path.stat().st_size)
         try:
             yield from READERS[suffix_of(path)](path, text_field)
         except UnicodeDecodeError as error:

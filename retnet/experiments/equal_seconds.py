@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     add_tuned(parser)
     add = parser.add_argument
     add("--seconds", type=seconds, nargs="+", default=[60.0], metavar="S", help="budgets (60)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the runs (0)")
+    add("--seeds", type=cli.whole_number, nargs="+", default=[0], help="of the runs (0)")
     add("--json", type=cli.file_path, metavar="FILE", help="also write all runs to this file")
     arguments = parser.parse_intermixed_args(argv)
     who = contenders(arguments)

@@ -17,12 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-<<<<<<< HEAD
-from retnet.cli import ArgumentParser, run
-=======
-from retnet.cli import ArgumentParser, file_path, run, whole_number
-from retnet.errors import UserError
->>>>>>> r5hostile
+from retnet.cli import ArgumentParser, run, whole_number
 from retnet.experiments.contenders import (
     Contender,
     add_options,

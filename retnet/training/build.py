@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
-from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER
+from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER, list_checkpoints
 from retnet.checkpoints.match import check_finite, check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights, stored_shapes
 from retnet.data import load_tokenizer
@@ -41,12 +41,19 @@ def model_config(config: Config, vocab_size: int, **special_ids: Any) -> Decoder
 def _positions(config: Config) -> int:
     """T_max: data.seq_len, or where positions are weights that of ``model.init_from``.
 
-    A ``UserError`` where that is less.
+    Where that is gone, it is that of the run's own checkpoints. A ``UserError`` where that is less,
+    or there are none.
     """
     wanted, source = config.data.seq_len, config.model.init_from
     if not source or not is_bounded(config.model):
         return wanted
-    file = find_checkpoint(source) / CONFIG
+    try:
+        file = find_checkpoint(source) / CONFIG
+    except UserError:
+        own = [folder / CONFIG for folder in list_checkpoints(config.train.run_folder)]
+        if not (own := [file for file in own if file.is_file()]):
+            raise
+        file = own[-1]
     stored = read_json(file, COPY_AGAIN).get("max_position_embeddings")
     if type(stored) is not int:
         return wanted

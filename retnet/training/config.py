@@ -59,6 +59,11 @@ def load_config(
         train = replace(train, out_dir=f"runs/{name}-{model.mixer}")
     _ = train.run_folder  # which out_dir must be able to name
     data.validate()
+    if data.validation is not None and "data.validation_fraction" in given:
+        raise UserError(
+            f"data.validation_fraction ({data.validation_fraction}) has no meaning with "
+            f"data.validation ({data.validation}): leave one of them out"
+        )
     config = replace(config, model=model, data=data, train=train)
     if found := [*problems(config)]:
         raise UserError("; ".join(found))

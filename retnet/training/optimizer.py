@@ -53,6 +53,11 @@ def settled_optimizer(
             f"train.decay_fraction ({train.decay_fraction}) has no meaning with "
             f"train.schedule={train.schedule}: leave it out, or set train.schedule=wsd"
         )
+    if train.schedule == "constant" and "train.final_learning_rate" in given:
+        raise UserError(
+            f"train.final_learning_rate ({train.final_learning_rate}) has no meaning with "
+            "train.schedule=constant: leave it out, or set another schedule"
+        )
     train = replace(train, learning_rate=rate, adamw_learning_rate=rest)
     rest = train.adamw_peak if train.optimizer == "muon" else None
     return replace(train, learning_rate=train.peak, adamw_learning_rate=rest)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from retnet.checkpoints import Progress, find_checkpoint
-from retnet.checkpoints.format import FINAL, step_folder
+from retnet.checkpoints.format import FINAL, list_checkpoints, step_folder
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
 from retnet.data.tokenizer import max_token_id
@@ -51,8 +51,8 @@ def check_run(config: Config) -> None:
     check_run_fits(config)
     rows = config.train.batch_size if config.train.carry_state else 0
     check_model_fits(model_config(config, config.data.vocab_size), rows)
-    if config.model.init_from:
-        find_checkpoint(config.model.init_from)
+    if config.model.init_from and not list_checkpoints(config.train.run_folder):
+        find_checkpoint(config.model.init_from)  # which a run that goes on needs no more
 
 
 def train(config: Config, by_hand: Collection[str] | None = None) -> int:

@@ -27,10 +27,7 @@ from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
-<<<<<<< HEAD
-=======
-from retnet.training.tracking import METRICS, lines_of
->>>>>>> r5hostile
+from retnet.training.tracking import lines_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,17 @@ def test_a_run_folder_means_final_then_best_then_the_newest(tmp_path: Path) -> N
     assert find_checkpoint(newest) == newest
 
 
+@pytest.mark.parametrize("name", ["final", "best", "checkpoints/step_9"])
+def test_no_other_is_taken_for_one_that_lost_its_files(tmp_path: Path, name: str) -> None:
+    """As a copy that was interrupted leaves it: other weights, and nothing would say so."""
+    other = fake(tmp_path / "run/checkpoints/step_5")
+    (tmp_path / "run" / name).mkdir(parents=True)
+    words = rf"run/{name}\) holds no config\.json: checkpoints near it: .*{other.name}"
+    with pytest.raises(UserError, match=words):
+        find_checkpoint(tmp_path / "run")
+    assert find_checkpoint(other) == other
+
+
 def test_a_missing_path_lists_checkpoints_that_are_near(tmp_path: Path, monkeypatch) -> None:
     for name in ("tiny-retention", "tiny-attention"):
         fake(tmp_path / "runs" / name / "final")

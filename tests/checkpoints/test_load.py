@@ -118,6 +118,18 @@ def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, m
     assert type(loaded.model).__name__ == "OwnForCausalLM"
 
 
+def test_a_model_that_a_hand_untied(copy: Path) -> None:
+    """Its weights are whole: copying them again would help nothing."""
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    words = r"config\.json: tie_word_embeddings \(false\) makes lm_head\.weight and .* set it to"
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(copy)
+    change_config(copy, tie_word_embeddings=True)
+    load_checkpoint(copy)
+
+
 def test_weights_that_are_not_whole(copy: Path) -> None:
     weights = copy / "model.safetensors"
     tensors = load_file(weights)

@@ -47,7 +47,7 @@ def test_a_missing_shard(copy: Path) -> None:
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-         r"/model-2\.safetensors is a Git LFS pointer.* fetch them with git lfs pull"),
+         r"/model-2\.safetensors is a Git LFS pointer.* fetch it with git lfs pull"),
         (b"<!DOCTYPE html>\n<title>Sign in</title>", r"model-2\.safetensors: .*header too large"),
         (b"", r"model-2\.safetensors: .*header too small"),
     ],

@@ -146,6 +146,7 @@ def test_text_field_without_effect_is_said(
     assert "data.text_field (body) has no effect" in caplog.text
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BAD_FILES = {
     "latin.txt": (b"caf\xe9 au lait", r"latin\.txt is not UTF-8.*offset 3"),
     "far.txt": (b"a" * 3_000_000 + b"\xff", r"offset 3000000"),
@@ -171,6 +172,9 @@ BAD_FILES = {
     ),
     "less.csv": (b"text,id\na,1\nb\n", r"less\.csv line 3 has 1 fields and the header 2"),
     "empty.csv": (b"", r"data\.text_field \(text\).*\(none\)"),
+    "pointer.txt": (POINTER, r"pointer\.txt is a Git LFS pointer"),
+    "pointer.jsonl.gz": (POINTER, r"pointer\.jsonl\.gz is a Git LFS pointer"),
+    "pointer.parquet": (POINTER, r"pointer\.parquet is a Git LFS pointer.* git lfs pull"),
     "a.pdf": (b"x", r"suffix that is not known \(\.pdf\).*\.txt, \.md"),
     "noname": (b"x", r"suffix that is not known \(none\)"),
 }
@@ -183,6 +187,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, spec_for: SpecFor, name: str)
     with pytest.raises(UserError, match=message) as caught:
         documents(spec_for(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_about_git_lfs_is_text(tmp_path: Path, spec_for: SpecFor) -> None:
+    text = POINTER.decode() + "This is what a pointer looks like. " * 40
+    (tmp_path / "a.txt").write_text(text)
+    assert documents(spec_for(tmp_path / "a.txt")) == [text]
 
 
 def test_a_row_of_many_fields(tmp_path: Path, spec_for: SpecFor) -> None:

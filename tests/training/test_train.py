@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,25 @@ def test_init_from(options, whole: Path, tmp_path: Path, capsys) -> None:
     assert f"weights from {whole / 'final'}" in capsys.readouterr().err
     a, b = weights(whole / "final"), weights(tmp_path / "run/final")
     assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_run_goes_on_without_what_it_began_from(
+    options, tmp_path: Path, capsys, positions: str
+) -> None:
+    """Also where the positions are weights, as many as there were."""
+    options = [*options, f"model.positions={positions}", "model.intermediate_size=32"]
+    assert run(options, train__out_dir=tmp_path / "first", data__seq_len=60) == 0
+    second = [*options, f"model.init_from={tmp_path / 'first'}"]
+    assert run(second) == 0
+    shutil.rmtree(tmp_path / "first")
+    assert run(second) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert run(second, train__max_steps=8) == 0
+    assert "finished 8 steps" in capsys.readouterr().err
+    assert run(second, train__out_dir=tmp_path / "new") == 2
+    assert f"checkpoint ({tmp_path / 'first'}) does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_trackers_write_local_files(options, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -82,7 +82,7 @@ class RetentionOptions(HeadOptions):
         problems = super().problems()
         if isinstance(self.decay, str):
             problems += [
-                f"{problem}, or a number in (0, 1]"
+                problem.replace("must be", "must be a number in (0, 1] or", 1)
                 for problem in self.check_choice("decay", DECAY_SCHEDULES)
             ]
         elif isinstance(self.decay, bool) or not isinstance(self.decay, int | float):
