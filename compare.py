@@ -5,26 +5,32 @@ to the first model with a 95 % interval, and how fast and in how much memory it 
 """
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 try:  # the imports take seconds
-    from retnet.checkpoints import load_checkpoint
+    from retnet.checkpoints import Checkpoint, load_checkpoint
     from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
         CONTEXTS,
         Comparison,
         check_not_read,
+        check_report_folder,
         check_writable,
         compare_checkpoints,
+        find_out,
         format_comparison,
         text_of_file,
         to_json,
         validation_text,
         write_json,
+        write_report,
     )
+    from retnet.evaluation.report import PAGE
     from retnet.generation import add_loading_options, loading_arguments, text_output
     from retnet.terminal import deliver
 except KeyboardInterrupt:
@@ -53,6 +59,8 @@ def build_parser() -> ArgumentParser:
     after = f"measure decoding after so many tokens ({' '.join(map(str, CONTEXTS))})"
     speed.add_argument("--contexts", nargs="+", type=decoded_after, metavar="N", help=after)
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
+    report = "also write a report with pictures into this folder; measures more, for minutes"
+    add("--report", type=file_path, metavar="DIR", help=report)
     add_loading_options(parser)
     return parser
 
@@ -74,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
         )
     if arguments.json:
         check_writable(arguments.json)
+    if arguments.report:
+        check_report_folder(arguments.report)
     if arguments.text_field == "":
         raise UserError("--text-field ('') is empty: name a field, or leave it out")
     if arguments.text_field is not None and arguments.text is None:
@@ -93,10 +103,21 @@ def main(argv: Sequence[str]) -> None:
         carry_state=arguments.carry_state,
         speed_contexts=() if arguments.no_speed else arguments.contexts or CONTEXTS,
     )
-    content = to_json(comparison, ["compare.py", *argv])
+    command = ["compare.py", *argv]
+    content = to_json(comparison, command)
     outputs = [lambda: print_table(comparison)]
     outputs += [lambda: write_json(arguments.json, content)] if arguments.json else []
+    if arguments.report:
+        outputs.append(lambda: report_on(checkpoints, comparison, arguments.report, command))
     deliver(*outputs)
+
+
+def report_on(
+    checkpoints: Sequence[Checkpoint], comparison: Comparison, folder: Path, command: list[str]
+) -> None:
+    """Measure what a report shows beside the comparison, write it, and say where it is."""
+    write_report(folder, find_out(checkpoints, comparison), command)
+    logging.getLogger(__name__).info("report in %s", folder / PAGE)
 
 
 def print_table(comparison: Comparison) -> None:

@@ -123,8 +123,13 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: It can't be written; nothing has changed then.
     """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """``write_text`` of what is no text."""
     with _new_file(path) as (new, place):
-        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+        new.write_bytes(content)
         sync(new)
         new.replace(place)
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # Of a run folder, which may lie in a folder of text or be one: what training writes there.
 RUN_NAMES = ("config.yaml", "metrics.jsonl", "diverged.json", "checkpoints", "best", "final",
              "set-aside-*", "wandb", "retnet")  # fmt: skip
+# The files of a report on a comparison, which may lie in a folder with others.
+REPORT_NAMES = ("report.json", "report.md", "report.html")
 ANYTHING = ("*",)
 
 
@@ -46,7 +48,8 @@ def written_here(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
         return ANYTHING
     if _is_cache_entry(found) and (folder / "train" / "tokens.bin").exists():
         return ANYTHING
-    return RUN_NAMES if _is_run(found) else ()
+    report = REPORT_NAMES if found.issuperset(REPORT_NAMES) else ()
+    return (*RUN_NAMES, *report) if _is_run(found) else report
 
 
 class Listing:

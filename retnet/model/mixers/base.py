@@ -193,6 +193,11 @@ class Mixer(Part):
         raise NotImplementedError
 
     @classmethod
+    def windows(cls, config: Any) -> list[float]:
+        """1 / (1 - decay) of each head in tokens; none where the decays are not fixed."""
+        return []
+
+    @classmethod
     def describe(cls, config: Any) -> list[str]:
         """Lines that say at the start of a run what its heads do."""
         return []

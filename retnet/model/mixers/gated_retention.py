@@ -53,6 +53,10 @@ class GatedRetention(MultiScaleRetention):
         return super().matrix_parameters(config) + config.hidden_size * config.num_heads
 
     @classmethod
+    def windows(cls, config: Any) -> list[float]:
+        return []
+
+    @classmethod
     def describe(cls, config: Any) -> list[str]:
         return ["decays      each token's own, of each head"]
 

@@ -175,9 +175,12 @@ class MultiScaleRetention(Mixer):
         return bool(config.attention_layers) and config.attention_window is None
 
     @classmethod
+    def windows(cls, config: Any) -> list[float]:
+        return head_windows(config.decay, config.num_heads)
+
+    @classmethod
     def describe(cls, config: Any) -> list[str]:
-        windows = head_windows(config.decay, config.num_heads)
-        shown = ", ".join(f"{window:,.0f}" for window in windows)
+        shown = ", ".join(f"{window:,.0f}" for window in cls.windows(config))
         return [f"windows     1/(1-decay) of the heads: {shown} tokens"]
 
     @classmethod

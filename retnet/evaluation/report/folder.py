@@ -1,0 +1,70 @@
+"""The folder of a report: report.md with its pictures, report.html, report.json."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retnet import files
+from retnet.checkpoints.format import CONFIG, is_run
+from retnet.data.listing import REPORT_NAMES
+from retnet.errors import UserError, os_errors
+from retnet.evaluation.report.contents import page_of
+from retnet.evaluation.report.findings import Findings
+from retnet.evaluation.report.pages import to_html, to_markdown
+from retnet.evaluation.report.table import to_json
+from retnet.paths import check_folder
+
+DATA, MARKDOWN, PAGE = REPORT_NAMES
+OTHER = "name a new folder, or that of a report to replace"
+
+
+def check_report_folder(folder: Path) -> None:
+    """Find out before the long work whether a report can be written into a folder.
+
+    A ``UserError`` where it is a checkpoint's or run's, something else's with files in it, or
+    cannot be written.
+    """
+    check_folder(folder, "--report")
+    for above in (folder, *folder.absolute().parents):
+        if is_run(above) or ((above / CONFIG).is_file() and any(above.glob("*.safetensors"))):
+            raise UserError(f"--report ({folder}) lies in a run or checkpoint ({above}): {OTHER}")
+    with os_errors(f"--report ({folder}) cannot be written", OTHER):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / DATA).is_file():
+            raise UserError(f"--report ({folder}) has other files in it: {OTHER}")
+        made = files.missing_folders(folder)  # nothing of them is left where the work ends early
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            files.try_to_write(folder / DATA)
+        finally:
+            for path in made:
+                path.rmdir()
+
+
+def write_report(folder: Path, findings: Findings, command: Sequence[str]) -> None:
+    """Write the whole report, over one that was there; a ``UserError`` where that fails."""
+    page = page_of(findings, command)
+    with os_errors(f"--report ({folder}) cannot be written", OTHER):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / DATA, content(findings, page.summary, command))
+        for picture in page.pictures:
+            files.write_bytes(folder / f"{picture.name}.png", picture.png)
+        files.write_text(folder / MARKDOWN, to_markdown(page))
+        files.write_text(folder / PAGE, to_html(page))
+
+
+def content(findings: Findings, sentences: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+    """Everything for programs: the comparison, and what the tables and pictures show."""
+    models: list[dict[str, Any]] = []
+    for i in range(len(findings.costs)):
+        profile = None if findings.profiles is None else asdict(findings.profiles[i])
+        history = findings.histories[i]
+        models.append({
+            "profile": profile,
+            "bits_per_byte_with_state_carried": findings.carried[i],
+            "costs": asdict(findings.costs[i]),
+            "history": None if history is None else asdict(history),
+            "windows": findings.windows[i],
+        })  # fmt: skip
+    comparison = to_json(findings.comparison, command)
+    return {"summary": list(sentences), "comparison": comparison, "models": models}
