@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	printf 'class Parser:\n    def __init__(self' | $(PY) generate.py runs/tiny-retention - --temperature 0.7
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu" --cov=retnet --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu and not browser" --cov=retnet --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: $(VENV)/.installed-dev
 	$(PY) -m pytest

@@ -5,7 +5,6 @@ to the first model with a 95 % interval, and how fast and in how much memory it 
 """
 
 import argparse
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ try:  # the imports take seconds
         write_json,
         write_report,
     )
-    from retnet.evaluation.report import PAGE
+    from retnet.evaluation.report import COST_CONTEXTS, Reach
     from retnet.generation import add_loading_options, loading_arguments, text_output
     from retnet.terminal import deliver
 except KeyboardInterrupt:
@@ -108,16 +107,20 @@ def main(argv: Sequence[str]) -> None:
     outputs = [lambda: print_table(comparison)]
     outputs += [lambda: write_json(arguments.json, content)] if arguments.json else []
     if arguments.report:
-        outputs.append(lambda: report_on(checkpoints, comparison, arguments.report, command))
+        reach = None if arguments.no_speed else Reach(arguments.contexts or COST_CONTEXTS)
+        outputs.append(lambda: report_on(checkpoints, comparison, reach, arguments.report, command))
     deliver(*outputs)
 
 
 def report_on(
-    checkpoints: Sequence[Checkpoint], comparison: Comparison, folder: Path, command: list[str]
+    checkpoints: Sequence[Checkpoint],
+    comparison: Comparison,
+    reach: Reach | None,
+    folder: Path,
+    command: list[str],
 ) -> None:
-    """Measure what a report shows beside the comparison, write it, and say where it is."""
-    write_report(folder, find_out(checkpoints, comparison), command)
-    logging.getLogger(__name__).info("report in %s", folder / PAGE)
+    """Measure what a report shows beside the comparison, and write it."""
+    write_report(folder, find_out(checkpoints, comparison, reach), command)
 
 
 def print_table(comparison: Comparison) -> None:

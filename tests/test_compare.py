@@ -58,15 +58,15 @@ def test_the_default_is_validation_data_and_speed(main, runs: Path, tmp_path: Pa
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_the_table(main, tmp_path: Path, monkeypatch) -> None:
-    real, calls = Path.write_text, []
+    real, calls = Path.write_bytes, []
 
-    def full(path: Path, text: str, **options) -> int:
+    def full(path: Path, content: bytes) -> int:
         if path.name.endswith("-out.json"):
-            calls.append(real(path, "half", **options))
+            calls.append(real(path, b"half"))
             raise OSError(28, "No space left on device")
-        return real(path, text, **options)
+        return real(path, content)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     file = tmp_path / "out.json"
     file.write_text("the one before")
     code, out, err = main("--no-speed", "--json", str(file))
@@ -222,3 +222,22 @@ def test_models_that_were_trained_in_different_precisions(runs: Path, tmp_path: 
     two = said(tmp_path / "fp32", tmp_path / "bf16")
     assert "note     trained in different precisions: 1 fp32 in fp32, 2 bf16 in bf16" in two
     assert "note" not in said(tmp_path / "fp32", runs / "second")
+
+
+def test_a_report_with_what_was_asked_for(main, tmp_path: Path, monkeypatch) -> None:
+    """Its costs by the contexts that were given, and none where no speed is wanted."""
+    reached, real = [], compare.find_out
+
+    def quick(checkpoints, comparison, reach):
+        reached.append(reach)
+        return real(checkpoints, comparison, None)
+
+    monkeypatch.setattr(compare, "find_out", quick)
+    for options in (["--no-speed"], ["--contexts", "4", "9"], []):
+        code, out, err = main(*options, "--report", str(tmp_path / "report"))
+        assert code == 0 and out.startswith("text "), err
+        assert err.splitlines()[-1] == f"report in {tmp_path / 'report/report.html'}"
+        command = json.loads((tmp_path / "report/report.json").read_text())["comparison"]["command"]
+        assert command[-1] == str(tmp_path / "report")
+    assert reached[0] is None and reached[1].contexts == [4, 9]
+    assert reached[2].contexts == (128, 512, 2048, 8192, 32768)

@@ -71,6 +71,8 @@ OTHERS = [
     ("generate", "https://example.com/run", "checkpoint (https://example.com/run) is an address"),
     ("compare", "--contexts 8 {runs}/retention {runs}/attention",
      "{runs}/retention' must be a whole number of at least 1; checkpoints are named before --con"),
+    ("compare", C + " --report {runs}/retention/final", "lies in a run or checkpoint ({runs}/re"),
+    ("compare", C + " --report {corpus}", "--report ({corpus}) is a file"),
     ("compare", C + " --json -", "--json (-) would be a file of that name"),
     ("compare", C + " --text {corpus} --text-field=", "--text-field ('') is empty: name a field"),
 ]  # fmt: skip

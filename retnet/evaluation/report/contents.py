@@ -30,7 +30,8 @@ def page_of(findings: Findings, command: Sequence[str]) -> Page:
         f"Command: {' '.join(command)}",
     ]
     title = " and ".join(model.name for model in comparison.models)
-    tables = [*_quality(findings), *_profiles(findings), *_costs(findings)]
+    costs = [table for table in _costs(findings) if len(table.rows) > 1]  # perhaps not measured
+    tables = [*_quality(findings), *_profiles(findings), *costs]
     return Page(f"Comparison of {title}", about, summary(findings), tables, pictures(findings))
 
 

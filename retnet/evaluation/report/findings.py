@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 PAPER_CONTEXTS = (512, 1024, 2048)
 BEYOND = (2, 4, 8, 16)  # times the trained length
-CONTEXTS = (128, 512, 2048, 8192, 32768)
+COST_CONTEXTS = (128, 512, 2048, 8192, 32768)
 BATCHES = (1, 4, 16)
 LENGTHS = (128, 512, 2048, 8192)
 LIMIT_S = 20.0  # of one prefill or training step: a model that would take longer is stopped
@@ -28,7 +28,7 @@ LIMIT_S = 20.0  # of one prefill or training step: a model that would take longe
 class Reach:
     """How far the costs are measured: see ``measure_costs``."""
 
-    contexts: Sequence[int] = CONTEXTS
+    contexts: Sequence[int] = COST_CONTEXTS
     batches: Sequence[int] = BATCHES
     lengths: Sequence[int] = LENGTHS
     limit_s: float = LIMIT_S
@@ -65,9 +65,12 @@ class Findings:
 
 
 def find_out(
-    checkpoints: Sequence[Checkpoint], comparison: Comparison, reach: Reach | None = None
+    checkpoints: Sequence[Checkpoint], comparison: Comparison, reach: Reach | None
 ) -> Findings:
-    """Measure what a report shows; the checkpoints are those of the comparison."""
+    """Measure what a report shows; the checkpoints are those of the comparison.
+
+    Costs are measured as far as ``reach`` says, not at all when None.
+    """
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
     profiles = None
@@ -84,12 +87,13 @@ def find_out(
         _carried(one, documents, context, f"state of {name} carried")
         for name, one in zip(names, checkpoints, strict=True)
     ]
-    reach = reach or Reach()
-    costs = measure_costs(
-        checkpoints, contexts=reach.contexts, batches=reach.batches, lengths=reach.lengths,
-        limit_s=reach.limit_s, peaks=reach.peaks, progress="measuring costs",
-    )  # fmt: skip
-    logger.info("costs by context, batch and length are known")
+    costs = [Costs([], [], [])] * len(checkpoints)
+    if reach is not None:
+        costs = measure_costs(
+            checkpoints, contexts=reach.contexts, batches=reach.batches, lengths=reach.lengths,
+            limit_s=reach.limit_s, peaks=reach.peaks, progress="measuring costs",
+        )  # fmt: skip
+        logger.info("costs by context, batch and length are known")
     configs = [one.model.config for one in checkpoints]
     return Findings(
         comparison,

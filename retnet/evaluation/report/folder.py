@@ -1,5 +1,6 @@
 """The folder of a report: report.md with its pictures, report.html, report.json."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,8 @@ from retnet.evaluation.report.findings import Findings
 from retnet.evaluation.report.pages import to_html, to_markdown
 from retnet.evaluation.report.table import to_json
 from retnet.paths import check_folder
+
+logger = logging.getLogger(__name__)
 
 DATA, MARKDOWN, PAGE = REPORT_NAMES
 OTHER = "name a new folder, or that of a report to replace"
@@ -51,6 +54,7 @@ def write_report(folder: Path, findings: Findings, command: Sequence[str]) -> No
             files.write_bytes(folder / f"{picture.name}.png", picture.png)
         files.write_text(folder / MARKDOWN, to_markdown(page))
         files.write_text(folder / PAGE, to_html(page))
+    logger.info("report in %s", folder / PAGE)
 
 
 def content(findings: Findings, sentences: Sequence[str], command: Sequence[str]) -> dict[str, Any]:

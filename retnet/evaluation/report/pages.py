@@ -61,7 +61,7 @@ def _markdown(page: Page) -> Iterator[str]:
     for table in page.tables:
         head, *rows = table.rows
         yield f"\n## {_md(table.title)}\n"
-        yield _row(head)
+        yield _row([_md(cell) for cell in head])
         yield _row(["---", *["---:"] * (len(head) - 1)])
         yield from (_row([_md(cell) for cell in row]) for row in rows)
         if table.note:

@@ -11,6 +11,7 @@ from typing import Any
 from retnet.evaluation.report.findings import Findings, History
 from retnet.evaluation.report.table import labels
 from retnet.model.mixers import MIXERS
+from retnet.terminal import harmless
 
 # Okabe and Ito's, which the colour-blind tell apart; no yellow, which paper does not show
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
@@ -30,11 +31,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's values; ``stopped`` is where it was not measured any more."""
+    """A model's values; ``end``, if any, says why there are no more."""
 
     x: list[float]
     y: list[float]
-    stopped: bool = False
+    end: str = ""
 
 
 def pictures(findings: Findings) -> list[Picture]:
@@ -42,7 +43,9 @@ def pictures(findings: Findings) -> list[Picture]:
     import matplotlib
 
     matplotlib.use("Agg")  # no screen
-    makers = (_losses, _positions, _contexts, _kinds, _decoding, _throughput, _training, _windows)
+    makers = [_losses, _positions, _contexts, _kinds, _decoding, _throughput, _training, _windows]
+    if not findings.costs[0].by_context:  # not measured
+        makers = [make for make in makers if make not in (_decoding, _throughput, _training)]
     return [picture for make in makers for picture in make(findings)]
 
 
@@ -77,26 +80,43 @@ def _png(figure: Any) -> bytes:
 
 
 def _draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str, y: str) -> None:
-    """A line for each model; a cross at its end where it was stopped."""
+    """A line for each model; a cross where it ends before the others."""
     for label, style, curve in zip(
         labels(findings.comparison), styles(findings), curves, strict=True
     ):
         if curve is None or not curve.x:
             continue
         axis.plot(curve.x, curve.y, label=_plain(label), linewidth=1.8, **style)
-        if curve.stopped:
+        if curve.end:
             colour = style["color"]
             axis.plot(curve.x[-1:], curve.y[-1:], "x", color=colour, markersize=12, mew=2)
             where = (curve.x[-1], curve.y[-1])
-            axis.annotate("stopped", where, (6, 6), textcoords="offset points", color=colour,
+            axis.annotate(curve.end, where, (6, 6), textcoords="offset points", color=colour,
                           fontsize=9)  # fmt: skip
     axis.set_xlabel(x)
     axis.set_ylabel(y)
 
 
+def _doubling(axis: Any) -> None:
+    """A logarithmic axis with the lengths themselves on it, at most eight."""
+    lengths = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
+    axis.set_xscale("log", base=2)
+    shown = lengths[:: max(1, -(-len(lengths) // 8))]
+    axis.set_xticks(shown, [f"{length:,.0f}" for length in shown], fontsize=9)
+    axis.minorticks_off()
+
+
+def _times(axis: Any) -> None:
+    """A logarithmic axis upwards, with plain numbers on it."""
+    axis.set_yscale("log")
+    for one in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        one(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="y", which="both", labelsize=8)
+
+
 def _plain(text: str) -> str:
     """A name that matplotlib takes for no formula."""
-    return text.replace("$", r"\$")
+    return harmless(text).replace("$", r"\$")
 
 
 def _legend(axis: Any) -> None:
@@ -152,7 +172,7 @@ def _positions(findings: Findings) -> Iterator[Picture]:
         found = {end: loss.nats for end, loss in one.by_position.items() if loss.nats is not None}
         curves.append(Curve([float(end) for end in found], list(found.values())))
     _draw(findings, axis, curves, "tokens before the target in its window, up to", "nats per token")
-    axis.set_xscale("log", base=2)
+    _doubling(axis)
     _legend(axis)
     caption = "Loss by position in windows of the trained length."
     yield Picture("positions", "What context is worth", caption, _png(figure))
@@ -167,10 +187,10 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
         found = {
             c: loss.nats for c, loss in one.by_context.items() if loss and loss.nats is not None
         }
-        undefined = len(found) < len(one.by_context)
-        curves.append(Curve([float(c) for c in found], list(found.values()), stopped=undefined))
+        end = "" if len(found) == len(one.by_context) else "not defined"
+        curves.append(Curve([float(c) for c in found], list(found.values()), end))
     _draw(findings, axis, curves, "tokens of context", "nats per token")
-    axis.set_xscale("log", base=2)
+    _doubling(axis)
     axis.axvline(findings.comparison.context, color="#7F7F7F", linewidth=1)
     axis.annotate("trained", (findings.comparison.context, 1), (3, -9), fontsize=9,
                   xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
@@ -207,8 +227,8 @@ def _costs(
     for costs in findings.costs:
         entries = getattr(costs, part)
         found = [(x(one), value) for one in entries if (value := y(one)) is not None]
-        stopped = any(one.stopped for one in entries)
-        curves.append(Curve([a for a, _ in found], [b for _, b in found], stopped))
+        end = "stopped" if any(one.stopped for one in entries) else ""
+        curves.append(Curve([a for a, _ in found], [b for _, b in found], end))
     return curves
 
 
@@ -223,8 +243,8 @@ def _decoding(findings: Findings) -> Iterator[Picture]:
     _draw(findings, axes[0], time, "tokens of context", "ms per token")
     _draw(findings, axes[1], size, "tokens of context", "MB of state or cache")
     for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        _doubling(axis)
+        _times(axis)
     _legend(axes[0])
     caption = "One row; greedy. A cross: the next length would take too long, or not fit."
     yield Picture("decoding", "Generating: time and memory", caption, _png(figure))
@@ -238,7 +258,7 @@ def _throughput(findings: Findings) -> Iterator[Picture]:
     _draw(findings, axes[0], reading, "tokens of the prompt", "prompt tokens per second")
     _draw(findings, axes[1], rows, "rows side by side", "new tokens per second, all rows")
     for axis in axes:
-        axis.set_xscale("log", base=2)
+        _doubling(axis)
         axis.set_ylim(bottom=0)
     _legend(axes[0])
     caption = "Reading a prompt, and generating several texts at once."
@@ -252,7 +272,7 @@ def _training(findings: Findings) -> Iterator[Picture]:
     _draw(findings, axes[0], speed, "tokens of a row", "tokens per second")
     _draw(findings, axes[1], peaks, "tokens of the one row", "MB at the peak of a step")
     for axis in axes:
-        axis.set_xscale("log", base=2)
+        _doubling(axis)
         axis.set_ylim(bottom=0)
     _legend(axes[0])
     caption = "Forward and backward pass, without the optimizer."
@@ -269,7 +289,7 @@ def _windows(findings: Findings) -> Iterator[Picture]:
     names = [_plain(label) for label in labels(findings.comparison)]
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.set_xscale("log", base=2)
+    _doubling(axis)
     axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
     caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
     yield Picture("windows", "How far heads look back", caption, _png(figure))
