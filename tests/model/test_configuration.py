@@ -79,7 +79,10 @@ def test_values_that_make_no_model(kind, values: dict, words: str) -> None:
     [
         ({"head_norm": "group"}, "head_norm ('group') must be one of groupnorm, rmsnorm, none"),
         ({"head_norm_eps": -1}, "head_norm_eps (-1)"),
-        ({"decay": "papr"}, "decay ('papr') must be one of paper, log_linear"),
+        (
+            {"decay": "papr"},
+            "decay ('papr') must be a number in (0, 1] or one of paper, log_linear",
+        ),
         ({"decay": 0}, "decay (0) must be above 0 and at most 1"),
         ({"decay": 1.5}, "decay (1.5)"),
         ({"decay": True}, "decay (True)"),
