@@ -1,7 +1,7 @@
 """Train one recipe with several contenders and seeds, and print the mean with its spread.
 
     python -m retnet.experiments.repeat configs/shakespeare-char.yaml --seeds 0 1 2 \
-        --mixers retention attention --vary train.learning_rate=2e-3,4e-3 data.source=PATH
+        --mixers retention attention --vary train.learning_rate=1e-2,2e-2 data.source=PATH
 
 Each run has its own folder, so what was interrupted goes on and what is finished is only read.
 The differences to the first line are of the final checkpoints on the validation documents, in

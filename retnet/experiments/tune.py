@@ -1,7 +1,7 @@
 """Choose settings for several contenders with equal effort, on text that is not reported.
 
     python -m retnet.experiments.tune configs/shakespeare-char.yaml data.source=PATH \
-        --mixers retention attention --grid train.learning_rate=2e-3,4e-3,8e-3 --json tuned.json
+        --mixers retention attention --grid train.learning_rate=1e-2,2e-2,4e-2 --json tuned.json
 
 Every contender gets the same grid. A trial trains on the training side less a tuning split
 (data.tuning_fraction) and is judged on that split; the validation text is never looked at. Where a
