@@ -109,8 +109,12 @@ def _doubling(axis: Any) -> None:
 def _times(axis: Any) -> None:
     """A logarithmic axis upwards, with plain numbers on it."""
     axis.set_yscale("log")
-    for one in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        one(lambda value, _: f"{value:g}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_ylim()
+    if high < 30 * low:  # else they stand in each other's way
+        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    else:
+        axis.yaxis.set_minor_formatter("")
     axis.tick_params(axis="y", which="both", labelsize=8)
 
 

@@ -8,6 +8,8 @@ from retnet.evaluation.comparison import ModelResult
 from retnet.evaluation.report.findings import Findings
 from retnet.evaluation.speed import DecodeSpeed
 
+SAME = 0.05  # percent of perplexity, which would be shown as 0.0
+
 
 def summary(findings: Findings) -> list[str]:
     """Sentences about each model beside the first, and about each by itself."""
@@ -117,8 +119,10 @@ def _beyond(findings: Findings, i: int, name: str) -> Iterator[str]:
     if trained not in known or not longer:
         return
     change = 100 * math.expm1(known[longer[-1]] - known[trained])
-    more = "higher" if change > 0 else "lower"
+    more = f"{abs(change):.1f} % {'higher' if change > 0 else 'lower'}"
+    if abs(change) < SAME:
+        more = "the same"
     yield (
         f"With {longer[-1]:,} tokens of context instead of the {trained:,} it was trained with, "
-        f"the perplexity of {name} is {abs(change):.1f} % {more}."
+        f"the perplexity of {name} is {more}."
     )

@@ -19,6 +19,7 @@ from retnet.data.listing import files_below
 from retnet.errors import UserError
 from retnet.evaluation import EvaluationText, compare_checkpoints
 from retnet.evaluation.costs import Costs
+from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.report import Reach, check_report_folder, find_out, write_report
 from retnet.evaluation.report.contents import page_of
 from retnet.evaluation.report.findings import history, lengths_of
@@ -126,6 +127,8 @@ def test_sentences(findings) -> None:
     assert f"{longer}a is {-low:.1f} % lower." in found
     assert f"{longer}b is {high:.1f} % higher." in found
     assert sum(line.startswith("With") for line in found) == 2, "the third is not defined there"
+    flat = replace(findings.profiles[0], by_context={256: MeanLoss(2, 9), 512: MeanLoss(2.0004, 9)})
+    assert f"{longer}a is the same." in summary(replace(findings, profiles=[flat] * 3))
 
 
 def test_other_tokenizers_are_told_apart_by_bits(findings) -> None:
