@@ -104,19 +104,15 @@ def _checked(source: Path, content: Any) -> dict[str, Tensor]:
                 f"source ({source}): {shortened(name)} is a {type(value).__name__} and no weight: "
                 "save the model's state_dict() alone"
             )
-        held = (
-            0
-            if value.is_meta or value.layout != torch.strided
-            else value.untyped_storage().nbytes()
-        )
-        if value.dtype in NUMBERS and value.layout == torch.strided and held < value.nbytes:
-            raise UserError(
-                f"source ({source}): {name} has {value.nbytes:,} bytes of numbers, of which "
-                f"{held:,} are stored: save the weights as they are, by contiguous()"
-            )
         if value.dtype not in NUMBERS or value.layout != torch.strided:
             raise UserError(
                 f"source ({source}): {name} is of type {value.dtype}, in which nothing is computed "
                 "here: save the weights as floating-point numbers"
+            )
+        held = 0 if value.is_meta else value.untyped_storage().nbytes()
+        if held < value.nbytes:
+            raise UserError(
+                f"source ({source}): {name} has {value.nbytes:,} bytes of numbers, of which "
+                f"{held:,} are stored: save the weights as they are, by contiguous()"
             )
     return content

@@ -53,6 +53,7 @@ class Findings:
         profiles: None where the models' tokens differ, so that positions and kinds do too.
         carried: Bits per byte with a state carried through each document; None where it grows.
         histories: None where the run folder is not there.
+        trained: Tokens of the windows that it was trained on.
         windows: 1 / (1 - decay) of each head in tokens; empty where decays are not fixed.
     """
 
@@ -61,6 +62,7 @@ class Findings:
     carried: list[float | None]
     costs: list[Costs]
     histories: list[History | None]
+    trained: list[int]
     windows: list[list[float]]
 
 
@@ -73,12 +75,14 @@ def find_out(
     """
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
+    configs = [one.model.config for one in checkpoints]
+    trained = [config.max_position_embeddings for config in configs]
     profiles = None
     if comparison.same_tokenizers:
         profiles = [
             profile(
                 one.model, one.tokenizer, documents, context=context,
-                contexts=lengths_of(context), progress=f"profile of {name}",
+                contexts=lengths_of(trained[0]), progress=f"profile of {name}",
             )
             for name, one in zip(names, checkpoints, strict=True)
         ]  # fmt: skip
@@ -94,13 +98,13 @@ def find_out(
             limit_s=reach.limit_s, peaks=reach.peaks, progress="measuring costs",
         )  # fmt: skip
         logger.info("costs by context, batch and length are known")
-    configs = [one.model.config for one in checkpoints]
     return Findings(
         comparison,
         profiles,
         carried,
         costs,
         [history(one.path) for one in checkpoints],
+        trained,
         [config.mixer_class.windows(config) for config in configs],
     )
 

@@ -178,7 +178,7 @@ def _positions(findings: Findings) -> Iterator[Picture]:
     _draw(findings, axis, curves, "tokens before the target in its window, up to", "nats per token")
     _doubling(axis)
     _legend(axis)
-    caption = "Loss by position in windows of the trained length."
+    caption = f"Loss by position in windows of {findings.comparison.context:,} tokens."
     yield Picture("positions", "What context is worth", caption, _png(figure))
 
 
@@ -195,8 +195,9 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
         curves.append(Curve([float(c) for c in found], list(found.values()), end))
     _draw(findings, axis, curves, "tokens of context", "nats per token")
     _doubling(axis)
-    axis.axvline(findings.comparison.context, color="#7F7F7F", linewidth=1)
-    axis.annotate("trained", (findings.comparison.context, 1), (3, -9), fontsize=9,
+    for trained in set(findings.trained):
+        axis.axvline(trained, color="#7F7F7F", linewidth=1)
+        axis.annotate("trained", (trained, 1), (3, -9), fontsize=9,
                   xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
     _legend(axis)
     targets = next(loss.targets for loss in findings.profiles[0].by_context.values() if loss)
@@ -255,32 +256,39 @@ def _decoding(findings: Findings) -> Iterator[Picture]:
 
 
 def _throughput(findings: Findings) -> Iterator[Picture]:
-    figure, axes = _axes(2)
     reading = _costs(findings, "by_context", lambda one: one.context,
                      lambda one: one.prefill_tokens_per_second)  # fmt: skip
     rows = _costs(findings, "by_batch", lambda one: one.rows, lambda one: one.tokens_per_second)
-    _draw(findings, axes[0], reading, "tokens of the prompt", "prompt tokens per second")
-    _draw(findings, axes[1], rows, "rows side by side", "new tokens per second, all rows")
-    for axis in axes:
-        _doubling(axis)
-        axis.set_ylim(bottom=0)
-    _legend(axes[0])
+    png = _two(
+        findings,
+        (reading, "tokens of the prompt", "prompt tokens per second"),
+        (rows, "rows side by side", "new tokens per second, all rows"),
+    )
     caption = "Reading a prompt, and generating several texts at once."
-    yield Picture("throughput", "Prompts and batches", caption, _png(figure))
+    yield Picture("throughput", "Prompts and batches", caption, png)
 
 
 def _training(findings: Findings) -> Iterator[Picture]:
-    figure, axes = _axes(2)
     speed = _costs(findings, "training", lambda one: one.length, lambda one: one.tokens_per_second)
     peaks = _costs(findings, "training", lambda one: one.length, lambda one: _mb(one.row_bytes))
-    _draw(findings, axes[0], speed, "tokens of a row", "tokens per second")
-    _draw(findings, axes[1], peaks, "tokens of the one row", "MB at the peak of a step")
-    for axis in axes:
+    png = _two(
+        findings,
+        (speed, "tokens of a row", "tokens per second"),
+        (peaks, "tokens of the one row", "MB at the peak of a step"),
+    )
+    caption = "Forward and backward pass, without the optimizer."
+    yield Picture("training", "Training by the length of rows", caption, png)
+
+
+def _two(findings: Findings, *panels: tuple[Sequence[Curve | None], str, str]) -> bytes:
+    """Two panels side by side, upwards from 0: curves and what the axes show."""
+    figure, axes = _axes(2)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw(findings, axis, *panel)
         _doubling(axis)
         axis.set_ylim(bottom=0)
     _legend(axes[0])
-    caption = "Forward and backward pass, without the optimizer."
-    yield Picture("training", "Training by the length of rows", caption, _png(figure))
+    return _png(figure)
 
 
 def _windows(findings: Findings) -> Iterator[Picture]:

@@ -109,7 +109,7 @@ def _beyond(findings: Findings, i: int, name: str) -> Iterator[str]:
     """Whether perplexity stays when texts get longer than those of training."""
     if findings.profiles is None:
         return
-    trained = findings.comparison.context
+    trained = findings.trained[i]
     known = {
         context: loss.nats
         for context, loss in findings.profiles[i].by_context.items()

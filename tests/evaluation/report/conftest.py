@@ -75,5 +75,6 @@ def findings() -> Findings:
         [0.95, None, 0.9],
         costs,
         [timed, untimed, None],
+        [256, 256, 256],
         [[32.0, 64.0, float("inf")], [], [100.0]],
     )

@@ -127,6 +127,8 @@ def test_sentences(findings) -> None:
     assert f"{longer}a is {-low:.1f} % lower." in found
     assert f"{longer}b is {high:.1f} % higher." in found
     assert sum(line.startswith("With") for line in found) == 2, "the third is not defined there"
+    shorter = summary(replace(findings, trained=[64, 64, 64]))
+    assert any("instead of the 64 it was trained with" in line for line in shorter)
     flat = replace(findings.profiles[0], by_context={256: MeanLoss(2, 9), 512: MeanLoss(2.0004, 9)})
     assert f"{longer}a is the same." in summary(replace(findings, profiles=[flat] * 3))
 
@@ -194,7 +196,7 @@ def test_everything_is_found_out(tmp_path: Path) -> None:
     found = find_out(checkpoints, comparison, reach)
     assert list(found.profiles[0].by_context) == [4, 8, 16, 32, 64, 128]
     assert found.carried[0] > 0 and found.carried[1] is None
-    assert found.windows[0] and found.windows[1] == []
+    assert found.windows[0] and found.windows[1] == [] and found.trained == [16, 16]
     assert found.histories[1] is None
     assert found.histories[0].steps == [1, 2] and found.histories[0].seconds == [0.5, 0.9]
     assert found.histories[0].validation == {2: 4.5}
