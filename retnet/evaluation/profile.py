@@ -48,12 +48,14 @@ class Profile:
             number of inputs it is predicted from is 1, 2, ...; in groups, each named by its last.
         by_kind: Of targets that have followed the same token before in their window, of those that
             have not, and by their frequency in the text.
+        by_distance: Of the former, by how many tokens ago that was; in groups like the positions.
         by_context: Of the same targets, predicted from so many tokens; None beyond the length for
             which the model is defined.
     """
 
     by_position: dict[int, MeanLoss]
     by_kind: dict[str, MeanLoss]
+    by_distance: dict[int, MeanLoss]
     by_context: dict[int, MeanLoss | None]
 
 
@@ -77,10 +79,13 @@ def profile(
         for document, ids in enumerate(tokens)
         for window in windows(document, len(ids), context, context)
     ]
-    losses = window_losses(model, tokens, every, progress)
+    losses = np.concatenate(window_losses(model, tokens, every, progress))
+    positions = np.concatenate([np.arange(w.first_target, w.end + 1) - w.start for w in every])
+    targets, distances = _targets(tokens, every)
     return Profile(
-        _by_position(every, losses, context),
-        _by_kind(tokens, every, losses),
+        _in_groups(losses, positions, context),
+        _by_kind(losses, targets, distances),
+        _in_groups(losses, distances, context),
         by_context(model, tokens, contexts, progress=progress),
     )
 
@@ -110,39 +115,45 @@ def _mean(losses: NDArray[np.float64]) -> MeanLoss:
     return MeanLoss(float(losses.mean()) if len(losses) else None, len(losses))
 
 
-def _by_position(
-    every: Sequence[Window], losses: Sequence[NDArray[np.float64]], context: int
+def _in_groups(
+    losses: NDArray[np.float64], counts: NDArray[np.int64], most: int
 ) -> dict[int, MeanLoss]:
-    """In groups that double: 1, 2, 3-4, 5-8, ..., so that late ones are not lost in noise."""
-    positions = np.concatenate([np.arange(w.first_target, w.end + 1) - w.start for w in every])
-    flat, found, before = np.concatenate(losses), {}, 0
-    for end in sorted({min(2**power, context) for power in range(context.bit_length() + 1)}):
-        found[end] = _mean(flat[(before < positions) & (positions <= end)])
+    """By counts from 1 on, in groups that double: 1, 2, 3-4, ..., so that none is lost in noise."""
+    found, before = {}, 0
+    for end in sorted({min(2**power, most) for power in range(most.bit_length() + 1)}):
+        found[end] = _mean(losses[(before < counts) & (counts <= end)])
         before = end
     return found
 
 
-def recalled(ids: Sequence[int]) -> list[bool]:
-    """Whether each token but the first has followed the same token before in these."""
-    seen: set[tuple[int, int]] = set()
+def recalled(ids: Sequence[int]) -> list[int]:
+    """How many tokens ago each token but the first has followed the same token; 0 for never."""
+    seen: dict[tuple[int, int], int] = {}
     found = []
-    for pair in pairwise(ids):
-        found.append(pair in seen)
-        seen.add(pair)
+    for place, pair in enumerate(pairwise(ids)):
+        found.append(place - seen.get(pair, place))
+        seen[pair] = place
     return found
 
 
-def _by_kind(
-    tokens: Sequence[Tensor], every: Sequence[Window], losses: Sequence[NDArray[np.float64]]
-) -> dict[str, MeanLoss]:
-    flat = np.concatenate(losses)
-    targets, again = [], []
+def _targets(
+    tokens: Sequence[Tensor], every: Sequence[Window]
+) -> tuple[list[int], NDArray[np.int64]]:
+    """All that are scored, and how many tokens ago each was recalled from."""
+    targets: list[int] = []
+    distances: list[int] = []
     for window in every:
         ids = tokens[window.document][window.start : window.end + 1].tolist()
         own = window.first_target - window.start
         targets += ids[own:]
-        again += recalled(ids)[own - 1 :]
-    hits = np.array(again)
+        distances += recalled(ids)[own - 1 :]
+    return targets, np.array(distances, dtype=np.int64)
+
+
+def _by_kind(
+    losses: NDArray[np.float64], targets: Sequence[int], distances: NDArray[np.int64]
+) -> dict[str, MeanLoss]:
+    hits = distances > 0
     kinds: dict[str, NDArray[np.bool_]] = {
         "the same pair of tokens was there before": hits,
         "the pair of tokens is new": ~hits,
@@ -153,7 +164,7 @@ def _by_kind(
         if low < len(ranks):
             name = f"target of rank {low + 1:,} to {high:,}" if high else f"rarer than rank {low:,}"
             kinds[name] = (rank >= low) & (rank < (high or len(ranks)))
-    return {name: _mean(flat[mask]) for name, mask in kinds.items()}
+    return {name: _mean(losses[mask]) for name, mask in kinds.items()}
 
 
 def by_context(

@@ -67,8 +67,19 @@ def test_positions_count_the_inputs_of_the_window() -> None:
 def test_recalled_is_a_pair_that_was_there(ids: list[int]) -> None:
     expected = []
     for i in range(1, len(ids)):
-        expected.append(any(ids[j - 1 : j + 1] == ids[i - 1 : i + 1] for j in range(1, i)))
+        pair = ids[i - 1 : i + 1]
+        expected.append(next((i - j for j in range(i - 1, 0, -1) if ids[j - 1 : j + 1] == pair), 0))
     assert recalled(ids) == expected
+
+
+def test_recall_by_distance() -> None:
+    """Each target of a pair that was there before has one, and it is that pair's."""
+    found = profile(MODEL, TOKENIZER, ["abab" + "cdefgh" + "ab"], context=20, contexts=())
+    again = found.by_kind["the same pair of tokens was there before"]
+    targets = {end: one.targets for end, one in found.by_distance.items() if one.targets}
+    assert targets == {2: 1, 8: 1} and again.targets == 2
+    total = sum(one.nats * one.targets for one in found.by_distance.values() if one.targets)
+    assert total == pytest.approx(again.nats * again.targets)
 
 
 def test_kinds_of_targets() -> None:

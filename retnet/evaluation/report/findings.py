@@ -13,6 +13,7 @@ from retnet.evaluation.comparison import Comparison
 from retnet.evaluation.costs import Costs, measure_costs
 from retnet.evaluation.profile import Profile, profile
 from retnet.evaluation.scoring import score_documents
+from retnet.evaluation.token_weights import TokenWeights, token_weights
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Findings:
         histories: None where the run folder is not there.
         trained: Tokens of the windows that it was trained on.
         windows: 1 / (1 - decay) of each head in tokens; empty where decays are not fixed.
+        weights: What one head takes of a short text's tokens; None where a model has no such.
     """
 
     comparison: Comparison
@@ -64,6 +66,7 @@ class Findings:
     histories: list[History | None]
     trained: list[int]
     windows: list[list[float]]
+    weights: list[TokenWeights | None]
 
 
 def find_out(
@@ -106,6 +109,7 @@ def find_out(
         [history(one.path) for one in checkpoints],
         trained,
         [config.mixer_class.windows(config) for config in configs],
+        [token_weights(one.model, one.tokenizer, documents) for one in checkpoints],
     )
 
 

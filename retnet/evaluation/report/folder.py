@@ -62,13 +62,14 @@ def content(findings: Findings, sentences: Sequence[str], command: Sequence[str]
     models: list[dict[str, Any]] = []
     for i in range(len(findings.costs)):
         profile = None if findings.profiles is None else asdict(findings.profiles[i])
-        history = findings.histories[i]
+        history, weights = findings.histories[i], findings.weights[i]
         models.append({
             "profile": profile,
             "bits_per_byte_with_state_carried": findings.carried[i],
             "costs": asdict(findings.costs[i]),
             "history": None if history is None else asdict(history),
             "windows": findings.windows[i],
+            "weights": weights and {**asdict(weights), "matrix": weights.matrix.tolist()},
         })  # fmt: skip
     comparison = to_json(findings.comparison, command)
     return {"summary": list(sentences), "comparison": comparison, "models": models}

@@ -17,6 +17,7 @@ from retnet.terminal import harmless
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 MARKERS, LINES = "osD^vPX*", ("-", "--", ":", "-.")
 WIDE, HIGH, DPI = 8.0, 3.6, 120
+PANELS = 4  # at most, of models whose weights are drawn
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def pictures(findings: Findings) -> list[Picture]:
     import matplotlib
 
     matplotlib.use("Agg")  # no screen
-    makers = [_losses, _positions, _contexts, _kinds, _decoding, _throughput, _training, _windows]
+    makers = [_losses, _positions, _contexts, _kinds, _recall, _decoding, _throughput, _training,
+              _windows, _weights]  # fmt: skip
     if not findings.costs[0].by_context:  # not measured
         makers = [make for make in makers if make not in (_decoding, _throughput, _training)]
     return [picture for make in makers for picture in make(findings)]
@@ -168,18 +170,33 @@ def _validation(axis: Any, history: History, timed: bool, style: dict[str, Any])
 
 
 def _positions(findings: Findings) -> Iterator[Picture]:
-    if findings.profiles is None:
-        return
-    figure, (axis,) = _axes(1)
+    png = _by_count(findings, "by_position", "tokens before the target in its window, up to")
+    if png is not None:
+        caption = f"Loss by position in windows of {findings.comparison.context:,} tokens."
+        yield Picture("positions", "What context is worth", caption, png)
+
+
+def _recall(findings: Findings) -> Iterator[Picture]:
+    png = _by_count(findings, "by_distance", "tokens since the same pair was there, up to")
+    if png is not None:
+        caption = "Loss of targets that have followed the same token before in their window."
+        yield Picture("recall", "Recall by distance", caption, png)
+
+
+def _by_count(findings: Findings, part: str, x: str) -> bytes | None:
+    """Losses in groups that double; None where there are none."""
     curves = []
-    for one in findings.profiles:
-        found = {end: loss.nats for end, loss in one.by_position.items() if loss.nats is not None}
+    for one in findings.profiles or ():
+        groups = getattr(one, part).items()
+        found = {end: loss.nats for end, loss in groups if loss.nats is not None}
         curves.append(Curve([float(end) for end in found], list(found.values())))
-    _draw(findings, axis, curves, "tokens before the target in its window, up to", "nats per token")
+    if not any(curve.x for curve in curves):
+        return None
+    figure, (axis,) = _axes(1)
+    _draw(findings, axis, curves, x, "nats per token")
     _doubling(axis)
     _legend(axis)
-    caption = f"Loss by position in windows of {findings.comparison.context:,} tokens."
-    yield Picture("positions", "What context is worth", caption, _png(figure))
+    return _png(figure)
 
 
 def _contexts(findings: Findings) -> Iterator[Picture]:
@@ -305,3 +322,32 @@ def _windows(findings: Findings) -> Iterator[Picture]:
     axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
     caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
     yield Picture("windows", "How far heads look back", caption, _png(figure))
+
+
+def _weights(findings: Findings) -> Iterator[Picture]:
+    every = zip(labels(findings.comparison), findings.weights, strict=True)
+    known = [(label, one) for label, one in every if one is not None][:PANELS]
+    if not known:
+        return
+    from matplotlib.figure import Figure
+
+    across = min(2, len(known))
+    down = -(-len(known) // across)
+    figure = Figure(figsize=(WIDE, WIDE / across * down), dpi=1.5 * DPI, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel in panels[len(known) :]:
+        panel.set_axis_off()
+    for panel, (label, one) in zip(panels, known, strict=False):
+        # no colour where a token takes nothing; the two ends differ for the colour-blind too
+        image = panel.imshow(one.matrix, cmap="PuOr", vmin=-1, vmax=1)
+        words = [_plain(repr(token)[1:-1]) for token in one.tokens]
+        panel.set_xticks(range(len(words)), words, fontsize=6, rotation=90)
+        panel.set_yticks(range(len(words)), words, fontsize=6)
+        panel.set_title(f"{_plain(label)}: layer {one.layer}, head {one.head}", fontsize=9)
+        panel.set_xlabel("token that is taken", fontsize=8)
+        panel.set_ylabel("token that takes", fontsize=8)
+    bar = figure.colorbar(image, ax=panels.tolist(), location="bottom", shrink=0.4, aspect=30)
+    bar.set_label("weight, divided by the largest of its row", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    caption = "What one head takes of each token's values; nothing comes from a later token."
+    yield Picture("weights", "One head, token by token", caption, _png(figure))

@@ -16,7 +16,7 @@ from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.rotary import Rotation
 from ..ops.window_attention import empty_ring, window_attention, window_attention_step
-from .base import ProjectedMixer, RotaryStep, State, make_rotation, split_heads
+from .base import ProjectedMixer, RotaryStep, State, make_rotation, one_token_each, split_heads
 
 ROTATION = {"rotary_layout": "half", "rotary_frequencies": "standard"}  # Llama's
 
@@ -197,6 +197,14 @@ class CausalAttention(ProjectedMixer):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), state
 
+    def token_weights(self, hidden: Tensor, shared: AttentionShared) -> Tensor:
+        heads = self.config.num_heads
+        q, k = (shared.turn(split_heads(f(hidden), heads)) for f in (self.q_proj, self.k_proj))
+        causal = shared.mask is None
+        return F.scaled_dot_product_attention(
+            q, k, one_token_each(q), attn_mask=shared.mask, is_causal=causal
+        )
+
 
 class WindowStep(RotaryStep):
     """``WindowAttention`` for one token per row, its key and value written into the ring."""
@@ -249,6 +257,12 @@ class WindowAttention(CausalAttention):
             keep=state is not None,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), ring
+
+    def token_weights(self, hidden: Tensor, shared: Any) -> Tensor:
+        (turn, tokens), config = shared, self.config
+        q, k = (turn(split_heads(f(hidden), config.num_heads)) for f in (self.q_proj, self.k_proj))
+        flags = {"valid": tokens.valid, "resets": tokens.resets, "keep": False}
+        return window_attention(q, k, one_token_each(q), config.attention_window, **flags)[0]
 
 
 def append(state: State, keys: Tensor, values: Tensor, past: int) -> State:

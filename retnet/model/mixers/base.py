@@ -202,6 +202,14 @@ class Mixer(Part):
         """Lines that say at the start of a run what its heads do."""
         return []
 
+    def token_weights(self, hidden: Tensor, shared: Any) -> Tensor | None:
+        """What each token takes of every token's values, [B, T, d] -> [B, H, T, T] by output.
+
+        Times the heads' values it is what they give, before any norm and gate; None for a mixer
+        that has no such weights. ``shared`` as in ``forward``, from the first token on.
+        """
+        return None
+
     @classmethod
     @torch.no_grad()
     def initialize(cls, module: nn.Module, role: str, config: Any) -> None:
@@ -265,6 +273,13 @@ def output_std(config: Any) -> float:
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, T, H * D] -> [B, H, T, D]."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def one_token_each(x: Tensor) -> Tensor:
+    """Values of which each token has one to itself, for the x [B, H, T, D]: [B, H, T, T]."""
+    batch, heads, length, _ = x.shape
+    tokens = torch.eye(length, dtype=x.dtype, device=x.device)
+    return tokens.expand(batch, heads, length, length)
 
 
 def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:

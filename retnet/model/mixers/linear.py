@@ -29,7 +29,15 @@ from ..ops.linear_attention import (
 from ..ops.precision import full_precision
 from ..ops.rotary import Rotation
 from .attention import RotationOptions
-from .base import ProjectedMixer, RotaryStep, State, make_rotation, read_state, split_heads
+from .base import (
+    ProjectedMixer,
+    RotaryStep,
+    State,
+    make_rotation,
+    one_token_each,
+    read_state,
+    split_heads,
+)
 
 
 class LinearOptions(RotationOptions):
@@ -117,6 +125,13 @@ class LinearAttention(ProjectedMixer):
                 resets=shared.tokens.resets,
             )
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden.dtype)), last
+
+    def token_weights(self, hidden: Tensor, shared: LinearShared) -> Tensor:
+        q, k = (split_heads(f(hidden), self.config.num_heads) for f in (self.q_proj, self.k_proj))
+        with full_precision(hidden.device):
+            q, k, tokens = shared.turn(q), shared.turn(k), shared.tokens
+            flags = {"valid": tokens.valid, "resets": tokens.resets}
+            return self.attend(q, k, one_token_each(q), None, "parallel", **flags)[0]
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: State | None, mode: str, **flags: Any

@@ -20,7 +20,15 @@ from ..ops.precision import full_precision, products_dtype, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
 from .attention import HybridOptions
-from .base import Mixer, RotaryStep, State, make_rotation, read_state, split_heads
+from .base import (
+    Mixer,
+    RotaryStep,
+    State,
+    make_rotation,
+    one_token_each,
+    read_state,
+    split_heads,
+)
 
 
 class HeadOptions(HybridOptions):
@@ -244,6 +252,17 @@ class MultiScaleRetention(Mixer):
         with full_precision(hidden.device):
             out = gated_norm(out.transpose(1, 2), gate, config.head_norm, config.head_norm_eps)
         return self.o_proj(out.flatten(2).to(hidden.dtype)), {"state": last}
+
+    def token_weights(self, hidden: Tensor, shared: RetentionShared) -> Tensor:
+        """Q K^T * D."""
+        q, k = (split_heads(f(hidden), self.config.num_heads) for f in (self.q_proj, self.k_proj))
+        with full_precision(hidden.device):
+            q, k = shared.turn_queries(q), shared.turn_keys(k)
+            decay, tokens = self.log_decay(hidden, shared), shared.tokens
+            weights, _ = retention_parallel(
+                q, k, one_token_each(q), decay, valid=tokens.valid, resets=tokens.resets
+            )
+        return weights
 
     def log_decay(self, hidden: Tensor, shared: RetentionShared) -> Tensor:
         """ln g [H], or [B, H, T]."""

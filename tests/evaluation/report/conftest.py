@@ -15,6 +15,7 @@ from retnet.evaluation.report import Findings
 from retnet.evaluation.report.findings import History
 from retnet.evaluation.scoring import DocumentScores
 from retnet.evaluation.speed import DecodeSpeed
+from retnet.evaluation.token_weights import TokenWeights
 
 CONTEXTS = (128, 512, 2048)
 NASTY = "<script>alert(1)</script>|$x_1$`\x1b[31m"
@@ -48,7 +49,8 @@ def profile(shift: float, defined: bool) -> Profile:
     positions = {1: MeanLoss(4.0 + shift, 9), 2: MeanLoss(3.5 + shift, 9), 16: MeanLoss(2.0, 382)}
     contexts = {c: MeanLoss(2.5 - c / 1000 + shift, 64) for c in (64, 256)}
     beyond = MeanLoss(2.0 + 10 * shift, 64) if defined else None
-    return Profile(positions, kinds, {**contexts, 512: beyond})
+    distances = {1: MeanLoss(0.5 + shift, 100), 2: MeanLoss(1.3, 150), 16: MeanLoss(None, 0)}
+    return Profile(positions, kinds, distances, {**contexts, 512: beyond})
 
 
 @pytest.fixture(scope="module")
@@ -77,4 +79,5 @@ def findings() -> Findings:
         [timed, untimed, None],
         [256, 256, 256],
         [[32.0, 64.0, float("inf")], [], [100.0]],
+        [TokenWeights(1, 0, ["<bos>", "\n", NASTY], np.tril(np.ones((3, 3)))), None, None],
     )

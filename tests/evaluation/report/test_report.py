@@ -67,7 +67,7 @@ def test_the_page_holds_everything_and_what_is_named_there_is_text(folder) -> No
     page = Parts(text)
     assert not page.open
     shown = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(shown) == len(list(folder.glob("*.png"))) == 8
+    assert len(shown) == len(list(folder.glob("*.png"))) == 10
     for source in shown:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -103,6 +103,8 @@ def test_json_has_what_is_shown(folder, findings) -> None:
     assert second["bits_per_byte_with_state_carried"] is None and third["history"] is None
     assert first["profile"]["by_kind"]["the pair of tokens is new"]["targets"] == 150
     assert first["windows"] == [32, 64, None]
+    assert first["weights"]["matrix"][1] == [1, 1, 0] and second["weights"] is None
+    assert first["profile"]["by_distance"]["2"] == {"nats": 1.3, "targets": 150}
 
 
 def test_sentences(findings) -> None:
@@ -169,7 +171,8 @@ def test_a_mixer_has_one_colour_and_its_models_differ(findings) -> None:
 
 
 def test_only_what_there_are_figures_for_is_drawn(findings) -> None:
-    bare = replace(findings, histories=[None] * 3, profiles=None, windows=[[], [], []])
+    nothing = {"windows": [[], [], []], "weights": [None] * 3}
+    bare = replace(findings, histories=[None] * 3, profiles=None, **nothing)
     assert [one.name for one in pictures(bare)] == ["decoding", "throughput", "training"]
     unmeasured = replace(bare, costs=[Costs([], [], [])] * 3)
     page = page_of(unmeasured, COMMAND)
