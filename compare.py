@@ -8,10 +8,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 try:  # the imports take seconds
-    from retnet.checkpoints import Checkpoint, load_checkpoint
+    from retnet.checkpoints import load_checkpoint
     from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
@@ -29,7 +28,7 @@ try:  # the imports take seconds
         write_json,
         write_report,
     )
-    from retnet.evaluation.report import COST_CONTEXTS, Reach
+    from retnet.evaluation.report import COST_CONTEXTS, LIMIT_S, QUICK, QUICK_CONTEXTS, THOROUGH
     from retnet.generation import add_loading_options, loading_arguments, text_output
     from retnet.terminal import deliver
 except KeyboardInterrupt:
@@ -60,6 +59,8 @@ def build_parser() -> ArgumentParser:
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     report = "also write a report with pictures into this folder; measures more, for minutes"
     add("--report", type=file_path, metavar="DIR", help=report)
+    quick = "a report of what takes a minute: fewer and shorter contexts, batches and rows"
+    add("--quick", action="store_true", help=quick)
     add_loading_options(parser)
     return parser
 
@@ -83,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
         check_writable(arguments.json)
     if arguments.report:
         check_report_folder(arguments.report)
+    elif arguments.quick:
+        raise UserError("--quick has no effect without --report DIR: leave it out, or add that")
     if arguments.text_field == "":
         raise UserError("--text-field ('') is empty: name a field, or leave it out")
     if arguments.text_field is not None and arguments.text is None:
@@ -100,27 +103,29 @@ def main(argv: Sequence[str]) -> None:
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         carry_state=arguments.carry_state,
-        speed_contexts=() if arguments.no_speed else arguments.contexts or CONTEXTS,
+        speed_contexts=() if arguments.no_speed else arguments.contexts or contexts_of(arguments),
+        speed_limit_s=LIMIT_S if arguments.report else None,
     )
     command = ["compare.py", *argv]
     content = to_json(comparison, command)
     outputs = [lambda: print_table(comparison)]
     outputs += [lambda: write_json(arguments.json, content)] if arguments.json else []
     if arguments.report:
-        reach = None if arguments.no_speed else Reach(arguments.contexts or COST_CONTEXTS)
-        outputs.append(lambda: report_on(checkpoints, comparison, reach, arguments.report, command))
+        reach = QUICK if arguments.quick else THOROUGH
+        # measured after the table is there
+        outputs.append(
+            lambda: write_report(
+                arguments.report, find_out(checkpoints, comparison, reach), command
+            )
+        )
     deliver(*outputs)
 
 
-def report_on(
-    checkpoints: Sequence[Checkpoint],
-    comparison: Comparison,
-    reach: Reach | None,
-    folder: Path,
-    command: list[str],
-) -> None:
-    """Measure what a report shows beside the comparison, and write it."""
-    write_report(folder, find_out(checkpoints, comparison, reach), command)
+def contexts_of(arguments: argparse.Namespace) -> Sequence[int]:
+    """Where decoding is measured if nothing else is asked for."""
+    if not arguments.report:
+        return CONTEXTS
+    return QUICK_CONTEXTS if arguments.quick else COST_CONTEXTS
 
 
 def print_table(comparison: Comparison) -> None:

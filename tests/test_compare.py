@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import compare
 from retnet.cli import run
 from retnet.data import DataSpec, prepare_data
+from retnet.evaluation.report import QUICK, THOROUGH
 from tests.generation.builders import MIXERS, save_checkpoint
 
 
@@ -198,6 +200,7 @@ def test_text_replaces_the_validation_data(main, tmp_path: Path) -> None:
         (MIXERS, ["--json", "/proc/out.json"], "--json (/proc/out.json) cannot be written"),
         (MIXERS, ["--json", "/dev/null"], "--json (/dev/null) is a device or pipe"),
         (("retention", "atention"), [], "attention/final"),
+        (("retention", "attention"), ["--quick"], "--quick has no effect without --report DIR"),
     ],
 )
 def test_mistakes(main, models: tuple[str, ...], options: list[str], message: str) -> None:
@@ -227,17 +230,29 @@ def test_models_that_were_trained_in_different_precisions(runs: Path, tmp_path: 
 def test_a_report_with_what_was_asked_for(main, tmp_path: Path, monkeypatch) -> None:
     """Its costs by the contexts that were given, and none where no speed is wanted."""
     reached, real = [], compare.find_out
+    monkeypatch.setattr(compare, "COST_CONTEXTS", (2, 4, 8))
+    monkeypatch.setattr(compare, "QUICK_CONTEXTS", (3,))
 
-    def quick(checkpoints, comparison, reach):
-        reached.append(reach)
-        return real(checkpoints, comparison, None)
+    def look(checkpoints, comparison, reach):
+        contexts = [entry.context for entry in comparison.models[0].speed]
+        reached.append((contexts, reach))
+        models = [replace(model, speed=[]) for model in comparison.models]
+        return real(checkpoints, replace(comparison, models=models), reach)
 
-    monkeypatch.setattr(compare, "find_out", quick)
-    for options in (["--no-speed"], ["--contexts", "4", "9"], []):
+    monkeypatch.setattr(compare, "find_out", look)
+    for options in (["--no-speed"], ["--contexts", "4", "9"], ["--quick"], []):
         code, out, err = main(*options, "--report", str(tmp_path / "report"))
         assert code == 0 and out.startswith("text "), err
         assert err.splitlines()[-1] == f"report in {tmp_path / 'report/report.html'}"
         command = json.loads((tmp_path / "report/report.json").read_text())["comparison"]["command"]
         assert command[-1] == str(tmp_path / "report")
-    assert reached[0] is None and reached[1].contexts == [4, 9]
-    assert reached[2].contexts == (128, 512, 2048, 8192, 32768)
+    assert reached == [([], THOROUGH), ([4, 9], THOROUGH), ([3], QUICK), ([2, 4, 8], THOROUGH)]
+
+
+def test_a_report_stops_where_a_table_is_refused(main, tmp_path: Path, monkeypatch) -> None:
+    """A context that a model has no memory for."""
+    monkeypatch.setattr("retnet.generation.checks.memory_of", lambda device: 500_000)
+    code, _, err = main("--contexts", "4", "5000")
+    assert code == 2 and "--contexts (5,000) needs" in err
+    code, out, _ = main("--contexts", "4", "5000", "--quick", "--report", str(tmp_path / "report"))
+    assert code == 0 and "stopped" in out

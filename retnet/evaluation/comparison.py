@@ -66,6 +66,7 @@ def compare_checkpoints(
     batch_size: int | None = None,
     carry_state: bool = False,
     speed_contexts: Sequence[int] = (),
+    speed_limit_s: float | None = None,
 ) -> Comparison:
     """Score all checkpoints on a text and measure how fast they decode.
 
@@ -74,6 +75,8 @@ def compare_checkpoints(
         context: Tokens of a window; the first model's training window when None.
         stride, batch_size, carry_state: See ``score_documents``.
         speed_contexts: Lengths after which decoding is measured; none when empty.
+        speed_limit_s: Seconds of reading one; a model that would take longer, or for which the
+            machine has no memory, is stopped there. None: it reads all of them.
 
     Raises:
         UserError: See ``score_documents``; or no document is as long as the context asked for;
@@ -84,7 +87,7 @@ def compare_checkpoints(
     longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
-        if longest:
+        if longest and speed_limit_s is None:
             check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
         elif carry_state:
             check_state_fits(checkpoint.model, 1, checkpoint.model.device)
@@ -115,7 +118,9 @@ def compare_checkpoints(
     speeds: list[list[DecodeSpeed]] = [[] for _ in checkpoints]
     if speed_contexts:
         models = [checkpoint.model for checkpoint in checkpoints]
-        speeds = decode_speed(models, speed_contexts, progress="measuring speed")
+        speeds = decode_speed(
+            models, speed_contexts, limit_s=speed_limit_s, progress="measuring speed"
+        )
         logger.info("decoding measured after %s tokens", " and ".join(map(str, speed_contexts)))
     return Comparison(
         text=text,

@@ -1,9 +1,10 @@
-"""What models cost by context, by batch and by length of the rows that they train on."""
+"""What models cost by batch and by length of the rows that they train on."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from retnet.checkpoints import Checkpoint
 from retnet.evaluation.memory import training_peaks, training_step
@@ -31,14 +32,14 @@ class Costs:
     """Of one model."""
 
     by_context: list[DecodeSpeed]  # one row
-    by_batch: list[DecodeSpeed]  # after the first of the contexts
+    by_batch: list[DecodeSpeed]
     training: list[TrainingCost]
 
 
 def measure_costs(
     checkpoints: Sequence[Checkpoint],
     *,
-    contexts: Sequence[int],
+    by_context: Sequence[list[DecodeSpeed]],
     batches: Sequence[int],
     lengths: Sequence[int],
     limit_s: float,
@@ -48,16 +49,18 @@ def measure_costs(
     """Measure the models side by side; a model that would take longer than ``limit_s`` is stopped.
 
     Args:
-        contexts, batches, lengths: Ascending.
+        by_context: What is known of decoding one row; after the first of these contexts batches
+            are measured.
+        batches, lengths: Ascending.
         limit_s: Seconds of one prefill, or of one training step.
         peaks: Whether to measure the memory of training, in a process for each model.
         progress: Title of a progress bar on a terminal.
     """
     models = [checkpoint.model for checkpoint in checkpoints]
-    by_context = decode_speed(models, contexts, rounds=ROUNDS, limit_s=limit_s, progress=progress)
     by_batch: list[list[DecodeSpeed]] = [[] for _ in models]
-    for rows in batches:
-        found = decode_speed(models, contexts[:1], rows=rows, rounds=ROUNDS, limit_s=limit_s)
+    context = [by_context[0][0].context]
+    for rows in tqdm(batches, desc=progress, leave=False, disable=None if progress else True):
+        found = decode_speed(models, context, rows=rows, rounds=ROUNDS, limit_s=limit_s)
         for own, (one,) in zip(by_batch, found, strict=True):
             own.append(one)
     training = training_costs(models, lengths, limit_s)

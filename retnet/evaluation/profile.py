@@ -23,7 +23,7 @@ from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.terminal import harmless
 
 LAST_TARGETS = 128  # of a window, whose loss is told by context; the paper's figure 5 has these
-LONG_WINDOWS = 64  # at most, spread evenly over the text
+LONG_WINDOWS = 64
 RANKS = (
     10,
     100,
@@ -66,9 +66,12 @@ def profile(
     *,
     context: int,
     contexts: Sequence[int],
+    at_most: int = LONG_WINDOWS,
     progress: str | None = None,
 ) -> Profile:
     """Score a text in windows of ``context``, and the ends of its long documents by ``contexts``.
+
+    Of each of the latter there are ``at_most`` windows, spread evenly over the text.
 
     ``progress`` is the title of a progress bar on a terminal. Contexts for which no document is
     long enough are left out.
@@ -86,7 +89,7 @@ def profile(
         _in_groups(losses, positions, context),
         _by_kind(losses, targets, distances),
         _in_groups(losses, distances, context),
-        by_context(model, tokens, contexts, progress=progress),
+        by_context(model, tokens, contexts, at_most=at_most, progress=progress),
     )
 
 

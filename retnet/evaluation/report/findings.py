@@ -11,7 +11,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import METRICS
 from retnet.evaluation.comparison import Comparison
 from retnet.evaluation.costs import Costs, measure_costs
-from retnet.evaluation.profile import Profile, profile
+from retnet.evaluation.profile import LONG_WINDOWS, Profile, profile
 from retnet.evaluation.scoring import score_documents
 from retnet.evaluation.token_weights import TokenWeights, token_weights
 
@@ -22,18 +22,26 @@ BEYOND = (2, 4, 8, 16)  # times the trained length
 COST_CONTEXTS = (128, 512, 2048, 8192, 32768)
 BATCHES = (1, 4, 16)
 LENGTHS = (128, 512, 2048, 8192)
+QUICK_CONTEXTS = (128, 1024, 4096)
 LIMIT_S = 20.0  # of one prefill or training step: a model that would take longer is stopped
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the costs are measured: see ``measure_costs``."""
+    """How far is measured what the comparison has not: see ``measure_costs``.
 
-    contexts: Sequence[int] = COST_CONTEXTS
+    ``windows`` is how many windows of each length tell losses by context.
+    """
+
     batches: Sequence[int] = BATCHES
     lengths: Sequence[int] = LENGTHS
     limit_s: float = LIMIT_S
     peaks: bool = True
+    windows: int = LONG_WINDOWS
+
+
+THOROUGH = Reach()
+QUICK = Reach(batches=(1, 16), lengths=(256, 1024), peaks=False, windows=16)
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,11 @@ class Findings:
 
 
 def find_out(
-    checkpoints: Sequence[Checkpoint], comparison: Comparison, reach: Reach | None
+    checkpoints: Sequence[Checkpoint], comparison: Comparison, reach: Reach = THOROUGH
 ) -> Findings:
     """Measure what a report shows; the checkpoints are those of the comparison.
 
-    Costs are measured as far as ``reach`` says, not at all when None.
+    Costs are measured as far as ``reach`` says where the comparison has some.
     """
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
@@ -85,7 +93,8 @@ def find_out(
         profiles = [
             profile(
                 one.model, one.tokenizer, documents, context=context,
-                contexts=lengths_of(trained[0]), progress=f"profile of {name}",
+                contexts=lengths_of(trained[0]), at_most=reach.windows,
+                progress=f"profile of {name}",
             )
             for name, one in zip(names, checkpoints, strict=True)
         ]  # fmt: skip
@@ -95,12 +104,13 @@ def find_out(
         for name, one in zip(names, checkpoints, strict=True)
     ]
     costs = [Costs([], [], [])] * len(checkpoints)
-    if reach is not None:
+    by_context = [model.speed for model in comparison.models]
+    if by_context[0]:
         costs = measure_costs(
-            checkpoints, contexts=reach.contexts, batches=reach.batches, lengths=reach.lengths,
+            checkpoints, by_context=by_context, batches=reach.batches, lengths=reach.lengths,
             limit_s=reach.limit_s, peaks=reach.peaks, progress="measuring costs",
         )  # fmt: skip
-        logger.info("costs by context, batch and length are known")
+        logger.info("costs by batch and length are known")
     return Findings(
         comparison,
         profiles,

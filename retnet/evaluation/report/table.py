@@ -120,7 +120,7 @@ def _speed(comparison: Comparison) -> list[str]:
     rows = [["decoding", "after tokens", "ms/token", "quartiles", "bytes of state or cache"]]
     for entries in zip(*(model.speed for model in comparison.models), strict=True):
         for label, entry in zip(labels(comparison), entries, strict=True):
-            figures = ["not defined", "", ""]
+            figures = ["stopped" if entry.stopped else "not defined", "", ""]
             if entry.ms_per_token is not None:
                 quartiles = f"{entry.ms_low:.2f}-{entry.ms_high:.2f}"
                 figures = [f"{entry.ms_per_token:.2f}", quartiles, f"{entry.cache_bytes:,}"]

@@ -193,20 +193,23 @@ def test_everything_is_found_out(tmp_path: Path) -> None:
     written = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "tr'
     (runs[0] / "metrics.jsonl").write_text(written)
     checkpoints = [load_checkpoint(path) for path in paths]
-    text = EvaluationText("text", ["the state of the state " * 9, "abc"])
-    comparison = compare_checkpoints(checkpoints, text)
-    reach = Reach(contexts=(4, 8), batches=(1, 2), lengths=(8,), limit_s=1e9, peaks=False)
+    text = EvaluationText("text", ["the state of the state " * 30, "abc"])
+    comparison = compare_checkpoints(checkpoints, text, speed_contexts=(4, 8))
+    reach = Reach(batches=(1, 2), lengths=(8,), limit_s=1e9, peaks=False)
     found = find_out(checkpoints, comparison, reach)
-    assert list(found.profiles[0].by_context) == [4, 8, 16, 32, 64, 128]
+    assert list(found.profiles[0].by_context) == [4, 8, 16, 32, 64, 128, 256]
     assert found.carried[0] > 0 and found.carried[1] is None
     assert found.windows[0] and found.windows[1] == [] and found.trained == [16, 16]
     assert found.histories[1] is None
     assert found.histories[0].steps == [1, 2] and found.histories[0].seconds == [0.5, 0.9]
     assert found.histories[0].validation == {2: 4.5}
-    assert [len(one.by_batch) for one in found.costs] == [2, 2]
-    other = replace(comparison.models[1], same_tokenizer=False)
-    comparison = replace(comparison, models=[comparison.models[0], other])
-    again = find_out(checkpoints, comparison, None)
+    assert [[e.context for e in one.by_context] for one in found.costs] == [[4, 8]] * 2
+    assert [[e.rows for e in one.by_batch] for one in found.costs] == [[1, 2]] * 2
+    few = find_out(checkpoints, comparison, replace(reach, windows=1)).profiles[0].by_context
+    assert few[4].targets < found.profiles[0].by_context[4].targets
+    one, other = (replace(model, speed=[]) for model in comparison.models)
+    other = replace(other, same_tokenizer=False)
+    again = find_out(checkpoints, replace(comparison, models=[one, other]))
     assert again.profiles is None and again.costs == [Costs([], [], [])] * 2
 
 
