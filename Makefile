@@ -1,4 +1,5 @@
-# make demo: train a RetNet and a Transformer, each with its tuned rate, generate, compare.   make test: the test suite.
+# make demo: train a RetNet and a Transformer, each with its tuned rate, generate, compare in a report.
+# make test: the test suite.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,8 +9,8 @@ PY := $(VENV)/bin/python
 demo: $(VENV)/.installed
 	$(PY) train.py configs/tiny.yaml train.learning_rate=8e-2
 	$(PY) train.py configs/tiny.yaml train.learning_rate=1e-2 model.mixer=attention
-	$(PY) compare.py runs/tiny-retention runs/tiny-attention
 	printf 'class Parser:\n    def __init__(self' | $(PY) generate.py runs/tiny-retention - --temperature 0.7
+	$(PY) compare.py runs/tiny-retention runs/tiny-attention --quick --report runs/report
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu and not browser" --cov=retnet --cov-report=term:skip-covered --cov-fail-under=90
