@@ -233,19 +233,27 @@ def scored_windows(
 def _score_carried(
     model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
 ) -> Iterator[Scored]:
-    """Score whole documents of similar length side by side, each with its own state."""
+    """Score whole documents of similar length side by side, each with its own state.
+
+    Those that end leave the batch, and the others then go through it in longer pieces.
+    """
     order = sorted(range(len(tokens)), key=lambda document: -len(tokens[document]))
     for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        ids = _padded([tokens[document][:-1] for document in rows], 0, model.device)
-        labels = _padded([tokens[document][1:] for document in rows], IGNORE_INDEX, model.device)
+        rows, start = order[first : first + batch_size], 0
         cache = model.new_cache()
-        for piece, targets in zip(
-            ids.split(context, dim=1), labels.split(context, dim=1), strict=True
-        ):
-            output = model(piece, past_key_values=cache, use_cache=True)
+        while rows:
+            end = start + batch_size * context // len(rows)
+            ids = [tokens[document][start : end + 1] for document in rows]
+            pieces = _padded([own[:-1] for own in ids], 0, model.device)
+            targets = _padded([own[1:] for own in ids], IGNORE_INDEX, model.device)
+            output = model(pieces, past_key_values=cache, use_cache=True)
             nll = token_nll(output.logits, targets).sum(dim=1)
             yield torch.tensor(rows), nll, int((targets != IGNORE_INDEX).sum())
+            start = end
+            left = [document for document in rows if len(tokens[document]) - 1 > start]
+            if left and len(left) < len(rows):  # the longer ones are the first
+                cache.batch_select_indices(torch.arange(len(left), device=model.device))
+            rows = left
 
 
 def evaluate_batches(

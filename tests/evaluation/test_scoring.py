@@ -111,8 +111,12 @@ def test_memory_is_bounded_by_the_batch(monkeypatch) -> None:
     score_documents(model, TOKENIZER, ["x" * 50_000], context=10)
     assert max(sizes) <= 1 << 23
     sizes.clear()
-    score_documents(model, TOKENIZER, ["x" * 500], context=10, carry_state=True)
-    assert max(sizes) <= 10 * 259
+    documents = ["x" * 500, "y" * 9]
+    score_documents(model, TOKENIZER, documents, context=10, batch_size=4, carry_state=True)
+    assert max(sizes) == 4 * 10 * 259, "also where the longer document is alone"
+    sizes.clear()
+    score_documents(model, TOKENIZER, ["x" * 50_000], context=10, carry_state=True)
+    assert max(sizes) <= 1 << 23
 
 
 @pytest.mark.parametrize(

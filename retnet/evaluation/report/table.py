@@ -35,7 +35,7 @@ def format_comparison(comparison: Comparison) -> str:
 def _heading(comparison: Comparison) -> list[str]:
     text, environment = comparison.text, comparison.environment
     if comparison.stride is None:
-        windows = f"state carried through each document, {comparison.context} tokens at a time"
+        windows = "state carried through each document"
     else:
         windows = f"context {comparison.context}, stride {comparison.stride} tokens"
     dtypes = " and ".join(sorted({model.dtype for model in comparison.models}))
