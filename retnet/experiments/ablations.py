@@ -1,6 +1,6 @@
 """What each part of the RetNet is worth: the paper's tables 5 and 6, for your own corpus.
 
-    python -m retnet.experiments.ablations configs/shakespeare-char.yaml data.source=PATH \
+    python -m retnet.experiments.ablations configs/shakespeare-char.yaml data.source=PATH \\
         --grid train.learning_rate=1e-2,2e-2,4e-2 --seeds 3 --json ablations.json
 
 Trains the recipe's RetNet, the same without its gate, head norm, decay, with one decay for all
@@ -11,9 +11,9 @@ so both are the same model. Losses are of the final checkpoints on the validatio
 of the trained length; seeds are paired. What was interrupted goes on, finished runs are only read.
 
 ``--grid`` first tunes every contender alike, on a part of the training text, as
-``retnet.experiments.tune`` does; ``--tuned FILE`` takes what that chose, or what an earlier call with
-``--grid`` wrote to ``--json FILE``; without either all take the recipe's settings, as the last
-lines say. For the ablations alone: ``--mixers retention``.
+``retnet.experiments.tune`` does; ``--tuned FILE`` takes what that chose, or what an earlier call
+with ``--grid`` wrote to ``--json FILE``; without either all take the recipe's settings, as the
+last lines say. For the ablations alone: ``--mixers retention``.
 """
 
 import argparse
