@@ -37,16 +37,15 @@ from retnet.experiments.contenders import (
 )
 from retnet.experiments.intervals import intervals, score_all, titles
 from retnet.experiments.repeat import repeat
-from retnet.model.mixers import MIXERS
 from retnet.training import Config, key_of, load_config
 from retnet.training.build import model_config
 
 SMALLER = 4  # small heads are narrower by this: the paper has 64 instead of 256
 ONE_DECAY = 127 / 128  # the paper's
 
-# What a contender is equal to the full RetNet in.
+# What a contender is equal to the full RetNet in; a plain mixer in its parameters.
 EQUAL = {
-    **dict.fromkeys((*MIXERS, "rwkv-time-mix", "no-gate"), "parameters"),
+    **dict.fromkeys(("no-gate", "rwkv-time-mix"), "parameters"),
     "no-gate-equal-width": "width",
     **dict.fromkeys((FULL, "no-head-norm", "no-decay", "one-decay", "small-heads"),
                     "parameters, width"),
@@ -157,10 +156,11 @@ def ablations(
     rows: list[Row] = []
     for contender, scored in zip(who, scores, strict=True):
         name = contender.name
+        plain = "parameters" if contender.keys == (f"model.mixer={name}",) else None
         rows.append(
             Row(
                 name,
-                EQUAL.get(name),
+                EQUAL.get(name, plain),
                 [*contender.keys, *tuned.get(name, ())],
                 scored.parameters,
                 scored.losses,
