@@ -3,17 +3,20 @@
 import argparse
 import json
 import logging
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retnet.checkpoints.format import METRICS
+from retnet.checkpoints.format import FINAL, METRICS
 from retnet.cli import ArgumentParser, file_path
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
 from retnet.training.precision import settled_precision
+from retnet.training.tracking import format_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,16 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
                 f"{', '.join(MIXERS)}"
             )
         found.append(Contender(name, (f"model.mixer={mixer}", *keys)))
-    names = [contender.name for contender in found]
+    check_names(found)
+    return found
+
+
+def check_names(who: Sequence[Contender]) -> None:
+    """Raise a ``UserError`` where two have one name, or one that no folder can have."""
+    names = [contender.name for contender in who]
     for name in names:
         if names.count(name) > 1 or Path(name).name != name:
             raise UserError(f"--variant ({name}) must be a folder's name that no other one has")
-    return found
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,25 @@ def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:
     config = settled_precision(load_config(recipe, arguments), for_all=True)
     check_run(config)
     return Run(folder, config, tuple(map(key_of, arguments)))
+
+
+def run_all(runs: Sequence[Run]) -> list[float]:
+    """The last validation loss of each; says before each how many there are, and the time left.
+
+    That is the mean of what took part in training here, for all that is not finished yet.
+    """
+    losses: list[float] = []
+    took: list[float] = []
+    for done, run in enumerate(runs):
+        waiting = [other for other in runs[done:] if not (other.folder / FINAL).is_dir()]
+        left = statistics.mean(took) * len(waiting) if took else 0.0
+        about = f", about {format_seconds(left)} left" if left else ""
+        logger.info(f"run {done + 1} of {len(runs)}{about}")
+        begun = time.monotonic()
+        losses.append(run())
+        if run in waiting:
+            took.append(time.monotonic() - begun)
+    return losses
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ from retnet.experiments.contenders import (
     choices,
     contenders,
     planned,
+    run_all,
 )
 from retnet.experiments.intervals import differences
 from retnet.experiments.tune import add_tuned, tuned_for
@@ -76,8 +77,9 @@ def repeat(
             runs.append(planned(recipe, out / name.replace("/", "_"), keys))
         shown = [contender.name, *(s.partition(".")[2] for s in setting[1:])]
         plan.append((", ".join(shown), runs))
+    losses = iter(run_all([run for _, runs in plan for run in runs]))
     return [
-        Row(setting, [run() for run in runs], [run.folder for run in runs])
+        Row(setting, [next(losses) for _ in runs], [run.folder for run in runs])
         for setting, runs in plan
     ]
 

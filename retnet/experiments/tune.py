@@ -33,12 +33,16 @@ from retnet.experiments.contenders import (
     choices,
     contenders,
     planned,
+    run_all,
 )
 from retnet.files import read_json
 from retnet.paths import expand
 from retnet.training import load_config
 
 logger = logging.getLogger(__name__)
+
+FRACTION = 0.1  # of the training side that trials are judged on
+SEED = 1  # of all trials
 
 Grid = Mapping[str, Sequence[str]]
 Setting = dict[str, str]
@@ -80,6 +84,13 @@ def tune(
     """
     common = [*overrides, f"data.tuning_fraction={fraction}", f"train.seed={seed}"]
 
+    def tried(waiting: Sequence[tuple[str, Setting, Run]]) -> list[Trial]:
+        losses = run_all([run for _, _, run in waiting])
+        return [
+            Trial(name, setting, loss)
+            for (name, setting, _), loss in zip(waiting, losses, strict=True)
+        ]
+
     def plan(setting: Setting) -> list[tuple[str, Setting, Run]]:
         found = []
         for contender in who:
@@ -89,9 +100,9 @@ def tune(
             found.append((contender.name, setting, run))
         return found
 
-    waiting = [run for setting in _settings(grid) for run in plan(setting)]
-    trials = [Trial(name, setting, run()) for name, setting, run in waiting]
-    wider, waiting = widened(grid, [best_of(trials, c.name, grid) for c in who]), []
+    trials = tried([run for setting in _settings(grid) for run in plan(setting)])
+    wider = widened(grid, [best_of(trials, c.name, grid) for c in who])
+    waiting: list[tuple[str, Setting, Run]] = []
     if wider != grid:
         logger.info("the best value is at an end of the grid: it is continued there, for all")
     for setting in _settings(wider):
@@ -101,9 +112,9 @@ def tune(
             waiting += plan(setting)
         except UserError as error:  # of a value that nobody asked for
             logger.info("the grid is not continued there: %s", error)
-    trials += [Trial(name, setting, run()) for name, setting, run in waiting]
-    tried = {key: list(dict.fromkeys(trial.values[key] for trial in trials)) for key in grid}
-    return trials, [best_of(trials, contender.name, tried) for contender in who]
+    trials += tried(waiting)
+    all_of = {key: list(dict.fromkeys(trial.values[key] for trial in trials)) for key in grid}
+    return trials, [best_of(trials, contender.name, all_of) for contender in who]
 
 
 def _settings(grid: Grid) -> list[Setting]:
@@ -156,6 +167,11 @@ def to_json(trials: Sequence[Trial], chosen: Sequence[Chosen], **facts: Any) -> 
     }
 
 
+def keys_of(values: Mapping[str, str]) -> list[str]:
+    """Chosen values as ``key=value``."""
+    return [f"{key}={value}" for key, value in values.items()]
+
+
 def read_tuned(path: Path) -> dict[str, list[str]]:
     """The chosen ``key=value`` of each contender in a file of this experiment.
 
@@ -165,10 +181,7 @@ def read_tuned(path: Path) -> dict[str, list[str]]:
     fix = "name the file that python -m retnet.experiments.tune --json wrote"
     content = read_json(path, fix)
     try:
-        return {
-            best["contender"]: [f"{key}={value}" for key, value in best["values"].items()]
-            for best in content["chosen"]
-        }
+        return {best["contender"]: keys_of(best["values"]) for best in content["chosen"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no chosen settings: {fix}") from error
 
@@ -235,8 +248,8 @@ def main(argv: Sequence[str]) -> None:
     add_options(parser)
     add = parser.add_argument
     add("--grid", action="append", required=True, metavar="key=a,b", help="values to try")
-    add("--tuning-fraction", type=number, default=0.1, help="of the training side (0.1)")
-    add("--seed", type=positive_int, default=1, help="of all trials (1)")
+    add("--tuning-fraction", type=number, default=FRACTION, help="of the training side (0.1)")
+    add("--seed", type=positive_int, default=SEED, help="of all trials (1)")
     add("--json", type=file_path, metavar="FILE", help="also write all trials to this file")
     arguments = parser.parse_intermixed_args(argv)
     who, grid = contenders(arguments), choices("--grid", arguments.grid)

@@ -32,7 +32,10 @@ def test_options_that_change_what_weights_mean(copy: Path) -> None:
     model = tiny_model("retention")
     change_config(copy, chunk_size=99, dropout=0.5)  # not among them
     check_same_meaning(model, copy, "checkpoint (x)", "fix it")
-    change_config(copy, rotary_layout="half")
+    change_config(copy, head_norm="none")
+    with pytest.raises(UserError, match=r"model\.head_norm is none there and groupnorm here"):
+        check_same_meaning(model, copy, "checkpoint (x)", "fix it")
+    change_config(copy, head_norm="groupnorm", rotary_layout="half")
     with pytest.raises(UserError) as caught:
         check_same_meaning(model, copy, "checkpoint (x)", "fix it")
     assert str(caught.value) == (

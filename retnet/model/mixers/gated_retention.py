@@ -23,7 +23,7 @@ class GatedRetentionOptions(HeadOptions):
 
     value_share: ClassVar[int] = 1
 
-    head_norm: str = option("rmsnorm", "groupnorm, rmsnorm or none")
+    head_norm: str = option("rmsnorm", "groupnorm, rmsnorm or none", meaning=True)
 
 
 class GatedRetentionStep(RetentionStep):

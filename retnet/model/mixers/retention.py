@@ -42,7 +42,7 @@ class HeadOptions(HybridOptions):
     value_share: ClassVar[int] = 2  # value_size / d where that is null
 
     value_size: int = option(None, "width of all values together; null: retention 2 d, gated d")
-    head_norm: str = option("groupnorm", "groupnorm, rmsnorm or none")
+    head_norm: str = option("groupnorm", "groupnorm, rmsnorm or none", meaning=True)
     head_norm_eps: float = 1e-6
     gate: bool = option(True, "the swish gate")
     chunk_size: int = option(
