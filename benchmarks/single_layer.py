@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.layer.measuring import Setup, first_passes, timed
-from benchmarks.layer.mixing import CONTENDERS, config_of
+from benchmarks.layer.laws import config_of
+from benchmarks.layer.measuring import PROGRAM, Setup, first_passes, timed
+from benchmarks.layer.mixing import CONTENDERS
 from benchmarks.layer.report import format_layers, picture, to_json
 from benchmarks.measure import Plan
 from benchmarks.report import environment
@@ -42,7 +43,7 @@ WITHOUT, WITH, BOTH = "without", "with", "both"
 
 def build_parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser("benchmarks.single_layer", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add(
         "--lengths", nargs="+", type=positive_int, default=LENGTHS, metavar="T",
@@ -73,9 +74,7 @@ def main(argv: Sequence[str]) -> None:
     setup = _check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    about = environment(
-        Plan(setup.device, torch.float32, setup.runs), argv, "benchmarks.single_layer"
-    )
+    about = environment(Plan(setup.device, torch.float32, setup.runs), argv, PROGRAM)
     before = os.getloadavg()[0]
     cells = list(first_passes(setup))
     if all(cell.stopped for cell in cells):
@@ -116,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> Setup:
     if arguments.memory is not None:
         limit = int(1e9 * arguments.memory)
     for length in arguments.lengths:
-        least = 16 * arguments.batch * length * arguments.width  # q, k, v and the result
+        least = _least_bytes(arguments.batch, length, arguments.width)
         if limit is not None and least > limit:
             raise UserError(
                 f"--lengths ({length}): inputs and outputs alone take {_gb(least)} GB of "
@@ -135,6 +134,11 @@ def _check(arguments: argparse.Namespace) -> Setup:
         limit,
         arguments.seconds,
     )
+
+
+def _least_bytes(rows: int, length: int, width: int) -> int:
+    """Of q, k, v and the result, float32."""
+    return 16 * rows * length * width
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

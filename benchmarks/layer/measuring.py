@@ -19,6 +19,7 @@ from retnet.evaluation import Timing, interleaved
 from retnet.evaluation.memory import peak_of
 from retnet.machine import use_fast_products
 
+PROGRAM = "benchmarks.single_layer"
 LEAST_RUNS = 3
 RUN_S = 1.0  # seconds of one run above which there are fewer than asked for
 TINY = 16  # tokens of the run before the one that is counted
@@ -144,9 +145,9 @@ def _first(cell: Cell, setup: Setup) -> Cell:
 
 
 def _in_own_process(cell: Cell, setup: Setup) -> tuple[float, int]:
-    """``first_pass`` in a new process, forked from one that has only imported this module."""
+    """``first_pass`` in a new process, forked from one that has only imported the program."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([PROGRAM])
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, context, _set_up, (threads,)) as pool:
         return pool.submit(first_pass, cell, setup).result()
@@ -189,10 +190,12 @@ def first_passes_left(last: Sequence[Cell], setup: Setup) -> float:
 
 
 def numbers_of_runs(firsts: Sequence[float], runs: int, total_s: float) -> list[int]:
-    """How often each is run: as often as asked, less where it takes more than its share.
+    """How often each is run: as often as asked, less where that takes more than its share.
 
     The share, of each cell the same, is as many seconds as runs were asked for (so what takes more
-    than a second is run less often), or less, so that all take ``total_s`` with their warm-up.
+    than a second is run less often), or less, so that all take ``total_s`` with their warm-up. But
+    each is run ``LEAST_RUNS`` times, and may have a quarter of ``total_s`` over all cells even if
+    those that take long leave nothing.
     """
 
     def counts(share: float) -> list[int]:
@@ -201,7 +204,8 @@ def numbers_of_runs(firsts: Sequence[float], runs: int, total_s: float) -> list[
     def total(share: float) -> float:
         return sum((n + 1) * own for n, own in zip(counts(share), firsts, strict=True))
 
-    low, high = 0.0, runs * RUN_S
+    high = runs * RUN_S
+    low = min(high, total_s / 4 / len(firsts))
     if total(high) <= total_s:
         return counts(high)
     for _ in range(60):

@@ -5,12 +5,9 @@ make q, k and v of the input and a fourth ends the layer, the same for all. Left
 gates of retention, and wider values, so that all mix as much; retention's head norm and the
 sigmoids of AFT and RWKV take part, as softmax's and linear attention's denominators do. Forms and
 sizes are the repository's defaults for a head of that width.
-
-The laws are those of the surveys for one layer (T length, d width, C chunk, m features, s window),
-without their constants; inputs and outputs, T d numbers, belong to none of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.layer.laws import (
+    CHANNELS,
+    CHANNELS_AND_W,
+    FEATURES,
+    FLASH,
+    PAIRS,
+    PERFORMER,
+    PERFORMER_SPACE,
+    SCORES,
+    STATE,
+    STEPS,
+    WINDOW,
+    Law,
+    chunks,
+    config_of,
+)
 from retnet.model.mixers.aft import BIAS_STD
-from retnet.model.models import model_class
 from retnet.model.ops.aft import aft_parallel
 from retnet.model.ops.decay import head_log_decay
 from retnet.model.ops.favor import favor_chunkwise
@@ -41,22 +53,6 @@ from retnet.model.ops.wkv import wkv_chunkwise
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, T, d] -> [B, T, d]
 Make = Callable[[int, int, torch.device], Mix]  # T, d, where
-Count = Callable[[int, int], float]  # of T and d
-
-
-def config_of(mixer: str, width: int, **values: Any) -> Any:
-    """The mixer's defaults for one head of this width; a ``ValueError`` for an impossible one."""
-    kind: Any = model_class(mixer)
-    shared = {"hidden_size": width, "num_heads": 1, "num_hidden_layers": 1}
-    return kind.config_class(**shared, intermediate_size=width, **values)  # no such network here
-
-
-@dataclass(frozen=True)
-class Law:
-    """What a cost grows with: in words, and as a number."""
-
-    text: str
-    count: Count
 
 
 @dataclass(frozen=True)
@@ -177,113 +173,32 @@ def _retention(retain: Callable[..., tuple[Tensor, Tensor]]) -> Make:
     return make
 
 
-def _chunk(mixer: str, width: int) -> int:
-    size: int = config_of(mixer, width).chunk_size
-    return size
-
-
-def _features(width: int) -> int:
-    size: int = config_of("performer", width).num_features
-    return size
-
-
-def _window(length: int, width: int) -> int:
-    size: int = config_of("aft", width, max_position_embeddings=length).aft_window
-    return size
-
-
-def _of_chunks(mixer: str) -> tuple[Law, Law]:
-    def time(t: int, d: int) -> float:
-        return t * (_chunk(mixer, d) + d) * d
-
-    def space(t: int, d: int) -> float:
-        return t * _chunk(mixer, d) + t / _chunk(mixer, d) * d * d
-
-    return Law("T (C + d) d", time), Law("T C + (T/C) d^2", space)
-
-
-def _of_features(t: int, d: int) -> float:
-    m, c = _features(d), _chunk("performer", d)
-    return t * m * (d + c) + t * c * d
-
-
-PAIRS = Law("T^2 d", lambda t, d: t * t * d)
-SCORES = Law("T^2", lambda t, d: t * t)
-FLASH = Law("T", lambda t, d: t)
-CHANNELS = Law("T d", lambda t, d: t * d)
-
 NAIVE, SDPA, ALL = "softmax, naive", "SDPA", ", not causal"
 LINEAR, CHUNKWISE = "linear", "retention, chunkwise"
 
-CONTENDERS = {
-    one.name: one
-    for one in (
-        Contender(NAIVE, "attention", True, _softmax(naive, True), PAIRS, SCORES),
-        Contender(NAIVE + ALL, "attention", False, _softmax(naive, False), PAIRS, SCORES),
-        Contender(SDPA, "attention", True, _softmax(sdpa, True), PAIRS, FLASH),
-        Contender(SDPA + ALL, "attention", False, _softmax(sdpa, False), PAIRS, FLASH),
-        Contender(
-            LINEAR + ALL,
-            "linear",
-            False,
-            lambda length, width, device: linear_over_all,
-            Law("T d^2", lambda t, d: t * d * d),
-            Law("T d + d^2", lambda t, d: t * d + d * d),
-        ),
-        Contender(LINEAR, "linear", True, _linear, *_of_chunks("linear")),
-        Contender(
-            "performer",
-            "performer",
-            True,
-            _performer,
-            Law("T m (d + C) + T C d", _of_features),
-            Law(
-                "T m + (T/C) m d",
-                lambda t, d: t * _features(d) * (1 + d / _chunk("performer", d)),
-            ),
-        ),
-        Contender(
-            "aft, local",
-            "aft",
-            True,
-            _aft("local"),
-            Law("T s d", lambda t, d: t * _window(t, d) * d),
-            CHANNELS,
-        ),
-        Contender(
-            "aft, full",
-            "aft",
-            True,
-            _aft("full"),
-            PAIRS,
-            Law("T d + T^2", lambda t, d: t * d + t * t),
-        ),
-        Contender("rwkv", "rwkv", True, _rwkv, CHANNELS, CHANNELS),
-        Contender(
-            "retention, parallel",
-            "retention",
-            True,
-            _retention(retention_parallel),
-            PAIRS,
-            SCORES,
-        ),
-        Contender(
-            CHUNKWISE,
-            "retention",
-            True,
-            _retention(retention_chunkwise),
-            *_of_chunks("retention"),
-        ),
-        Contender(
-            "retention, recurrent",
-            "retention",
-            True,
-            _retention(retention_recurrent),
-            Law("T d^2", lambda t, d: t * d * d),
-            Law("d^2", lambda t, d: d * d),
-        ),
-    )
-}
+
+def _contenders() -> Iterator[Contender]:
+    full, flash = (PAIRS, SCORES), (PAIRS, FLASH)
+    yield Contender(NAIVE, "attention", True, _softmax(naive, True), *full)
+    yield Contender(NAIVE + ALL, "attention", False, _softmax(naive, False), *full)
+    yield Contender(SDPA, "attention", True, _softmax(sdpa, True), *flash)
+    yield Contender(SDPA + ALL, "attention", False, _softmax(sdpa, False), *flash)
+    over_all = linear_over_all
+    yield Contender(LINEAR + ALL, "linear", False, lambda *_: over_all, STEPS, FEATURES)
+    yield Contender(LINEAR, "linear", True, _linear, *chunks("linear"))
+    yield Contender("performer", "performer", True, _performer, PERFORMER, PERFORMER_SPACE)
+    yield Contender("aft, local", "aft", True, _aft("local"), WINDOW, CHANNELS)
+    yield Contender("aft, full", "aft", True, _aft("full"), PAIRS, CHANNELS_AND_W)
+    yield Contender("rwkv", "rwkv", True, _rwkv, CHANNELS, CHANNELS)
+    for name, form, laws in (
+        ("retention, parallel", retention_parallel, full),
+        (CHUNKWISE, retention_chunkwise, chunks("retention")),
+        ("retention, recurrent", retention_recurrent, (STEPS, STATE)),
+    ):
+        yield Contender(name, "retention", True, _retention(form), *laws)
+
+
+CONTENDERS = {one.name: one for one in _contenders()}
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,15 @@ CROSSING_NOTE = [
 ]
 LAW_NOTE = [
     "Of medians, and of peaks, through the four longest lengths measured, on logarithmic axes: the",
-    "law's exponent, and the measured one with its standard error (*: apart by more than 0.1 and two",
-    "errors). With projections 4 T d^2 operations more, and the numbers that they make. Laws of space",
-    "are of training, where all is kept. Bytes: at the longest length, in those of the law.",
+    "law's exponent, and the measured one with its standard error (*: apart by more than 0.1 and",
+    "two errors). With projections 4 T d^2 operations more, and the numbers that they make. Laws",
+    "of space are of training, where all is kept. Bytes: at the longest length, in those of the",
+    "law.",
 ]
 CLAIM_NOTE = [
-    'The claim is "up to 60 times" at 6,000 tokens on a T4: linear attention that is not causal over',
-    "naive softmax. Here how many times as fast it is, the median over rounds side by side, at the",
-    "longest length that both have; and how much of 60 that is.",
+    'The claim is "up to 60 times" at 6,000 tokens on a T4: linear attention that is not causal',
+    "over naive softmax. Here how many times as fast it is, the median over rounds side by side,",
+    "at the longest length that both have; and how much of 60 that is.",
 ]
 
 

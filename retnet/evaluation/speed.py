@@ -94,7 +94,7 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for number in range(warmup + max(counts)):
+        for number in range(warmup + max(counts, default=0)):
             for own, prepare, count in zip(seconds, prepares, counts, strict=True):
                 if number >= warmup + count:
                     continue
