@@ -11,7 +11,7 @@ would take longer than --limit or more than --memory, if costs were quadratic, i
 Printed are mean, standard deviation and number of runs; from which length on one is faster than
 another; exponents of T beside those of the surveys; and what is left of "up to 60 times". With
 everything at its default this takes about ten minutes on two cores: --seconds bounds the timed
-part, by fewer runs where they take long; 3,600 are enough for 100 of nearly all.
+part, where what takes long is run less often than --runs, but three times.
 """
 
 import argparse
@@ -64,6 +64,9 @@ def build_parser() -> ArgumentParser:
         help="of all timed passes together, if three of each take no longer (420)")  # fmt: skip
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
     add("--threads", type=positive_int, help="of the CPU (as torch chooses)")
+    add("--allocator", choices=["default", "keep"], default="default",
+        help="freed memory in the timed part: as the C library does by default, or kept, as "
+        "train.py does, which may take twice the largest peak (default)")  # fmt: skip
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     add("--plot", type=file_path, metavar="FILE", help="draw time and memory by length (.png)")
     return parser
@@ -82,8 +85,10 @@ def main(argv: Sequence[str]) -> None:
             f"--limit ({arguments.limit:g}) seconds, --memory ({_gb(setup.limit_bytes)}) GB: all "
             "contenders are stopped at all --lengths: allow more, or take shorter ones"
         )
-    keep_freed_memory()  # as train.py does
+    if arguments.allocator == "keep":
+        keep_freed_memory()
     cells = timed(cells, setup)
+    about["keep_memory"] = arguments.allocator == "keep"
     about["load_average"] = [round(load, 2) for load in (before, os.getloadavg()[0])]
     if arguments.json:
         write_json(arguments.json, to_json(cells, setup, about))

@@ -109,7 +109,8 @@ def first_passes(setup: Setup) -> Iterator[Cell]:
                 bar.update(length)
                 yield last[key]
             left = first_passes_left(list(last.values()), setup)
-            text = f"memory: {length:,} tokens done; about {_shown(left)} left of this part"
+            text = f"memory: {length:,} tokens done; about {_shown(left)} left of this part, "
+            text += f"then about {_shown(setup.total_s)} of timed runs, or less"
             print(text, file=sys.stderr, flush=True)
 
 

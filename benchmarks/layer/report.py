@@ -63,9 +63,11 @@ def _heading(setup: Setup, about: dict[str, Any]) -> list[str]:
         f"machine   {about['processor']}, {about['cores']} cores, {about['system']}, "
         f"{about['vector_instructions']}; device {about['device']}",
         f"run       {about['threads']} threads, float32, torch {versions['torch']}; load average "
-        f"{loads[0]} before, {loads[1]} after",
+        f"{loads[0]} before, {loads[1]} after; freed memory "
+        f"{'kept' if about['keep_memory'] else 'as the C library does by default'}",
         f"layer     batch {setup.rows}, one head of width {setup.width}, forward pass without "
-        "gradients",
+        "gradients;",
+        "          no rotations, no gate of retention and no wider values, so that all mix as much",
         f"runs      in turn after one to warm up, at most {setup.runs}; fewer where one takes over "
         f"a second,",
         f"          and where all would take more than {setup.total_s:g} s",

@@ -86,7 +86,8 @@ def stops(setup: Setup) -> dict[tuple[str, int], str]:
 def test_nothing_is_stopped_that_fits(faked, capsys) -> None:
     assert set(stops(setup()).values()) == {""}
     assert faked == [(name, length) for length in (8, 16, 32) for name in (NAIVE, SDPA)]
-    assert "memory: 8 tokens done; about 1 s left of this part" in capsys.readouterr().err
+    left = "about 1 s left of this part, then about 10 s of timed runs"
+    assert f"memory: 8 tokens done; {left}" in capsys.readouterr().err
 
 
 def test_what_would_take_too_long_is_stopped_and_stays_so(faked) -> None:
@@ -308,6 +309,18 @@ def test_seconds_bound_the_timed_part(faked, tmp_path) -> None:
     assert runs[NAIVE, 24] == 3 < runs[SDPA, 24] < runs[SDPA, 8] == runs[NAIVE, 8] == 20
 
 
+def test_freed_memory_is_kept_where_asked_for(faked, tmp_path, capsys, monkeypatch) -> None:
+    kept = []
+    monkeypatch.setattr(single_layer, "keep_freed_memory", lambda: kept.append(True))
+    options = ["--contenders", SDPA, "--runs", "1"]
+    assert not written(tmp_path, *options)["environment"]["keep_memory"]
+    assert "freed memory as the C library does" in capsys.readouterr().out
+    assert not kept
+    assert written(tmp_path, *options, "--allocator", "keep")["environment"]["keep_memory"]
+    assert "freed memory kept" in capsys.readouterr().out
+    assert kept == [True]
+
+
 @pytest.mark.parametrize(
     ("option", "reason"), [(["--limit", "0.01"], "time"), (["--memory", "4e-8"], "memory")]
 )
@@ -358,6 +371,7 @@ def test_all_stopped_is_one_line_and_writes_nothing(faked, tmp_path, capsys) -> 
         (["--seconds", "-1"], "--seconds (-1) must be a number above 0"),
         (["--seconds", "inf"], "--seconds (inf) must be a number above 0"),
         (["--memory", "-2"], "--memory (-2) must be a number above 0"),
+        (["--allocator", "mine"], "argument --allocator"),
         (["--device", "abacus"], "--device (abacus)"),
         (["--json", "/nowhere/x.json"], "--json (/nowhere/x.json)"),
         (["--plot", "/nowhere/x.png"], "--plot (/nowhere/x.png)"),
