@@ -3,6 +3,8 @@
 import gc
 import json
 import math
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -170,6 +172,20 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
     assert found[1] == pytest.approx(scores, rel=0.15)
     assert found[2] == pytest.approx(scores, rel=0.15)
     assert found[3] < 0.2 * scores
+
+
+@pytest.mark.slow
+def test_as_a_program(tmp_path) -> None:
+    """On standard error there is nothing but how far it is."""
+    path = tmp_path / "x.json"
+    command = [sys.executable, "-m", measuring.PROGRAM, *FEW, "--contenders", SDPA, NAIVE]
+    command += ["--runs", "2", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {
+        "memory", "times", "layer",
+    }  # fmt: skip
+    assert done.stdout.startswith("command   python -m benchmarks.single_layer")
+    assert len(json.loads(path.read_text())["cells"]) == 8
 
 
 def test_powers_of_the_length() -> None:
