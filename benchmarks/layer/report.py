@@ -72,8 +72,8 @@ def _heading(setup: Setup, about: dict[str, Any]) -> list[str]:
         f"a second,",
         f"          and where all would take more than {setup.total_s:g} s",
         f"stopped   above {setup.limit_s:g} s{fits}, expected as if costs were quadratic",
-        "memory    at the peak, above inputs and weights, in a process of its own; of 2 MB or less,",
-        "          what fits into memory that this had already is not seen",
+        "memory    at the peak, above inputs and weights, in a process of its own; the first",
+        "          2 MB may fit into what the process has already",
     ]
 
 
