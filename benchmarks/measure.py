@@ -12,7 +12,7 @@ from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
 TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
-FAMILY, STEPS = "family", "steps"
+FAMILY, STEPS, LAYER = "family", "steps", "layer"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
 
@@ -87,7 +87,7 @@ class Measurement:
     """One contender in one case.
 
     Attributes:
-        benchmark: "train", "prefill", "decode", "forms", "family" or "steps".
+        benchmark: "train", "prefill", "decode", "forms", "family", "steps" or "layer".
         case: What was done, the same for all contenders of a group.
         contender: Who.
         tokens: In each call; for a batch, of all rows.
@@ -180,12 +180,21 @@ class Piece:
     prepare: Prepare
 
 
-def measure(benchmark: str, pieces: Sequence[Piece], plan: Plan, results: Results) -> None:
-    """Run a group in turn, A B A B ..., and add what comes out."""
+def measure(
+    benchmark: str,
+    pieces: Sequence[Piece],
+    plan: Plan,
+    results: Results,
+    rounds: Sequence[int] | None = None,
+) -> None:
+    """Run a group in turn, A B A B ..., and add what comes out.
+
+    rounds: Of each piece; those of the plan when None.
+    """
     gc.collect()
-    bar = tqdm(
-        total=len(pieces) * (plan.rounds + 1), desc=pieces[0].case, disable=None, leave=False
-    )
+    rounds = rounds or [plan.rounds] * len(pieces)
+    total = sum(rounds) + len(pieces)
+    bar = tqdm(total=total, desc=pieces[0].case, disable=None, leave=False)
 
     def counted(prepare: Prepare) -> Prepare:
         def prepare_and_count():
@@ -195,9 +204,7 @@ def measure(benchmark: str, pieces: Sequence[Piece], plan: Plan, results: Result
         return prepare_and_count
 
     with bar:
-        timings = interleaved(
-            [counted(one.prepare) for one in pieces], plan.device, rounds=plan.rounds
-        )
+        timings = interleaved([counted(one.prepare) for one in pieces], plan.device, rounds=rounds)
     for piece, timing in zip(pieces, timings, strict=True):
         results.measurements.append(
             Measurement(benchmark, piece.case, piece.contender, piece.tokens, timing)

@@ -47,7 +47,9 @@ NOTES = {
 }
 
 
-def environment(plan: Plan, argv: Sequence[str]) -> dict[str, Any]:
+def environment(
+    plan: Plan, argv: Sequence[str], program: str = "benchmarks.speed"
+) -> dict[str, Any]:
     """Machine, versions and load, as they are now."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -56,7 +58,7 @@ def environment(plan: Plan, argv: Sequence[str]) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
     return {
-        "command": " ".join(["python -m benchmarks.speed", *argv]),
+        "command": " ".join([f"python -m {program}", *argv]),
         "date": date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),

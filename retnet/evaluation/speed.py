@@ -41,9 +41,9 @@ class Timing:
         """How often ``other`` fits into this, the median over the rounds they ran side by side.
 
         Both slow down together when the machine does, so this is steadier than the ratio of two
-        medians.
+        medians. Where one ran more often than the other, those rounds are the first.
         """
-        pairs = zip(self.seconds, other.seconds, strict=True)
+        pairs = zip(self.seconds, other.seconds, strict=False)
         return float(np.median([own / theirs for own, theirs in pairs]))
 
 
@@ -75,25 +75,29 @@ def interleaved(
     prepares: Sequence[Callable[[], Callable[[], object]]],
     device: torch.device,
     *,
-    rounds: int = ROUNDS,
+    rounds: int | Sequence[int] = ROUNDS,
     warmup: int = 1,
 ) -> list[Timing]:
     """Time several pieces of work in turn, ``rounds`` times after ``warmup`` rounds.
 
-    No garbage is collected meanwhile.
+    No garbage is collected meanwhile. Each piece may have a number of rounds of its own, after
+    which the others go on without it.
 
     Args:
         prepares: For each piece a function that returns the function to time; preparing is not
             timed.
         device: Its queue is emptied before the clock is read.
     """
+    counts = [rounds] * len(prepares) if isinstance(rounds, int) else rounds
     seconds: list[list[float]] = [[] for _ in prepares]
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        for number in range(warmup + rounds):
-            for own, prepare in zip(seconds, prepares, strict=True):
+        for number in range(warmup + max(counts, default=0)):
+            for own, prepare, count in zip(seconds, prepares, counts, strict=True):
+                if number >= warmup + count:
+                    continue
                 work = prepare()
                 synchronize(device)
                 started = time.perf_counter()

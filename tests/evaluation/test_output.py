@@ -7,6 +7,7 @@ import pytest
 
 from retnet.errors import UserError
 from retnet.evaluation import check_not_read, check_writable
+from retnet.evaluation.output import write_bytes
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_files_of_training(run: Path, name: str, culprit: str) -> None:
             "elsewhere"
         )
     assert everything(run) == before
+
+
+def test_a_file_of_another_option_is_called_so(run: Path, tmp_path: Path) -> None:
+    paths = [run, run / "final/x.png", tmp_path / "no/x.png", Path("-"), Path("/dev/null")]
+    for path in paths:
+        with pytest.raises(UserError, match=r"^--plot \("):
+            check_writable(path, "--plot")
+    with pytest.raises(UserError, match=r"^--plot \(.*\) cannot be written"):
+        write_bytes(tmp_path / "no/x.png", b"", "--plot")
+    write_bytes(tmp_path / "x.png", b"content", "--plot")
+    assert (tmp_path / "x.png").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("name", ["old.json", "new.json", "reports/../new.json", "../out.jsonl"])

@@ -36,6 +36,22 @@ def test_rounds_alternate_and_the_warmup_is_not_counted(monkeypatch) -> None:
     assert second.median == 3
 
 
+def test_each_piece_has_its_own_number_of_rounds() -> None:
+    order: list[str] = []
+    names = "ABC"
+    prepares = [lambda name=name: lambda: order.append(name) for name in names]
+    timings = interleaved(prepares, CPU, rounds=[2, 1, 3])
+    assert "".join(order) == "ABC" + "ABC" + "AC" + "C"  # the first round warms up
+    assert [timing.rounds for timing in timings] == [2, 1, 3]
+
+
+def test_ratios_are_over_the_rounds_side_by_side() -> None:
+    often = speed.Timing(1, 1, 1, 4, (1.0, 2.0, 100.0, 100.0))
+    twice = speed.Timing(3, 3, 3, 2, (3.0, 8.0))
+    assert twice.ratio(often) == 3.5
+    assert often.ratio(twice) == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
 def test_a_single_round_has_no_spread() -> None:
     (timing,) = interleaved([lambda: lambda: None], CPU, rounds=1, warmup=0)
     assert timing.low == timing.median == timing.high

@@ -53,11 +53,16 @@ def pictures(findings: Findings) -> list[Picture]:
 
 def styles(findings: Findings) -> list[dict[str, Any]]:
     """Colour, line and marker of each model."""
+    return styles_of([model.mixer for model in findings.comparison.models])
+
+
+def styles_of(mixers: Sequence[str]) -> list[dict[str, Any]]:
+    """Colour, line and marker of each curve, by the name of its mixer."""
     names, seen, found = list(MIXERS), list[str](), []
-    for number, model in enumerate(findings.comparison.models):
-        mixer = names.index(model.mixer) if model.mixer in names else len(names)
-        line = LINES[seen.count(model.mixer) % len(LINES)]
-        seen.append(model.mixer)
+    for number, own in enumerate(mixers):
+        mixer = names.index(own) if own in names else len(names)
+        line = LINES[seen.count(own) % len(LINES)]
+        seen.append(own)
         marker = MARKERS[number % len(MARKERS)]
         colour = COLOURS[mixer % len(COLOURS)]
         found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
@@ -65,14 +70,19 @@ def styles(findings: Findings) -> list[dict[str, Any]]:
 
 
 def _axes(number: int) -> tuple[Any, Sequence[Any]]:
+    figure, grid = _grid(1, number, (WIDE, HIGH))
+    return figure, grid[0]
+
+
+def _grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDE, HIGH), dpi=DPI, layout="constrained")
-    axes = figure.subplots(1, number, squeeze=False)[0]
-    for one in axes:
+    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for one in grid.flat:
         one.grid(True, linewidth=0.4, alpha=0.6)
         one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, grid
 
 
 def _png(figure: Any) -> bytes:
@@ -83,9 +93,18 @@ def _png(figure: Any) -> bytes:
 
 def _draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str, y: str) -> None:
     """A line for each model; a cross where it ends before the others."""
-    for label, style, curve in zip(
-        labels(findings.comparison), styles(findings), curves, strict=True
-    ):
+    _curves(axis, labels(findings.comparison), styles(findings), curves, x, y)
+
+
+def _curves(
+    axis: Any,
+    names: Sequence[str],
+    looks: Sequence[dict[str, Any]],
+    curves: Sequence[Curve | None],
+    x: str,
+    y: str,
+) -> None:
+    for label, style, curve in zip(names, looks, curves, strict=True):
         if curve is None or not curve.x:
             continue
         axis.plot(curve.x, curve.y, label=_plain(label), linewidth=1.8, **style)
@@ -97,6 +116,30 @@ def _draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str,
                           fontsize=9)  # fmt: skip
     axis.set_xlabel(x)
     axis.set_ylabel(y)
+
+
+def panels(
+    names: Sequence[str],
+    mixers: Sequence[str],
+    rows: Sequence[Sequence[tuple[Sequence[Curve], str, str]]],
+) -> bytes:
+    """A PNG of rows of panels with logarithmic axes, one legend below: curves, labels of the axes.
+
+    The names of the curves and of their mixers are the same in all panels.
+    """
+    inches = (1.25 * WIDE, 1.2 * HIGH * len(rows) + 0.07 * len(names))
+    figure, grid = _grid(len(rows), len(rows[0]), inches)
+    legend: dict[str, Any] = {}
+    for axes, own in zip(grid, rows, strict=True):
+        for axis, (curves, x, y) in zip(axes, own, strict=True):
+            _curves(axis, names, styles_of(mixers), curves, x, y)
+            _doubling(axis)
+            _times(axis)
+            handles, shown = axis.get_legend_handles_labels()
+            legend |= dict(zip(shown, handles, strict=True))
+    place = {"loc": "outside lower center", "ncols": 4}
+    figure.legend(legend.values(), legend.keys(), fontsize=9, frameon=False, **place)
+    return _png(figure)
 
 
 def _doubling(axis: Any) -> None:
