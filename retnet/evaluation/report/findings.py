@@ -11,6 +11,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import METRICS
 from retnet.evaluation.comparison import Comparison
 from retnet.evaluation.costs import Costs, measure_costs
+from retnet.evaluation.foreign import ForeignModel
 from retnet.evaluation.profile import Profile, profile
 from retnet.evaluation.scoring import score_documents
 
@@ -53,7 +54,7 @@ class Findings:
         profiles: None where the models' tokens differ, so that positions and kinds do too.
         carried: Bits per byte with a state carried through each document; None where it grows.
         histories: None where the run folder is not there.
-        trained: Tokens of the windows that it was trained on.
+        trained: Tokens of the windows that it was trained on; None where that is not told.
         windows: 1 / (1 - decay) of each head in tokens; empty where decays are not fixed.
     """
 
@@ -62,7 +63,7 @@ class Findings:
     carried: list[float | None]
     costs: list[Costs]
     histories: list[History | None]
-    trained: list[int]
+    trained: list[int | None]
     windows: list[list[float]]
 
 
@@ -76,19 +77,20 @@ def find_out(
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
     configs = [one.model.config for one in checkpoints]
-    trained = [config.max_position_embeddings for config in configs]
+    trained: list[int | None] = [config.max_position_embeddings for config in configs]
     profiles = None
     if comparison.same_tokenizers:
         profiles = [
             profile(
                 one.model, one.tokenizer, documents, context=context,
-                contexts=lengths_of(trained[0]), progress=f"profile of {name}",
+                contexts=lengths_of(trained[0] or context), eos=comparison.eos,
+                progress=f"profile of {name}",
             )
             for name, one in zip(names, checkpoints, strict=True)
         ]  # fmt: skip
         logger.info("losses by position, context and kind of target are known")
     carried = [
-        _carried(one, documents, context, f"state of {name} carried")
+        _carried(one, documents, context, comparison.eos, f"state of {name} carried")
         for name, one in zip(names, checkpoints, strict=True)
     ]
     costs = [Costs([], [], [])] * len(checkpoints)
@@ -118,14 +120,15 @@ def lengths_of(trained: int) -> list[int]:
 
 
 def _carried(
-    checkpoint: Checkpoint, documents: Sequence[str], context: int, progress: str
+    checkpoint: Checkpoint, documents: Sequence[str], context: int, eos: bool, progress: str
 ) -> float | None:
     model = checkpoint.model
-    if model.grows or model.config.longest is not None:
+    if isinstance(model, ForeignModel) or model.grows or model.config.longest is not None:
         return None
     scores = score_documents(
-        model, checkpoint.tokenizer, documents, context=context, carry_state=True, progress=progress
-    )
+        model, checkpoint.tokenizer, documents, context=context, carry_state=True, eos=eos,
+        progress=progress,
+    )  # fmt: skip
     return scores.bits_per_byte
 
 

@@ -195,7 +195,7 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
         curves.append(Curve([float(c) for c in found], list(found.values()), end))
     _draw(findings, axis, curves, "tokens of context", "nats per token")
     _doubling(axis)
-    for trained in set(findings.trained):
+    for trained in set(findings.trained) - {None}:
         axis.axvline(trained, color="#7F7F7F", linewidth=1)
         axis.annotate("trained", (trained, 1), (3, -9), fontsize=9,
                   xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
