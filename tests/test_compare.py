@@ -140,6 +140,7 @@ def test_speed_is_measured_after_128_and_4096_tokens_unless_told_otherwise(
         ["--context", "8"],
         ["--stride", "4"],
         ["--carry-state"],
+        ["--no-eos"],
         ["--text-field", "other"],
         ["--dtype", "bfloat16"],
     ],

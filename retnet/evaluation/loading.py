@@ -4,6 +4,8 @@ The latter may be a folder or a name on the Hub, which is looked for in the loca
 code of a model's own is run unless that is asked for, and weights are safetensors.
 """
 
+import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +14,20 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from retnet.checkpoints import Checkpoint, check_weights_unchanged, find_checkpoint, load_checkpoint
 from retnet.checkpoints.configuration import CORRECT, check_values
 from retnet.checkpoints.format import ADAPTER, CONFIG, COPY_AGAIN, TOKENIZER
 from retnet.checkpoints.load import quiet_transformers
 from retnet.checkpoints.weights import stored_shapes, weight_files
+from retnet.cli import shortened
 from retnet.data.network import hub_revision, reason_of, while_reachable
 from retnet.data.tokenizer import panics_as_errors
 from retnet.data.tokenizer_files import check_tokenizer_files
@@ -33,6 +42,7 @@ from retnet.paths import expand, kind_of
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 WANTED = ["*.json", "model.safetensors", "model-*.safetensors", "*.txt", "*.model", "*.tiktoken"]
 CODE = "*.py"
+FLA = "fla"  # the package of flash-linear-attention
 CACHED = "models--"  # how the Hub's client names a model's folder: models--openai-community--gpt2
 # Files of tokenizers: without any, transformers makes an empty one.
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt")
@@ -144,6 +154,8 @@ def _load_model(
             f"checkpoint ({folder}) has an adapter ({ADAPTER}) beside its weights: merge it into "
             "them with peft's merge_and_unload, or remove it"
         )
+    if "auto_map" not in stored:
+        _check_known(file, stored.get("model_type"))
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with _one_line(file, CORRECT):
         config = AutoConfig.from_pretrained(folder, **options)
@@ -167,6 +179,22 @@ def _load_model(
             f"({len(missing)} such): copy it again"
         )
     return model
+
+
+def _check_known(file: Path, model_type: Any) -> None:
+    """Raise a ``UserError`` where transformers has no such architecture.
+
+    flash-linear-attention adds its own to those of transformers when it is imported.
+    """
+    package = importlib.util.find_spec(FLA)
+    if model_type not in CONFIG_MAPPING and package is not None:
+        with _one_line(file, f"repair the package {FLA}, or name another checkpoint"):
+            importlib.import_module(FLA)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{file}: model_type ({shortened(model_type)}) is none that is known here: install "
+            "flash-linear-attention if it is one of its models, or name another checkpoint"
+        )
 
 
 def _check_size(folder: Path, config: Any) -> None:
