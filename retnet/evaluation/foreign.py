@@ -23,6 +23,7 @@ from retnet.machine import memory_of
 MEMORIES = ("cache", "past_key_values", "cache_params", "state")
 TRIED = 16  # tokens of a text on which a model is tried, if it takes so many
 ID_BYTES = 8
+MOST_OF_A_REASON = 200  # characters of what a library says
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,14 @@ class ForeignModel(nn.Module):
         self._memory = next((name for name in MEMORIES if name in parameters), None)
         self._keeps_some = "logits_to_keep" in parameters
         own = inner.config.get_text_config()
-        self.vocab_size = int(own.vocab_size)
+        self.vocab_size = getattr(own, "vocab_size", 0)
+        if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
+            raise UserError(f"its vocab_size ({self.vocab_size}) is none of a language model")
         positions = getattr(own, "max_position_embeddings", None)
         trained = positions if isinstance(positions, int) and positions > 0 else None
         self._half = max(1, min(TRIED, trained or TRIED) // 2)
-        try:
-            self._check_causal()
-            sizes = [self._memory_after(tokens) for tokens in (self._half, 2 * self._half)]
-        except UserError:
-            raise
-        except Exception as error:  # each architecture fails in a way of its own
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"its {type(inner).__name__} fails on a text ({reason})") from error
-        short, long = sizes
+        self._check_causal()
+        short, long = (self._memory_after(tokens) for tokens in (self._half, 2 * self._half))
         self.bytes_per_token = (long - short) // self._half
         self.state_bytes = short - self._half * self.bytes_per_token
         constant = bool(short) and not self.bytes_per_token
@@ -131,7 +125,10 @@ class ForeignModel(nn.Module):
         labels: Tensor | None = None,
         return_logits: bool = True,
     ) -> Any:
-        """The model's own output; ``return_logits`` has no say, its loss is computed its way."""
+        """The model's own output; ``return_logits`` has no say, its loss is computed its way.
+
+        A ``UserError`` where it fails, on more tokens than it has positions for, say.
+        """
         options: dict[str, Any] = {"use_cache": use_cache}
         if self._keeps_some and logits_to_keep:
             options["logits_to_keep"] = logits_to_keep
@@ -139,7 +136,18 @@ class ForeignModel(nn.Module):
             options["labels"] = labels
         if past_key_values is not None and past_key_values.held is not None:
             options[str(self._memory)] = past_key_values.held
-        output = self.inner(input_ids, return_dict=True, **options)
+        try:
+            output = self.inner(input_ids, return_dict=True, **options)
+        except Exception as error:  # each architecture fails in a way of its own
+            if is_out_of_memory(error):
+                raise
+            rows, tokens = input_ids.shape
+            kind, reason = type(self.inner).__name__, f"{type(error).__name__}: {error}"
+            reason = " ".join(reason.split())[:MOST_OF_A_REASON]
+            raise UserError(
+                f"a {kind} fails on {rows} rows of {tokens} tokens ({reason}): "
+                "take shorter windows (--context), or another model"
+            ) from error
         if past_key_values is not None:
             past_key_values.held = next((output[k] for k in MEMORIES if k in output), None)
         return output
@@ -166,18 +174,17 @@ class ForeignModel(nn.Module):
             self(ids[:, :half], past_key_values=memory, use_cache=True)
             pieces = ids[:, half:].split(1, dim=1)
             found = [self(one, past_key_values=memory, use_cache=True).logits for one in pieces]
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
+        except UserError:
             return False
-        return self._same(torch.cat(found, dim=1), self(ids).logits[:, half:])
+        narrow = self.dtype in (torch.bfloat16, torch.float16)
+        return _same(torch.cat(found, dim=1), self(ids).logits[:, half:], 0.1 if narrow else 0.01)
 
     @torch.inference_mode()
     def _check_causal(self) -> None:
         ids, half = self._some_tokens(1), self._half
         other = ids.clone()
         other[:, half:] = (other[:, half:] + 1) % self.vocab_size
-        if not self._same(self(ids).logits[:, :half], self(other).logits[:, :half]):
+        if not _same(self(ids).logits[:, :half], self(other).logits[:, :half], 1e-4):
             raise UserError(
                 f"its {type(self.inner).__name__} is no causal language model, later tokens change "
                 "what it says of earlier ones"
@@ -194,13 +201,16 @@ class ForeignModel(nn.Module):
         ids = torch.randint(self.vocab_size, (rows, 2 * self._half), generator=generator)
         return ids.to(self.device)
 
-    def _same(self, one: Tensor, other: Tensor) -> bool:
-        """Up to rounding; logits that are no numbers are found where they are scored."""
-        one, other = one.double(), other.double()
-        if not (one.isfinite().all() and other.isfinite().all()):
-            return True
-        rounding = 1e-4 if self.dtype in (torch.float32, torch.float64) else 3e-2
-        return bool((one - other).abs().max() <= rounding * max(float(one.std()), 1e-30))
+
+def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
+    """Whether logits differ by less than a part of their spread, in the root of the mean square.
+
+    Logits that are no numbers are found where they are scored.
+    """
+    one, other = one.double(), other.double()
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return True
+    return bool((one - other).pow(2).mean().sqrt() <= rounding * other.std())
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

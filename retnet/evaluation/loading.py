@@ -32,7 +32,7 @@ from retnet.data.network import hub_revision, reason_of, while_reachable
 from retnet.data.tokenizer import panics_as_errors
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError, is_out_of_memory
-from retnet.evaluation.foreign import ForeignModel
+from retnet.evaluation.foreign import MOST_OF_A_REASON, ForeignModel
 from retnet.evaluation.tokens import plain_ids, use_eos_for_bos
 from retnet.files import read_json
 from retnet.model.mixers import MIXERS
@@ -46,7 +46,6 @@ FLA = "fla"  # the package of flash-linear-attention
 CACHED = "models--"  # how the Hub's client names a model's folder: models--openai-community--gpt2
 # Files of tokenizers: without any, transformers makes an empty one.
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt")
-MOST_OF_A_REASON = 200  # characters: transformers lists all the architectures that it knows
 
 
 def load_contender(
@@ -79,7 +78,7 @@ def load_contender(
     try:
         model: Any = ForeignModel(inner.to(torch.device(device)).eval())
     except UserError as error:
-        raise UserError(f"checkpoint ({folder}): {error}: name another one") from error
+        raise UserError(f"checkpoint ({folder}): {error}: name another model") from error
     return Checkpoint(folder, model.eval(), tokenizer, None)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from retnet.errors import UserError
 from retnet.evaluation import metrics
 from retnet.evaluation.foreign import ForeignModel
-from retnet.evaluation.tokens import nats_of_first, tokens_of
+from retnet.evaluation.tokens import nats_of_first, tokens_of, warn_of_unknown
 from retnet.generation import evaluation_mode
 from retnet.machine import memory_of
 from retnet.model.cache import DecoderCache
@@ -113,6 +113,7 @@ def score_documents(
     if not sizes.sum():
         raise UserError(f"text ({len(documents)} documents) is empty: give some to evaluate")
     tokens = tokens_of(model, tokenizer, documents, eos=eos)
+    warn_of_unknown(tokenizer, tokens)
     check_logits_fit(model, min(context, max(len(ids) for ids in tokens)))
     if batch_size is None:
         batch_size = max(1, tokens_per_batch(model) // context)

@@ -7,6 +7,7 @@ It ends with ``<eos>``, unless that is left out for all.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from retnet.data import encode_documents
 from retnet.data.tokenizer import naming, tokenizer_hash
 from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def use_eos_for_bos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -80,6 +83,19 @@ def _encoded(
     begin = [] if ends[0] is None else [ends[0]]
     for text in documents:
         yield np.array([*begin, *plain_ids(tokenizer, text), *([ends[1]] if eos else [])], np.int64)
+
+
+def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Tensor]) -> None:
+    """A line where a tokenizer does not have all of a text: what it leaves out costs nothing."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return
+    number = sum(int((ids == unknown).sum()) for ids in tokens)
+    if number:
+        logger.warning(
+            f"tokenizer ({tokenizer.name_or_path}) has {tokenizer.unk_token} for {number:,} tokens "
+            "of the text, which may stand for anything: its bits per byte are too low"
+        )
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

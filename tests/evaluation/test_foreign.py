@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import ByT5Tokenizer, GPT2LMHeadModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from retnet.checkpoints import Checkpoint
 from retnet.errors import UserError
@@ -105,8 +109,6 @@ def test_no_eos_leaves_out_the_last_target_of_ours() -> None:
 def test_the_beginning_stands_once_and_special_tokens_in_a_text_are_text() -> None:
     """lm-eval's default asks a tokenizer that adds <bos> for one more; here none is doubled."""
     tokenizer, model = byte_tokenizer(), tiny_model("retention")
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="$A $B", special_tokens=[("<bos>", BOS)]
     )
@@ -167,6 +169,32 @@ def test_a_slow_tokenizer(tmp_path: Path) -> None:
     assert scores.targets.tolist() == [3, 3] and np.isfinite(scores.nll).all()
     assert identity(found.tokenizer) == identity(load_contender(path).tokenizer)
     assert identity(found.tokenizer) != identity(ByT5Tokenizer(extra_ids=9))
+
+
+def test_what_a_tokenizer_does_not_know_is_said(tmp_path: Path, caplog) -> None:
+    backend = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "<s>": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<s>", unk_token="[UNK]"
+    )
+    found = load_contender(save_foreign(tmp_path / "m", "gpt2", tokenizer))
+    score_documents(found.model, found.tokenizer, ["a a"], context=9)
+    assert "[UNK]" not in caplog.text
+    score_documents(found.model, found.tokenizer, ["a b c"], context=9)
+    assert "has [UNK] for 2 tokens of the text" in caplog.text
+
+
+def test_a_vocabulary_beyond_the_models(contenders: dict[str, Checkpoint]) -> None:
+    model, tokenizer = contenders["gpt2"].model, byte_tokenizer((("a", "b"), ("c", "d")))
+    with pytest.raises(UserError, match=r"gives an id \(259\) beyond the model's vocab_size \(259"):
+        score_documents(model, tokenizer, ["ab"], context=9)
+
+
+def test_a_model_that_fails_on_a_length(contenders: dict[str, Checkpoint]) -> None:
+    """As Roberta's, which has two positions less than it says."""
+    model = contenders["gpt2"].model
+    with pytest.raises(UserError, match=r"fails on 1 rows of 33 tokens \(.*take shorter windows"):
+        model(torch.zeros(1, 33, dtype=torch.int64))
 
 
 def test_decoding_is_that_of_the_whole_text(contenders: dict[str, Checkpoint]) -> None:
