@@ -82,7 +82,9 @@ class ForeignModel(nn.Module):
         self.inner = inner
         parameters = inspect.signature(inner.forward).parameters
         self._memory = next((name for name in MEMORIES if name in parameters), None)
+        anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         self._keeps_some = "logits_to_keep" in parameters
+        self._options = {"use_cache", "return_dict"} if anything else set(parameters)
         own = inner.config.get_text_config()
         self.vocab_size = getattr(own, "vocab_size", 0)
         if not isinstance(self.vocab_size, int) or self.vocab_size < 2:
@@ -129,7 +131,8 @@ class ForeignModel(nn.Module):
 
         A ``UserError`` where it fails, on more tokens than it has positions for, say.
         """
-        options: dict[str, Any] = {"use_cache": use_cache}
+        options: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
+        options = {name: value for name, value in options.items() if name in self._options}
         if self._keeps_some and logits_to_keep:
             options["logits_to_keep"] = logits_to_keep
         if labels is not None:
@@ -137,7 +140,7 @@ class ForeignModel(nn.Module):
         if past_key_values is not None and past_key_values.held is not None:
             options[str(self._memory)] = past_key_values.held
         try:
-            output = self.inner(input_ids, return_dict=True, **options)
+            output = self.inner(input_ids, **options)
         except Exception as error:  # each architecture fails in a way of its own
             if is_out_of_memory(error):
                 raise
@@ -192,8 +195,12 @@ class ForeignModel(nn.Module):
 
     @torch.inference_mode()
     def _memory_after(self, tokens: int) -> int:
+        """Bytes; 0 where it has no memory, or none that works: it can be scored all the same."""
         memory = self.new_cache()
-        self(self._some_tokens(1)[:, :tokens], past_key_values=memory, use_cache=True)
+        try:
+            self(self._some_tokens(1)[:, :tokens], past_key_values=memory, use_cache=True)
+        except UserError:
+            return 0
         return memory.num_bytes()
 
     def _some_tokens(self, rows: int) -> Tensor:
@@ -207,6 +214,8 @@ def _same(one: Tensor, other: Tensor, rounding: float) -> bool:
 
     Logits that are no numbers are found where they are scored.
     """
+    if one.shape != other.shape:
+        return False
     one, other = one.double(), other.double()
     if not (one.isfinite().all() and other.isfinite().all()):
         return True

@@ -240,6 +240,16 @@ def test_a_model_whose_single_tokens_are_wrong_does_not_decode(folders: Path, mo
     ((one,),) = decode_speed([model], (4,), tokens=2, rounds=2, limit_s=9.0)
     assert one.ms_per_token is None and not one.stopped
 
+    def failing(input_ids, cache=None, past_key_values=None, use_cache=False, **options):
+        if use_cache:
+            raise ValueError("no cache today")
+        return own(input_ids, use_cache=False)
+
+    monkeypatch.setattr(inner, "forward", failing)
+    model = ForeignModel(inner)
+    assert not model.decodes(1)
+    assert score_documents(model, byte_tokenizer(), DOCUMENTS, context=9).nats_per_token > 0
+
 
 def test_lengths_that_nothing_holds(contenders: dict[str, Checkpoint], monkeypatch) -> None:
     checkpoint = contenders["mamba"]
