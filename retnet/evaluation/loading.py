@@ -116,10 +116,10 @@ def find_contender(name: str | Path, *, trust_remote_code: bool = False) -> Path
 
 def hub_name(folder: Path) -> str | None:
     """The name on the Hub of a folder in its local cache; None of any other."""
-    _, *parts = folder.parts[-4:] if len(folder.parts) > 3 else ("", "", "", "")
-    repository, snapshots, _ = parts
-    found = repository.removeprefix(CACHED).replace("--", "/", 1)
-    return found if repository.startswith(CACHED) and snapshots == "snapshots" else None
+    repository, snapshots = folder.parent.parent.name, folder.parent.name
+    if snapshots != "snapshots" or not repository.startswith(CACHED):
+        return None
+    return repository.removeprefix(CACHED).replace("--", "/", 1)
 
 
 def _snapshot(name: str, patterns: list[str], commit: str | None) -> str:

@@ -27,7 +27,7 @@ from retnet.evaluation import (
 )
 from retnet.evaluation.foreign import ForeignMemory, ForeignModel
 from retnet.evaluation.report import Reach, contents, find_out
-from retnet.evaluation.report.pictures import _contexts
+from retnet.evaluation.report.pictures import _contexts, styles
 from retnet.evaluation.tokens import identity, tokens_of
 from tests.evaluation.foreign import WINDOW, save_foreign
 from tests.generation.builders import BOS, EOS, VOCAB, byte_tokenizer, save_checkpoint, tiny_model
@@ -308,6 +308,8 @@ def test_a_report_of_ours_and_others(contenders, monkeypatch, tmp_path: Path) ->
     assert any("without <eos> at the end of a document" in line for line in page.about)
     assert any("not defined" in row for table in page.tables for row in table.rows)
     assert [picture.name for picture in page.pictures] == ["contexts"]
+    found = styles(findings)
+    assert len({(one["color"], one["linestyle"]) for one in found}) == len(found)
 
 
 @pytest.mark.slow

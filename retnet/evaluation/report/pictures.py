@@ -51,11 +51,11 @@ def pictures(findings: Findings) -> list[Picture]:
 
 def styles(findings: Findings) -> list[dict[str, Any]]:
     """Colour, line and marker of each model."""
-    names, seen, found = list(MIXERS), list[str](), []
+    names, seen, found = list(MIXERS), list[int](), []
     for number, model in enumerate(findings.comparison.models):
         mixer = names.index(model.mixer) if model.mixer in names else len(names)
-        line = LINES[seen.count(model.mixer) % len(LINES)]
-        seen.append(model.mixer)
+        line = LINES[seen.count(mixer) % len(LINES)]  # also of others' models, which share one
+        seen.append(mixer)
         marker = MARKERS[number % len(MARKERS)]
         colour = COLOURS[mixer % len(COLOURS)]
         found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
