@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 
 try:  # the imports take seconds
-    from retnet.checkpoints import load_checkpoint
     from retnet.cli import ArgumentParser, file_path, positive_int, run
     from retnet.errors import UserError
     from retnet.evaluation import (
@@ -22,6 +21,7 @@ try:  # the imports take seconds
         compare_checkpoints,
         find_out,
         format_comparison,
+        load_contender,
         text_of_file,
         to_json,
         validation_text,
@@ -41,7 +41,9 @@ def build_parser() -> ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint or run folders, 2 or more")
+    several = "2 or more checkpoint or run folders, or causal language models of transformers: "
+    several += "folders with safetensors and a tokenizer, or names on the Hugging Face Hub"
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help=several)
     text = "a text, .jsonl, .csv or .parquet file (the first model's validation data)"
     add("--text", type=file_path, metavar="FILE", help=text)
     add("--text-field", metavar="NAME", help="field of the file's rows with the text (text)")
@@ -51,6 +53,7 @@ def build_parser() -> ArgumentParser:
     add("--stride", type=positive_int, metavar="N", help=stride)
     carry = "carry a state of constant size through each whole document, without windows"
     add("--carry-state", action="store_true", help=carry)
+    add("--no-eos", action="store_true", help="do not score the <eos> at the end of a document")
     add("--batch-size", type=positive_int, metavar="N", help="windows at once (by their size)")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--no-speed", action="store_true", help="do not measure decoding")
@@ -92,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
     loading = loading_arguments(arguments)
-    checkpoints = [load_checkpoint(path, **loading) for path in arguments.checkpoints]
+    checkpoints = [load_contender(path, **loading) for path in arguments.checkpoints]
     text = validation_text(checkpoints) if text is None else text
     if arguments.json:
         check_not_read(arguments.json, text.files)
@@ -103,6 +106,7 @@ def main(argv: Sequence[str]) -> None:
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         carry_state=arguments.carry_state,
+        eos=not arguments.no_eos,
         speed_contexts=() if arguments.no_speed else arguments.contexts or contexts_of(arguments),
         speed_limit_s=LIMIT_S if arguments.report else None,
     )

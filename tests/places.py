@@ -12,6 +12,7 @@ import generate
 import train
 from retnet.checkpoints import write_manifest
 from retnet.data import DataSpec, prepare_data
+from tests.evaluation.foreign import save_foreign
 from tests.generation.builders import MIXERS, save_checkpoint
 
 MAINS = {"train": train.main, "generate": generate.main, "compare": compare.main}
@@ -22,6 +23,9 @@ RUN = "{tiny} data.source={corpus} data.tokenizer=bytes data.seq_len=8 data.cach
 
 # And of a model whose positions end, for which num_heads means nothing.
 AFT = RUN.replace(" model.num_heads=2", " model.mixer=aft")
+
+# The beginning of compare.py's with a model of transformers' own second.
+F = "--text {corpus} --no-speed {runs}/retention {foreign}/"
 
 # Arguments of generate.py and compare.py without a mistake.
 G, C = "{runs}/retention", "{runs}/retention {runs}/attention --no-speed"
@@ -70,9 +74,36 @@ def make_broken_checkpoints(folder: Path, good: Path) -> None:
     tokenizer.write_text(json.dumps(content))
 
 
+def make_foreign(folder: Path) -> None:
+    """Models of transformers' own, and what is none to compare."""
+    for kind in ("gpt2", "bert"):
+        save_foreign(folder / kind, kind)
+    names = ("mute", "empty", "seq2seq", "unknown", "coded", "pickled", "kernel", "patched", "less")
+    for name in names:
+        shutil.copytree(folder / "gpt2", folder / name)
+    for file in (folder / "mute").glob("*token*"):
+        file.unlink()
+    (folder / "empty/tokenizer.json").unlink()
+    (folder / "empty/tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    weights = folder / "pickled/model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    (folder / "patched/adapter_config.json").write_text("{}")
+    weights = load_file(folder / "less/model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, folder / "less/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "gpt2/config.json").read_text())
+    for name, changes in (
+        ("seq2seq", {"model_type": "t5", "is_encoder_decoder": True}),
+        ("unknown", {"model_type": "nonsense"}),
+        ("coded", {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}),
+        ("kernel", {"text_config": {"attn_implementation": "someone/kernel"}}),
+    ):
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
+
+
 def make_places(folder: Path) -> dict[str, Path]:
     """Paths by the names that arguments use: "{corpus}"."""
-    names = ("bad", "broken", "runs")
+    names = ("bad", "broken", "foreign", "runs")
     places = {name: folder / name for name in names} | {"corpus": folder / "corpus.jsonl"}
     places["long"] = folder / ("x" * 300)  # no system takes such a name
     rows = [{"text": f"row {i} " * 3, "number": i} for i in range(40)]
@@ -88,5 +119,6 @@ def make_places(folder: Path) -> dict[str, Path]:
     partial = {key: value for key, value in record.items() if key != "split"}
     save_checkpoint(places["runs"] / "partial" / "final", record=partial)
     make_bad_files(places["bad"])
+    make_foreign(places["foreign"])
     make_broken_checkpoints(places["broken"], places["runs"] / "retention/final")
     return places | {"tiny": Path("configs/tiny.yaml").absolute(), "folder": folder}

@@ -142,6 +142,7 @@ def test_speed_is_measured_after_128_and_4096_tokens_unless_told_otherwise(
         ["--context", "8"],
         ["--stride", "4"],
         ["--carry-state"],
+        ["--no-eos"],
         ["--text-field", "other"],
         ["--dtype", "bfloat16"],
     ],
@@ -157,6 +158,24 @@ def test_options_change_the_result(main, runs: Path, options: list[str]) -> None
         return [line for line in out.splitlines() if line.startswith(("1 ", "2 "))]
 
     assert figures(base[1]) != figures(other[1])
+
+
+def test_whether_eos_is_scored_is_said(main, tmp_path: Path) -> None:
+    """In the table and for programs; without it a document has a target less."""
+    found = {}
+    for options in ((), ("--no-eos",)):
+        file = tmp_path / "out.json"
+        code, out, _ = main("--no-speed", *options, "--json", str(file))
+        assert code == 0 and max(map(len, out.splitlines())) <= 100
+        content = json.loads(file.read_text())
+        found[content["eos_scored"]] = content
+        said = "without <eos> at" if options else "<bos>, <eos> at the end of a document included"
+        assert said in out
+    for scored, unscored in zip(found[True]["models"], found[False]["models"], strict=True):
+        with_eos, without = scored["documents"], unscored["documents"]
+        assert [n - 1 for n in with_eos["targets"]] == without["targets"] == without["bytes"]
+        assert all(a > b for a, b in zip(with_eos["nll"], without["nll"], strict=True))
+        assert scored["bits_per_byte"] > unscored["bits_per_byte"]
 
 
 def test_batch_size_changes_the_batches_only(main, monkeypatch) -> None:

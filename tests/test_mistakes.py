@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from retnet import cli
-from tests.places import AFT, MAINS, RUN, C, G
+from tests.places import AFT, MAINS, RUN, C, F, G
 
 CONFIGURATION = [
     ("", "the following arguments are required: config"),
@@ -297,6 +297,34 @@ COMPARISON = [
     ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
     ("{runs}/partial {runs}/partial --no-speed", "is damaged, 'split' is missing"),
     ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
+    ("{foreign}/gpt2", "one checkpoint ({foreign}/gpt2) compares with nothing: name a second one"),
+    ("{runs}/retention {foreign}/gpt2", "{foreign}/gpt2 has no data.json that says what it was"),
+    (F + "mute", "checkpoint ({foreign}/mute) has no tokenizer"),
+    (F + "empty", "{foreign}/empty: its tokenizer does not know the letter a"),
+    (F + "bert", "its BertLMHeadModel is no causal language model, later tokens change what"),
+    (F + "seq2seq", "model_type (t5) is of encoder and decoder"),
+    (F + "unknown", "{foreign}/unknown/config.json: model_type ('nonsense') is none that is k"),
+    (F + "coded", "it needs code from the checkpoint's own folder: read that code, then add --tru"),
+    (F + "pickled", "checkpoint ({foreign}/pickled) has pickled weights (pytorch_model.bin)"),
+    (F + "kernel", "attn_implementation ('someone/kernel') names code from elsewhere: remove it"),
+    (F + "patched", "checkpoint ({foreign}/patched) has an adapter (adapter_config.json) beside"),
+    (F + "less", "is incomplete, transformer.h.1.mlp.c_fc.weight is missing from the weights"),
+    (F + "gpt2 --context 33", "--context (33) is beyond the 32 tokens for which a GPT2LMHeadModel"),
+    (
+        F + "gpt2 --carry-state",
+        "--carry-state is for models of this package, and a GPT2LMHeadModel",
+    ),
+    (F + "gpt2 --report {foreign}/gpt2", "--report ({foreign}/gpt2) lies in a run or checkpoint"),
+    (F + "gpt2 --report {foreign}/gpt2/new", "lies in a run or checkpoint ({foreign}/gpt2)"),
+    (F + "gpt2 --json {foreign}/gpt2/x.json", "lies among the files of a checkpoint or run"),
+    (
+        "--text {corpus} {runs}/retention {foreign}/gpt2 --contexts 8 99999999999999",
+        "--contexts (99,999,999,999,999) needs 799,",
+    ),
+    (
+        C + " nobody/nothing",
+        "checkpoint (nobody/nothing) is no local path, and the Hub cannot be r",
+    ),
     (C + " --json {long}", "--json ({long}) cannot be reached (File name too long)"),
     (C + " --json /proc/out.json", "--json (/proc/out.json) cannot be written"),
     (C + " --json /dev/null", "--json (/dev/null) is a device or pipe: name a file"),

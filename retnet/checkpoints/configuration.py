@@ -42,7 +42,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
     """
     file = folder / CONFIG
     stored = read_json(file, COPY_AGAIN)
-    _check_values(file, stored)
+    check_values(file, stored)
     kinds = {kind.model_type: kind for kind in map(configuration, map(model_class, MIXERS))}
     model_type = stored.get("model_type")
     own = kinds.get(model_type) if isinstance(model_type, str) else None
@@ -61,8 +61,8 @@ def _dtype_name(stored: dict[str, Any]) -> Any:
     return stored.get("dtype", stored.get("torch_dtype"))
 
 
-def _check_values(file: Path, stored: dict[str, Any]) -> None:
-    """Raise a ``UserError`` for what no model's configuration may say."""
+def check_values(file: Path, stored: dict[str, Any]) -> None:
+    """Raise a ``UserError`` for what no model's configuration may say, ours or another's."""
     dtype = _dtype_name(stored)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(
@@ -74,8 +74,8 @@ def _check_values(file: Path, stored: dict[str, Any]) -> None:
             f"{file}: transformers_weights ({weights}) names a file of weights: remove it, they "
             f"are in {WEIGHTS}"
         )
-    for key, value in stored.items():
-        kernel = "implementation" in key or "kernel" in key
+    for key, value in _entries(stored):
+        kernel = "implementation" in key or ("kernel" in key and not _is_size(value))
         if kernel and not (value is None or value in OWN_KERNELS):
             raise UserError(
                 f"{file}: {key} ({shortened(value)}) names code from elsewhere: remove it"
@@ -87,6 +87,20 @@ def _check_values(file: Path, stored: dict[str, Any]) -> None:
             f"{file}: quantization_config is of weights in a format that is not read here: "
             "save them as floating-point numbers"
         )
+
+
+def _entries(stored: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values, also those of configurations inside of it."""
+    for key, value in stored.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a kernel is meant that is so many tokens wide (Mamba's conv_kernel)."""
+    values = value if isinstance(value, list) else [value]
+    return all(type(number) is int for number in values)
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:

@@ -60,7 +60,7 @@ def load_checkpoint(
     does not fit.
     """
     folder = find_checkpoint(path)
-    with _quiet_transformers():
+    with quiet_transformers():
         config = read_config(folder, trust_remote_code=trust_remote_code)
         check_weights_unchanged(folder)
         model = _load_model(folder, config, dtype)
@@ -78,7 +78,7 @@ def load_checkpoint(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar, which loading takes no time for, and no lines of transformers' own."""
     log = transformers_logging
     shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()

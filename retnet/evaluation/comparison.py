@@ -14,15 +14,19 @@ import transformers
 
 from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import trained_in
-from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
+from retnet.evaluation.foreign import ForeignModel, check_fits
+from retnet.evaluation.loading import hub_name
 from retnet.evaluation.scoring import DocumentScores, check_windows, score_documents
 from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
-from retnet.generation import check_state_fits, check_text_fits
+from retnet.evaluation.tokens import beginning, check_end, identity
+from retnet.generation import check_state_fits
 
 logger = logging.getLogger(__name__)
+
+MOST_CONTEXT = 2048  # of a window that nobody asked for: others' models name up to millions
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class ModelResult:
     nats_difference: Difference | None  # per token, minus the first model's; None if tokens differ
     bits_difference: Difference | None  # per byte, minus the first model's; None for that one
     speed: list[DecodeSpeed]  # after each context; empty when it was not measured
+    begins: str | None = "<bos>"  # token before a document's first; None where there is none
+    begins_with_eos: bool = False  # whether that is the one that ends a document too
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Comparison:
     stride: int | None  # tokens from one window to the next; None when the state was carried
     models: list[ModelResult]  # the first is the one the others are compared with
     environment: dict[str, Any]
+    eos: bool = True  # whether the end of a document is a target
 
     @property
     def same_tokenizers(self) -> bool:
@@ -65,6 +72,7 @@ def compare_checkpoints(
     stride: int | None = None,
     batch_size: int | None = None,
     carry_state: bool = False,
+    eos: bool = True,
     speed_contexts: Sequence[int] = (),
     speed_limit_s: float | None = None,
 ) -> Comparison:
@@ -72,8 +80,9 @@ def compare_checkpoints(
 
     Args:
         checkpoints: At least two; the others are compared with the first.
-        context: Tokens of a window; the first model's training window when None.
-        stride, batch_size, carry_state: See ``score_documents``.
+        context: Tokens of a window; the first model's training window when None, at most
+            ``MOST_CONTEXT``.
+        stride, batch_size, carry_state, eos: See ``score_documents``.
         speed_contexts: Lengths after which decoding is measured; none when empty.
         speed_limit_s: Seconds of reading one; a model that would take longer, or for which the
             machine has no memory, is stopped there. None: it reads all of them.
@@ -82,13 +91,15 @@ def compare_checkpoints(
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
-    window = checkpoints[0].model.config.max_position_embeddings if context is None else context
+    window = default_context(checkpoints[0]) if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
+        if eos:
+            check_end(checkpoint.tokenizer, str(checkpoint.path))
         if longest and speed_limit_s is None:
-            check_text_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
+            check_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
         elif carry_state:
             check_state_fits(checkpoint.model, 1, checkpoint.model.device)
     scores = []
@@ -101,6 +112,7 @@ def compare_checkpoints(
             stride=stride,
             batch_size=batch_size,
             carry_state=carry_state,
+            eos=eos,
             progress=f"scoring {name}",
         )
         if not np.isfinite(own.nll).all():
@@ -131,7 +143,19 @@ def compare_checkpoints(
             for name, checkpoint, own, speed in zip(names, checkpoints, scores, speeds, strict=True)
         ],
         environment=describe_environment(checkpoints[0].model.device),
+        eos=eos,
     )
+
+
+def default_context(checkpoint: Checkpoint) -> int:
+    """The tokens of a window that nobody asked for: those that a model was trained on.
+
+    At most ``MOST_CONTEXT`` for others' models, and so many where they do not say.
+    """
+    trained: int | None = checkpoint.model.config.max_position_embeddings
+    if not isinstance(checkpoint.model, ForeignModel) and trained is not None:
+        return trained
+    return min(trained or MOST_CONTEXT, MOST_CONTEXT)
 
 
 def _result(
@@ -142,7 +166,7 @@ def _result(
     first: Checkpoint,
     first_scores: DocumentScores,
 ) -> ModelResult:
-    same_tokenizer = tokenizer_hash(checkpoint.tokenizer) == tokenizer_hash(first.tokenizer)
+    same_tokenizer = identity(checkpoint.tokenizer) == identity(first.tokenizer)
     nats = bits = None
     if scores is not first_scores:
         bits = to_bits(paired_bootstrap(first_scores.nll, scores.nll, scores.bytes))
@@ -160,11 +184,19 @@ def _result(
         nats_difference=nats,
         bits_difference=bits,
         speed=speed,
+        begins=beginning(checkpoint.tokenizer),
+        begins_with_eos=checkpoint.tokenizer.bos_token_id == checkpoint.tokenizer.eos_token_id,
     )
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The ends of the paths that tell them apart: "tiny-retention", "tiny-attention"."""
+    """The ends of the paths that tell them apart, "tiny-retention"; of the Hub's cache the name."""
+    hub = {path: name for path in paths if (name := hub_name(path))}
+    if hub:
+        own = iter(short_names([path for path in paths if path not in hub]))
+        return [hub[path] if path in hub else next(own) for path in paths]
+    if not paths:
+        return []
     full = [path.absolute().parts for path in paths]
     runs = [own[:-1] if own[-1] == "final" else own for own in full]  # the run says enough
     parts = runs if len(set(runs)) == len(runs) else full

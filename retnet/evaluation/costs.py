@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from retnet.checkpoints import Checkpoint
+from retnet.evaluation.foreign import runs_own_code
 from retnet.evaluation.memory import training_peaks, training_step
 from retnet.evaluation.speed import DecodeSpeed, decode_speed, interleaved
 from retnet.generation import evaluation_mode
@@ -119,7 +120,12 @@ def _too_long(before: Sequence[TrainingCost], tokens: int, limit_s: float) -> bo
 def _with_peaks(checkpoint: Checkpoint, costs: Sequence[TrainingCost]) -> list[TrainingCost]:
     measured = [one.length for one in costs if one.tokens_per_second is not None]
     model = checkpoint.model
-    found = training_peaks(checkpoint.path, measured, model.device, model.dtype) if measured else []
+    trusted = runs_own_code(model)
+    found = (
+        training_peaks(checkpoint.path, measured, model.device, model.dtype, trusted)
+        if measured
+        else []
+    )
     peaks = dict(zip(measured, found, strict=True))
     return [
         TrainingCost(

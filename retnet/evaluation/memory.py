@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from retnet.checkpoints import load_checkpoint
+from retnet.evaluation.loading import load_contender
 from retnet.machine import use_fast_products
 from retnet.model.causal_lm import DecoderForCausalLM
 
@@ -68,11 +68,16 @@ def training_step(model: DecoderForCausalLM, rows: int, length: int) -> Callable
 
 
 def training_peaks(
-    path: Path, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    path: Path,
+    lengths: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> list[int]:
     """The peak of a training step of one row of each length, ascending, in a process of its own."""
     command = [sys.executable, "-m", "retnet.evaluation.memory", str(path), *map(str, lengths)]
     options = ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+    options += ["--trust-remote-code"] if trust_remote_code else []
     options += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
     found: list[int] = json.loads(done.stdout)
@@ -95,11 +100,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     use_fast_products()  # as in the process that started this one
     dtype = getattr(torch, arguments.dtype)
-    model = load_checkpoint(arguments.checkpoint, device=arguments.device, dtype=dtype).model
+    model = load_contender(
+        arguments.checkpoint, device=arguments.device, dtype=dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    ).model  # fmt: skip
     print(json.dumps(peaks(model, arguments.lengths)))
 
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from retnet.data import encode_documents
 from retnet.evaluation.scoring import Window, scored_windows, tokens_per_batch, windows
+from retnet.evaluation.tokens import tokens_of
 from retnet.generation import evaluation_mode
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.terminal import harmless
@@ -61,22 +61,22 @@ class Profile:
 
 def profile(
     model: DecoderForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
     context: int,
     contexts: Sequence[int],
     at_most: int = LONG_WINDOWS,
+    eos: bool = True,
     progress: str | None = None,
 ) -> Profile:
     """Score a text in windows of ``context``, and the ends of its long documents by ``contexts``.
 
-    Of each of the latter there are ``at_most`` windows, spread evenly over the text.
-
-    ``progress`` is the title of a progress bar on a terminal. Contexts for which no document is
-    long enough are left out.
+    Of each of the latter there are ``at_most`` windows, spread evenly over the text. ``eos``:
+    whether the end of a document is a target. ``progress`` is the title of a progress bar on a
+    terminal. Contexts for which no document is long enough are left out.
     """
-    tokens = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, documents)]
+    tokens = tokens_of(model, tokenizer, documents, eos=eos)
     every = [
         window
         for document, ids in enumerate(tokens)

@@ -1,6 +1,7 @@
 """How well a model predicts text: negative log-likelihoods, each target exactly once.
 
-A document is ``<bos>`` text ``<eos>``; everything after ``<bos>`` is a target. Windows begin every
+A document is ``<bos>`` text ``<eos>``; everything after ``<bos>`` is a target, ``<eos>`` unless it
+is left out (see ``tokens`` for tokenizers that lack one of the two). Windows begin every
 ``stride`` inputs and hold up to ``context`` of them. The first window of a document scores all its
 targets, each later one those that no window before it has scored. So a target is predicted from at
 least ``context - stride + 1`` tokens where the document has that many before it.
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.evaluation import metrics
+from retnet.evaluation.foreign import ForeignModel
+from retnet.evaluation.tokens import nats_of_first, tokens_of, warn_of_unknown
 from retnet.generation import evaluation_mode
+from retnet.machine import memory_of
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.loss import IGNORE_INDEX
@@ -30,6 +33,7 @@ from retnet.terminal import harmless
 
 LOGITS_PER_BATCH = 1 << 23  # 32 MiB in float32, a few times over in the loss
 TOKENS_PER_BATCH = 1 << 13  # where the vocabulary is small
+LOGIT_BYTES = 8  # of each while a window is scored: float32, and again in the log-softmax
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,14 @@ def windows(document: int, num_tokens: int, context: int, stride: int) -> Iterat
 
 def score_documents(
     model: DecoderForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
     context: int,
     stride: int | None = None,
     batch_size: int | None = None,
     carry_state: bool = False,
+    eos: bool = True,
     progress: str | None = None,
 ) -> DocumentScores:
     """Score every document on its own, the model in evaluation mode.
@@ -100,19 +105,22 @@ def score_documents(
         batch_size: Windows of full length per forward pass; what fits in memory when None.
         carry_state: Hand the state from each window to the next, so that every target is
             predicted from all that comes before it; retention models only, without stride.
+        eos: Whether the end of a document is a target.
         progress: Title of a progress bar on a terminal; none when None.
     """
     stride = check_windows(model, context, stride, carry_state)
     sizes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
     if not sizes.sum():
         raise UserError(f"text ({len(documents)} documents) is empty: give some to evaluate")
-    tokens = [torch.from_numpy(ids) for ids in encode_documents(tokenizer, documents)]
+    tokens = tokens_of(model, tokenizer, documents, eos=eos)
+    warn_of_unknown(tokenizer, tokens)
+    check_logits_fit(model, min(context, max(len(ids) for ids in tokens)))
     if batch_size is None:
         batch_size = max(1, tokens_per_batch(model) // context)
-    targets = np.array([len(ids) - 1 for ids in tokens], dtype=np.int64)
     totals = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
+    predicted = np.array([max(0, len(ids) - 1) for ids in tokens], dtype=np.int64)
     bar = tqdm(
-        total=int(targets.sum()), desc=progress and harmless(progress), unit="token",
+        total=int(predicted.sum()), desc=progress and harmless(progress), unit="token",
         unit_scale=True, leave=False, disable=True if progress is None else None,
     )  # fmt: skip
     score = _score_carried if carry_state else _score_windows
@@ -120,12 +128,28 @@ def score_documents(
         for documents_of_rows, nll, scored in score(model, tokens, context, stride, batch_size):
             totals.index_add_(0, documents_of_rows.to(totals.device), nll)
             bar.update(scored)
-    return DocumentScores(totals.cpu().numpy(), targets, sizes)
+    first, sums = nats_of_first(model, tokenizer), totals.cpu().numpy()
+    if first is not None:
+        unpredicted = np.array([min(1, len(ids)) for ids in tokens], dtype=np.int64)
+        sums, predicted = sums + first * unpredicted, predicted + unpredicted
+    if not predicted.sum():
+        raise UserError(f"text ({len(documents)} documents) gives no token to predict: add to it")
+    return DocumentScores(sums, predicted, sizes)
 
 
 def tokens_per_batch(model: DecoderForCausalLM) -> int:
     """How many go through the model at once, so that their logits fit in memory."""
     return max(1, min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.vocab_size))
+
+
+def check_logits_fit(model: DecoderForCausalLM, tokens: int) -> None:
+    """Raise a ``UserError`` where the logits of one window of so many tokens cannot fit."""
+    memory, each = memory_of(model.device), LOGIT_BYTES * model.config.vocab_size
+    if memory is not None and tokens * each > memory:
+        raise UserError(
+            f"--context: a window of {tokens:,} tokens needs {tokens * each:,} bytes for logits, "
+            f"{each:,} a token, and {model.device} has {memory:,}: take at most {memory // each:,}"
+        )
 
 
 def check_windows(
@@ -134,7 +158,12 @@ def check_windows(
     """The stride that these options mean for this model; a ``UserError`` where they do not fit."""
     if context < 1:
         raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
-    longest, kind = model.config.longest, type(model).__name__
+    longest, kind = model.config.longest, type(getattr(model, "inner", model)).__name__
+    if carry_state and isinstance(model, ForeignModel):
+        raise UserError(
+            f"--carry-state is for models of this package, and a {kind} is none: its memory is "
+            "trusted with single tokens only, so leave it out"
+        )
     if longest is not None and carry_state:
         raise UserError(
             f"--carry-state leads beyond the {longest:,} tokens for which a {kind} is defined: "
@@ -237,7 +266,10 @@ def _score_carried(
 
     Those that end leave the batch, and the others then go through it in longer pieces.
     """
-    order = sorted(range(len(tokens)), key=lambda document: -len(tokens[document]))
+    order = sorted(
+        (document for document, ids in enumerate(tokens) if len(ids) > 1),
+        key=lambda document: -len(tokens[document]),
+    )
     for first in range(0, len(order), batch_size):
         rows, start = order[first : first + batch_size], 0
         cache = model.new_cache()

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from retnet.errors import UserError
-from retnet.generation import Step, check_text_fits, make_step, prefill
+from retnet.evaluation.foreign import check_fits, decodes, read_prompt
+from retnet.generation import Step, make_step
 from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
@@ -139,12 +140,13 @@ def decode_speed(
     """
     results: list[list[DecodeSpeed]] = [[] for _ in models]
     for model in models if limit_s is not None else ():
-        _read_context(model, min(contexts), rows, tokens)  # the first time is slower
+        if _is_defined(model, min(contexts) + tokens, rows):
+            _read_context(model, min(contexts), rows, tokens)  # the first time is slower
     bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
     for context in bar:
         measured = []
         for i, model in enumerate(models):
-            defined = _has_room(model, context + tokens)
+            defined = _is_defined(model, context + tokens, rows)
             stopped = defined and limit_s is not None and (
                 _too_long(results[i], context, limit_s) or _too_large(model, context + tokens, rows)
             )  # fmt: skip
@@ -174,16 +176,16 @@ def _too_long(before: Sequence[DecodeSpeed], context: int, limit_s: float) -> bo
 def _too_large(model: DecoderForCausalLM, tokens: int, rows: int) -> bool:
     """Whether its memory would not fit, the copy of it included."""
     try:
-        check_text_fits(model, 2 * tokens, rows, "")
+        check_fits(model, 2 * tokens, rows, "")
     except UserError:
         return True
     return False
 
 
-def _has_room(model: DecoderForCausalLM, tokens: int) -> bool:
-    """Whether the model is defined for texts of so many tokens."""
+def _is_defined(model: DecoderForCausalLM, tokens: int, rows: int) -> bool:
+    """Whether the model makes tokens one by one, of so many rows, in texts of that length."""
     longest = model.config.longest
-    return longest is None or tokens <= longest
+    return (longest is None or tokens <= longest) and decodes(model, rows)
 
 
 def _read_context(
@@ -196,7 +198,7 @@ def _read_context(
     cache = model.new_cache(max_length=context + tokens)
     synchronize(model.device)
     started = time.perf_counter()
-    prefill(model, ids, cache)
+    read_prompt(model, ids, cache)
     synchronize(model.device)
     return cache, time.perf_counter() - started
 

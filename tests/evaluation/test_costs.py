@@ -64,8 +64,8 @@ def test_in_a_process_of_its_own(tmp_path) -> None:
 def test_peaks_stand_beside_the_speed_of_their_length(monkeypatch) -> None:
     asked = []
 
-    def instead(path, lengths, device, dtype):
-        asked.append((path, lengths, device, dtype))
+    def instead(path, lengths, device, dtype, trust_remote_code):
+        asked.append((path, lengths, device, dtype, trust_remote_code))
         return [7 * length for length in lengths]
 
     monkeypatch.setattr(costs, "training_peaks", instead)
@@ -74,4 +74,4 @@ def test_peaks_stand_beside_the_speed_of_their_length(monkeypatch) -> None:
     given = [TrainingCost(4, 4, 9.0), TrainingCost(8, 2), TrainingCost(16, 1, 9.0)]
     found = costs._with_peaks(checkpoint, given)
     assert [one.row_bytes for one in found] == [28, None, 112]
-    assert asked == [("here", [4, 16], model.device, model.dtype)]
+    assert asked == [("here", [4, 16], model.device, model.dtype, False)]

@@ -110,11 +110,11 @@ def test_a_model_is_stopped_where_it_would_take_too_long_or_not_fit(monkeypatch)
     def slow(model, ids, cache):
         reads.append(ids.shape[1])
         clock[0] += ids.shape[1] if model is slow_model else 0
-        return prefill(model, ids, cache)
+        return read_prompt(model, ids, cache)
 
     slow_model, other = tiny_model("attention"), tiny_model("retention")
-    prefill = speed.prefill
-    monkeypatch.setattr(speed, "prefill", slow)
+    read_prompt = speed.read_prompt
+    monkeypatch.setattr(speed, "read_prompt", slow)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     options = {"tokens": 2, "rounds": 2}
     found, all_of_it = decode_speed([slow_model, other], (4, 8, 32, 64), limit_s=100, **options)

@@ -11,7 +11,7 @@ from retnet.evaluation.report.findings import Findings
 from retnet.evaluation.report.pages import Page, Table
 from retnet.evaluation.report.pictures import pictures
 from retnet.evaluation.report.summary import megabytes, percent, summary
-from retnet.evaluation.report.table import count
+from retnet.evaluation.report.table import count, targets_of
 
 NONE = "-"
 
@@ -23,7 +23,7 @@ def page_of(findings: Findings, command: Sequence[str]) -> Page:
     about = [
         f"{date.today().isoformat()}. Text: {text.description}, "
         f"{count(len(text.documents), 'document')}, {text.num_bytes:,} bytes, in windows of "
-        f"{comparison.context:,} tokens.",
+        f"{comparison.context:,} tokens. {targets_of(comparison)}",
         f"Machine: {environment['processor']}, {environment['device']}, "
         f"{count(environment['threads'], 'thread')}; Python {environment['python']}, torch "
         f"{environment['torch']}, transformers {environment['transformers']}.",

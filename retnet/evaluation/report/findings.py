@@ -11,6 +11,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import METRICS
 from retnet.evaluation.comparison import Comparison
 from retnet.evaluation.costs import Costs, measure_costs
+from retnet.evaluation.foreign import ForeignModel
 from retnet.evaluation.profile import LONG_WINDOWS, Profile, profile
 from retnet.evaluation.scoring import score_documents
 from retnet.evaluation.token_weights import TokenWeights, token_weights
@@ -62,7 +63,7 @@ class Findings:
         profiles: None where the models' tokens differ, so that positions and kinds do too.
         carried: Bits per byte with a state carried through each document; None where it grows.
         histories: None where the run folder is not there.
-        trained: Tokens of the windows that it was trained on.
+        trained: Tokens of the windows that it was trained on; None where that is not told.
         windows: 1 / (1 - decay) of each head in tokens; empty where decays are not fixed.
         weights: What one head takes of a short text's tokens; None where a model has no such.
     """
@@ -72,7 +73,7 @@ class Findings:
     carried: list[float | None]
     costs: list[Costs]
     histories: list[History | None]
-    trained: list[int]
+    trained: list[int | None]
     windows: list[list[float]]
     weights: list[TokenWeights | None]
 
@@ -87,20 +88,21 @@ def find_out(
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
     configs = [one.model.config for one in checkpoints]
-    trained = [config.max_position_embeddings for config in configs]
+    trained: list[int | None] = [config.max_position_embeddings for config in configs]
     profiles = None
     if comparison.same_tokenizers:
         profiles = [
             profile(
                 one.model, one.tokenizer, documents, context=context,
-                contexts=lengths_of(trained[0]), at_most=reach.windows,
+                contexts=lengths_of(trained[0] or context), at_most=reach.windows,
+                eos=comparison.eos,
                 progress=f"profile of {name}",
             )
             for name, one in zip(names, checkpoints, strict=True)
         ]  # fmt: skip
         logger.info("losses by position, context and kind of target are known")
     carried = [
-        _carried(one, documents, context, f"state of {name} carried")
+        _carried(one, documents, context, comparison.eos, f"state of {name} carried")
         for name, one in zip(names, checkpoints, strict=True)
     ]
     costs = [Costs([], [], [])] * len(checkpoints)
@@ -119,7 +121,7 @@ def find_out(
         [history(one.path) for one in checkpoints],
         trained,
         [config.mixer_class.windows(config) for config in configs],
-        [token_weights(one.model, one.tokenizer, documents) for one in checkpoints],
+        [_weights(one, documents) for one in checkpoints],
     )
 
 
@@ -132,15 +134,22 @@ def lengths_of(trained: int) -> list[int]:
 
 
 def _carried(
-    checkpoint: Checkpoint, documents: Sequence[str], context: int, progress: str
+    checkpoint: Checkpoint, documents: Sequence[str], context: int, eos: bool, progress: str
 ) -> float | None:
     model = checkpoint.model
-    if model.grows or model.config.longest is not None:
+    if isinstance(model, ForeignModel) or model.grows or model.config.longest is not None:
         return None
     scores = score_documents(
-        model, checkpoint.tokenizer, documents, context=context, carry_state=True, progress=progress
-    )
+        model, checkpoint.tokenizer, documents, context=context, carry_state=True, eos=eos,
+        progress=progress,
+    )  # fmt: skip
     return scores.bits_per_byte
+
+
+def _weights(checkpoint: Checkpoint, documents: Sequence[str]) -> TokenWeights | None:
+    if isinstance(checkpoint.model, ForeignModel):
+        return None
+    return token_weights(checkpoint.model, checkpoint.tokenizer, documents)
 
 
 def history(checkpoint: Path) -> History | None:

@@ -58,11 +58,11 @@ def styles(findings: Findings) -> list[dict[str, Any]]:
 
 def styles_of(mixers: Sequence[str]) -> list[dict[str, Any]]:
     """Colour, line and marker of each curve, by the name of its mixer."""
-    names, seen, found = list(MIXERS), list[str](), []
+    names, seen, found = list(MIXERS), list[int](), []
     for number, own in enumerate(mixers):
         mixer = names.index(own) if own in names else len(names)
-        line = LINES[seen.count(own) % len(LINES)]
-        seen.append(own)
+        line = LINES[seen.count(mixer) % len(LINES)]  # also of others' models, which share one
+        seen.append(mixer)
         marker = MARKERS[number % len(MARKERS)]
         colour = COLOURS[mixer % len(COLOURS)]
         found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
@@ -255,7 +255,7 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
         curves.append(Curve([float(c) for c in found], list(found.values()), end))
     _draw(findings, axis, curves, "tokens of context", "nats per token")
     _doubling(axis)
-    for trained in set(findings.trained):
+    for trained in set(findings.trained) - {None}:
         axis.axvline(trained, color="#7F7F7F", linewidth=1)
         axis.annotate("trained", (trained, 1), (3, -9), fontsize=9,
                   xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip

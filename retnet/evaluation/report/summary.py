@@ -110,6 +110,8 @@ def _beyond(findings: Findings, i: int, name: str) -> Iterator[str]:
     if findings.profiles is None:
         return
     trained = findings.trained[i]
+    if trained is None:
+        return
     known = {
         context: loss.nats
         for context, loss in findings.profiles[i].by_context.items()

@@ -43,6 +43,7 @@ def _heading(comparison: Comparison) -> list[str]:
         *textwrap.wrap(f"text     {text.description}", WIDTH, subsequent_indent=" " * 9),
         f"         {count(len(text.documents), 'document')}, {text.num_bytes:,} bytes",
         f"windows  {windows}",
+        *textwrap.wrap(f"targets  {targets_of(comparison)}", WIDTH, subsequent_indent=" " * 9),
         f"machine  {environment['device']}, {count(environment['threads'], 'thread')}, {dtypes}, "
         f"Python {environment['python']}, torch {environment['torch']}",
     ]
@@ -56,6 +57,22 @@ def _heading(comparison: Comparison) -> list[str]:
         each = ", ".join(f"{label} in {model.trained_in}" for label, model in pairs)
         lines.append(f"note     trained in different precisions: {each}")
     return lines
+
+
+def targets_of(comparison: Comparison) -> str:
+    """What counts as a target, and where a document begins in another way than ours do."""
+    said = "All tokens after <bos>, <eos> at the end of a document included."
+    if not comparison.eos:
+        said = "All tokens after <bos>, without <eos> at the end of a document (--no-eos)."
+    for label, model in zip(labels(comparison), comparison.models, strict=True):
+        if model.begins is None:
+            said += (
+                f" {label} has no <bos> or <eos>: of a document's first token all of the "
+                "vocabulary is equally likely."
+            )
+        elif model.begins_with_eos:
+            said += f" {label} has its <eos>, {model.begins}, in place of <bos>."
+    return said
 
 
 def count(number: int, noun: str) -> str:
@@ -141,6 +158,7 @@ def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
         "context": comparison.context,
         "stride": comparison.stride,
         "carry_state": comparison.stride is None,
+        "eos_scored": comparison.eos,
         "same_tokenizers": comparison.same_tokenizers,
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "over": "documents"},
         "speed": {"batch": 1, "rounds": ROUNDS, "tokens_per_round": TOKENS_PER_ROUND},
@@ -162,6 +180,7 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
         "same_tokenizer": model.same_tokenizer,
+        "begins_with": model.begins,
         "nats_per_token_difference": whole["nats_difference"],
         "bits_per_byte_difference": whole["bits_difference"],
         "decoding": whole["speed"],
