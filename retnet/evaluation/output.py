@@ -13,34 +13,38 @@ from retnet.errors import UserError, os_errors
 from retnet.paths import kind_of
 
 
-def check_writable(path: Path) -> None:
-    """Find out before the long work whether the JSON file can be written.
+def check_writable(path: Path, option: str = "--json") -> None:
+    """Find out before the long work whether the file of an option can be written.
 
     A ``UserError`` where its folder is missing or cannot be written, it is no file, it lies
     among the files of a checkpoint or run, or it is where standard output goes.
     """
-    kind = kind_of(path, "--json")
+    kind = kind_of(path, option)
     if str(path) == "-":
-        raise UserError("--json (-) would be a file of that name, standard output gets the table: "
-                        "name a file")  # fmt: skip
+        raise UserError(
+            f"{option} (-) would be a file of that name, standard output gets the table: "
+            "name a file"
+        )
     if kind == "folder":
-        raise UserError(f"--json ({path}) is a folder: name a file in it")
+        raise UserError(f"{option} ({path}) is a folder: name a file in it")
     if kind == "other":
-        raise UserError(f"--json ({path}) is a device or pipe: name a file")
-    if kind_of(path.absolute().parent, "--json") != "folder":
-        raise UserError(f"--json ({path}): {path.parent} does not exist: make that folder first")
+        raise UserError(f"{option} ({path}) is a device or pipe: name a file")
+    if kind_of(path.absolute().parent, option) != "folder":
+        raise UserError(f"{option} ({path}): {path.parent} does not exist: make that folder first")
     place = _place(path)
     for folder in place.parents:
         if _is_of_training(place, folder):
             raise UserError(
-                f"--json ({path}) lies among the files of a checkpoint or run ({folder}): name a "
+                f"{option} ({path}) lies among the files of a checkpoint or run ({folder}): name a "
                 "file elsewhere"
             )
     for stream, name in ((sys.stdout, "output"), (sys.stderr, "error")):
         with suppress(OSError, AttributeError):  # closed, without a descriptor; or no such file yet
             if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-                raise UserError(f"--json ({path}) is where standard {name} goes: name another file")
-    with _writing(path):
+                raise UserError(
+                    f"{option} ({path}) is where standard {name} goes: name another file"
+                )
+    with _writing(path, option):
         files.try_to_write(path)
 
 
@@ -79,5 +83,5 @@ def _is_of_training(place: Path, folder: Path) -> bool:
     return (parts[0] in PARTS_OF_A_RUN or beside) and is_run(folder)
 
 
-def _writing(path: Path) -> AbstractContextManager[None]:
-    return os_errors(f"--json ({path}) cannot be written", "name another file")
+def _writing(path: Path, option: str = "--json") -> AbstractContextManager[None]:
+    return os_errors(f"{option} ({path}) cannot be written", "name another file")

@@ -1,6 +1,7 @@
 """Differences between settings that were trained with several seeds, with their intervals."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,68 @@ from numpy.typing import NDArray
 from retnet.checkpoints import Checkpoint, load_checkpoint
 from retnet.data.tokenizer import tokenizer_hash
 from retnet.errors import UserError
-from retnet.evaluation import paired_bootstrap, score_documents, t_interval, validation_text
+from retnet.evaluation import (
+    Difference,
+    paired_bootstrap,
+    score_documents,
+    t_interval,
+    validation_text,
+)
 from retnet.evaluation.bootstrap import CONFIDENCE, FEW_SEEDS, to_bits
+from retnet.evaluation.metrics import to_bits as bits
 from retnet.evaluation.report import format_interval, format_table
 from retnet.evaluation.scoring import DocumentScores
 
 Setting = tuple[str, Sequence[Path]]  # name, run folders of its seeds
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the final checkpoints of several settings lose on the same documents.
+
+    Attributes:
+        nll: Nats of each setting by name, [seeds, documents].
+        weights: Targets of each document, or its bytes where tokenizers differ, [documents].
+        alike: Whether all have one tokenizer.
+    """
+
+    nll: dict[str, NDArray[np.float64]]
+    weights: NDArray[np.int64]
+    alike: bool
+
+    @property
+    def unit(self) -> str:
+        return "nats/token" if self.alike else "bits/byte"
+
+    def losses(self, name: str) -> list[float]:
+        """Of each seed."""
+        found = (self.nll[name].sum(axis=1) / self.weights.sum()).tolist()
+        return found if self.alike else [*map(bits, found)]
+
+    def minus(self, name: str, base: str) -> list[Difference]:
+        """How much worse than ``base``: with the interval over seeds and documents, resampled; with
+        few seeds also with Student's over the means of the seeds."""
+        own, first = self.nll[name], self.nll[base]
+        found = [paired_bootstrap(first, own, self.weights)]
+        if 1 < len(own) < FEW_SEEDS:
+            found.append(t_interval(((own - first).sum(axis=1) / self.weights.sum()).tolist()))
+        return found if self.alike else [to_bits(one) for one in found]
+
+
+def scored(settings: Sequence[Setting]) -> Scored:
+    """Score all; a ``UserError`` where they did not hold back the same text.
+
+    The seeds of all settings stand in the same order, and are paired.
+    """
+    first = load_checkpoint(settings[0][1][0])
+    found = [[_score(first, run) for run in runs] for _, runs in settings]
+    alike = len({tokenizer for runs in found for tokenizer, _ in runs}) == 1
+    nll = {
+        name: np.stack([scores.nll for _, scores in runs])
+        for (name, _), runs in zip(settings, found, strict=True)
+    }
+    scores = found[0][0][1]
+    return Scored(nll, scores.targets if alike else scores.bytes, alike)
 
 
 def differences(settings: Sequence[Setting]) -> list[str]:
@@ -22,17 +79,12 @@ def differences(settings: Sequence[Setting]) -> list[str]:
 
     Nats per token where all have one tokenizer, else bits per byte. Intervals: seeds and documents
     resampled, documents weighted by their tokens (or bytes); with few seeds also Student's over the
-    means of the seeds. The seeds of all settings stand in the same order, and are paired.
+    means of the seeds.
     """
-    first = load_checkpoint(settings[0][1][0])
     try:
-        found = [[_score(first, run) for run in runs] for _, runs in settings]
+        return _table(scored(settings))
     except UserError as error:  # they may have held back other text, and rightly so
         return [f"no differences: {error}"]
-    alike = len({tokenizer for runs in found for tokenizer, _ in runs}) == 1
-    nll = [np.stack([scores.nll for _, scores in runs]) for runs in found]
-    scores = found[0][0][1]
-    return _table([name for name, _ in settings], nll, scores, alike)
 
 
 def _score(first: Checkpoint, run: Path) -> tuple[str, DocumentScores]:
@@ -46,21 +98,15 @@ def _score(first: Checkpoint, run: Path) -> tuple[str, DocumentScores]:
     return tokenizer_hash(own.tokenizer), scores
 
 
-def _table(
-    names: Sequence[str], nll: Sequence[NDArray[np.float64]], first: DocumentScores, alike: bool
-) -> list[str]:
-    """``nll``: nats of each setting, [seeds, documents]; ``first``: sizes of the documents."""
-    seeds, documents = nll[0].shape
-    weights = first.targets if alike else first.bytes
+def _table(found: Scored) -> list[str]:
+    base, *others = found.nll
+    seeds, documents = found.nll[base].shape
     over = ["seeds"] * (seeds > 1) + ["documents"] * (documents > 1)
-    head = [f"minus {names[0]}", "nats/token" if alike else "bits/byte"]
+    head = [f"minus {base}", found.unit]
     head.append(f"{CONFIDENCE:.0%} over {' and '.join(over)}" if over else "no interval")
     few = 1 < seeds < FEW_SEEDS
     rows = [[*head, f"over {seeds} seeds (t)"] if few else head]
-    for name, own in zip(names[1:], nll[1:], strict=True):
-        found = [paired_bootstrap(nll[0], own, weights)]
-        if few:
-            found.append(t_interval(((own - nll[0]).sum(axis=1) / weights.sum()).tolist()))
-        found = found if alike else [to_bits(one) for one in found]
-        rows.append([name, f"{found[0].value:+.4f}", *map(format_interval, found)])
+    for name in others:
+        gaps = found.minus(name, base)
+        rows.append([name, f"{gaps[0].value:+.4f}", *map(format_interval, gaps)])
     return format_table(rows)
