@@ -21,6 +21,7 @@ from retnet.evaluation.speed import (
 from retnet.experiments.claims.verdict import Figure, median
 from retnet.generation import check_text_fits
 from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.model.configuration import DecoderConfig
 from retnet.training import load_config
 from retnet.training.build import build_model, check_model_fits, model_config
 
@@ -74,14 +75,17 @@ class Setup:
 
         A ``UserError`` where they make none, or one that is too large for this machine.
         """
+        config = self._config(mixer, *keys)
+        check_model_fits(config)
+        torch.manual_seed(seed)
+        model = build_model(config).to(dtype=dtype or self.dtype, device=self.device)  # type: ignore[call-arg]
+        return model.eval()
+
+    def _config(self, mixer: str, *keys: str) -> DecoderConfig:
         overrides = [f"model.mixer={mixer}", f"data.seq_len={self.context}", *keys]
         with _quiet():
             config = load_config(recipe_of(self.size), overrides)
-        resolved = model_config(config, config.data.vocab_size)
-        check_model_fits(resolved)
-        torch.manual_seed(seed)
-        model = build_model(resolved).to(dtype=dtype or self.dtype, device=self.device)  # type: ignore[call-arg]
-        return model.eval()
+        return model_config(config, config.data.vocab_size)
 
     def check(self) -> None:
         """Raise a ``UserError`` where the size is none, or the memory can't hold what is needed."""
@@ -89,12 +93,13 @@ class Setup:
         # every round reads a copy
         what = f"--context ({self.context:,}) with {ROWS} rows needs"
         check_text_fits(largest, 2 * (self.context + TOKENS_PER_ROUND), ROWS, what)
-        self.model("retention")
+        self._config("retention")
 
     def describe(self) -> str:
         """The size in words."""
-        model = self.model("retention")
-        config, dtype = model.config, str(self.dtype).removeprefix("torch.")
+        config, dtype = self._config("retention"), str(self.dtype).removeprefix("torch.")
+        with torch.device("meta"):
+            model = build_model(config)
         return (
             f"{recipe_of(self.size)}: width {config.hidden_size}, {config.num_hidden_layers} "
             f"layers, {config.num_heads} heads, vocabulary {config.vocab_size:,}, "
