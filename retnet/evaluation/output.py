@@ -14,7 +14,7 @@ from retnet.paths import kind_of
 
 
 def check_writable(path: Path, option: str = "--json") -> None:
-    """Find out before the long work whether the file of an option can be written.
+    """Find out before the long work whether the file that an option names can be written.
 
     A ``UserError`` where its folder is missing or cannot be written, it is no file, it lies
     among the files of a checkpoint or run, or it is where standard output goes.
@@ -68,6 +68,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     with _writing(path):
         files.write_json(path, content)
+
+
+def write_bytes(path: Path, content: bytes, option: str) -> None:
+    """Write the file that an option names, at once or not at all; errors as of ``write_json``."""
+    with _writing(path, option):
+        files.write_bytes(path, content)
 
 
 def _place(path: Path) -> Path:

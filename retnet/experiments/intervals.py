@@ -18,7 +18,6 @@ from retnet.evaluation import (
     validation_text,
 )
 from retnet.evaluation.bootstrap import CONFIDENCE, FEW_SEEDS, to_bits
-from retnet.evaluation.metrics import to_bits as bits
 from retnet.evaluation.report import format_interval, format_table
 from retnet.evaluation.scoring import DocumentScores
 
@@ -27,86 +26,86 @@ Setting = tuple[str, Sequence[Path]]  # name, run folders of its seeds
 
 @dataclass(frozen=True)
 class Scored:
-    """What the final checkpoints of several settings lose on the same documents.
+    """The final checkpoints of one setting's seeds on the documents that were held back."""
 
-    Attributes:
-        nll: Nats of each setting by name, [seeds, documents].
-        weights: Targets of each document, or its bytes where tokenizers differ, [documents].
-        alike: Whether all have one tokenizer.
-    """
-
-    nll: dict[str, NDArray[np.float64]]
-    weights: NDArray[np.int64]
-    alike: bool
+    nll: NDArray[np.float64]  # nats of each document, [seeds, documents]
+    sizes: DocumentScores  # of the first seed: how many targets and bytes each document has
+    tokenizers: frozenset[str]  # their hashes
+    parameters: int
 
     @property
-    def unit(self) -> str:
-        return "nats/token" if self.alike else "bits/byte"
-
-    def losses(self, name: str) -> list[float]:
-        """Of each seed."""
-        found = (self.nll[name].sum(axis=1) / self.weights.sum()).tolist()
-        return found if self.alike else [*map(bits, found)]
-
-    def minus(self, name: str, base: str) -> list[Difference]:
-        """How much worse than ``base``: with the interval over seeds and documents, resampled; with
-        few seeds also with Student's over the means of the seeds."""
-        own, first = self.nll[name], self.nll[base]
-        found = [paired_bootstrap(first, own, self.weights)]
-        if 1 < len(own) < FEW_SEEDS:
-            found.append(t_interval(((own - first).sum(axis=1) / self.weights.sum()).tolist()))
-        return found if self.alike else [to_bits(one) for one in found]
+    def losses(self) -> list[float]:
+        """Nats per token of each seed."""
+        found: list[float] = (self.nll.sum(axis=1) / self.sizes.targets.sum()).tolist()
+        return found
 
 
-def scored(settings: Sequence[Setting]) -> Scored:
-    """Score all; a ``UserError`` where they did not hold back the same text.
+def score_all(settings: Sequence[Sequence[Path]]) -> list[Scored]:
+    """Score the runs of all settings, in windows of the trained length.
 
-    The seeds of all settings stand in the same order, and are paired.
+    Raises:
+        UserError: They held back different text, or a run has no checkpoint.
     """
-    first = load_checkpoint(settings[0][1][0])
-    found = [[_score(first, run) for run in runs] for _, runs in settings]
-    alike = len({tokenizer for runs in found for tokenizer, _ in runs}) == 1
-    nll = {
-        name: np.stack([scores.nll for _, scores in runs])
-        for (name, _), runs in zip(settings, found, strict=True)
-    }
-    scores = found[0][0][1]
-    return Scored(nll, scores.targets if alike else scores.bytes, alike)
+    first = load_checkpoint(settings[0][0])
+    return [_score(first, runs) for runs in settings]
+
+
+def _score(first: Checkpoint, runs: Sequence[Path]) -> Scored:
+    """One setting on the documents that ``first`` held back."""
+    scores, tokenizers, parameters = [], set(), 0
+    for run in runs:
+        own = load_checkpoint(run)
+        context = own.model.config.max_position_embeddings
+        documents = validation_text([first, own]).documents
+        found = score_documents(
+            own.model, own.tokenizer, documents, context=context, progress=f"scoring {run.name}"
+        )
+        scores.append(found)
+        tokenizers.add(tokenizer_hash(own.tokenizer))
+        parameters = own.model.num_parameters()
+    nll = np.stack([one.nll for one in scores])
+    return Scored(nll, scores[0], frozenset(tokenizers), parameters)
+
+
+def intervals(
+    first: Scored, other: Scored, weights: NDArray[np.int64] | None = None
+) -> list[Difference]:
+    """How much worse the other one is, in nats per token (or of ``weights``), with its intervals.
+
+    Seeds and documents resampled, documents weighted by their tokens; with few seeds a second one,
+    Student's over the means of the seeds. The seeds stand in the same order, and are paired.
+    """
+    weights = first.sizes.targets if weights is None else weights
+    found = [paired_bootstrap(first.nll, other.nll, weights)]
+    if 1 < len(first.nll) < FEW_SEEDS:
+        gaps = (other.nll - first.nll).sum(axis=1) / weights.sum()
+        found.append(t_interval(gaps.tolist()))
+    return found
+
+
+def titles(first: Scored) -> list[str]:
+    """The titles of the columns that ``intervals`` fills."""
+    seeds, documents = first.nll.shape
+    over = ["seeds"] * (seeds > 1) + ["documents"] * (documents > 1)
+    title = f"{CONFIDENCE:.0%} over {' and '.join(over)}" if over else "no interval"
+    return [title, f"over {seeds} seeds (t)"] if 1 < seeds < FEW_SEEDS else [title]
 
 
 def differences(settings: Sequence[Setting]) -> list[str]:
     """A table of how much worse each setting's final checkpoints are than the first one's.
 
-    Nats per token where all have one tokenizer, else bits per byte. Intervals: seeds and documents
-    resampled, documents weighted by their tokens (or bytes); with few seeds also Student's over the
-    means of the seeds.
+    Nats per token where all have one tokenizer, else bits per byte.
     """
     try:
-        return _table(scored(settings))
+        found = score_all([runs for _, runs in settings])
     except UserError as error:  # they may have held back other text, and rightly so
         return [f"no differences: {error}"]
-
-
-def _score(first: Checkpoint, run: Path) -> tuple[str, DocumentScores]:
-    """The hash of a run's tokenizer, and its scores on the documents that ``first`` held back."""
-    own = load_checkpoint(run)
-    context = own.model.config.max_position_embeddings
-    documents = validation_text([first, own]).documents
-    scores = score_documents(
-        own.model, own.tokenizer, documents, context=context, progress=f"scoring {run.name}"
-    )
-    return tokenizer_hash(own.tokenizer), scores
-
-
-def _table(found: Scored) -> list[str]:
-    base, *others = found.nll
-    seeds, documents = found.nll[base].shape
-    over = ["seeds"] * (seeds > 1) + ["documents"] * (documents > 1)
-    head = [f"minus {base}", found.unit]
-    head.append(f"{CONFIDENCE:.0%} over {' and '.join(over)}" if over else "no interval")
-    few = 1 < seeds < FEW_SEEDS
-    rows = [[*head, f"over {seeds} seeds (t)"] if few else head]
-    for name in others:
-        gaps = found.minus(name, base)
+    alike = len(frozenset().union(*(one.tokenizers for one in found))) == 1
+    first = found[0]
+    head = [f"minus {settings[0][0]}", "nats/token" if alike else "bits/byte"]
+    rows = [[*head, *titles(first)]]
+    for (name, _), own in zip(settings[1:], found[1:], strict=True):
+        gaps = intervals(first, own, None if alike else first.sizes.bytes)
+        gaps = gaps if alike else [to_bits(one) for one in gaps]
         rows.append([name, f"{gaps[0].value:+.4f}", *map(format_interval, gaps)])
     return format_table(rows)

@@ -16,17 +16,25 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from retnet import files
 from retnet.cli import ArgumentParser, file_path, positive_int, run, whole_number
-from retnet.errors import UserError, os_errors
+from retnet.errors import UserError
 from retnet.evaluation import check_writable, write_json
 from retnet.evaluation.comparison import describe_environment
+from retnet.evaluation.output import write_bytes
 from retnet.experiments.claims.claim import Claim
-from retnet.experiments.claims.output import About, Result, to_json, to_markdown, to_text
+from retnet.experiments.claims.output import (
+    About,
+    Result,
+    load_average,
+    to_json,
+    to_markdown,
+    to_text,
+)
 from retnet.experiments.claims.registry import CLAIMS, chosen
 from retnet.experiments.claims.setup import CONTEXT, LEAST_CONTEXT, ROUNDS, SIZE, Setup
 from retnet.experiments.claims.trials import RECIPE, Trials
@@ -76,12 +84,12 @@ def main(argv: Sequence[str]) -> None:
         return
     setup, trials = _setup(arguments, claims), _trials(arguments, claims)
     _check_outputs(arguments, trials)
-    results: dict[str, Result] = {}
+    load, results = load_average(), dict[str, Result]()
     for claim in claims:
         results[claim.name] = _measured(claim, trials if claim.trains else setup, results, claims)
         print(to_text(results[claim.name]), end="\n\n", flush=True)
     command = shlex.join(["python", "-m", "retnet.experiments.claims", *argv])
-    about = _about(command, claims, setup, trials)
+    about = replace(_about(command, claims, setup, trials), load=load)
     deliver(*_outputs(arguments, results, about))
 
 
@@ -184,8 +192,8 @@ def _outputs(
 
 
 def _write_page(path: Path, results: Mapping[str, Result], about: About) -> None:
-    with os_errors(f"--markdown ({path}) cannot be written", "name another file"):
-        files.write_text(path, to_markdown([*CLAIMS.values()], results, about))
+    page = to_markdown([*CLAIMS.values()], results, about)
+    write_bytes(path, page.encode("utf-8", errors="backslashreplace"), "--markdown")
 
 
 if __name__ == "__main__":

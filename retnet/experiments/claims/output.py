@@ -1,5 +1,6 @@
 """What was found about claims: as text, as Markdown (docs/claims.md), as JSON."""
 
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from retnet.experiments.claims.claim import Claim
 from retnet.experiments.claims.verdict import Figure, Finding, Outcome, readable, verdict
 
 WIDTH = 100
+BUSY = 0.5  # of the load average, above which times are doubtful
 NOT_MEASURED = "not measured"
 RULE = (
     "A limit is kept where the whole interval lies on its side, missed where all of it lies on the "
@@ -47,6 +49,7 @@ class About:
     rounds: int
     training: str  # in words; "" where nothing was trained
     environment: Mapping[str, Any]
+    load: float | None = None  # processes that wanted to run before it began; None if nobody knows
 
     def lines(self) -> list[str]:
         of = self.environment
@@ -55,7 +58,17 @@ class About:
             f"thread{'s' * (of['threads'] != 1)}, Python {of['python']}, torch {of['torch']}",
         ]
         found += [f"{self.size}; {self.rounds} rounds"] if self.size else []
+        if self.load is not None and self.load > BUSY:
+            found.append(
+                f"the machine had other work (load average {self.load:.1f} at the start): its times, "
+                "and what follows from them, are not those of a quiet one"
+            )
         return found + ([self.training] if self.training else [])
+
+
+def load_average() -> float | None:
+    """Of the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def interval(figure: Figure) -> str:
@@ -143,6 +156,7 @@ def to_json(results: Mapping[str, Result], about: About) -> dict[str, Any]:
         "size": about.size,
         "rounds": about.rounds,
         "training": about.training,
+        "load_average": about.load,
         "environment": dict(about.environment),
         "rule": RULE,
         "claims": [_claim(result) for result in results.values()],

@@ -1,6 +1,6 @@
 """Claims about how good a RetNet is, which need trained models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -17,9 +17,10 @@ from retnet.experiments.claims.rivals import ATTENTION, OURS, RELATIVES, RETENTI
 from retnet.experiments.claims.trials import Trials
 from retnet.experiments.claims.verdict import Figure, Finding, Limit, at_least, at_most
 from retnet.experiments.contenders import Contender
-from retnet.experiments.intervals import Scored
+from retnet.experiments.intervals import Scored, intervals
 from retnet.experiments.repeat import Row
 
+NATS = "nats/token"
 EQUAL = 0.01  # nats per token, 1 % of perplexity: what counts as equally good
 IN_ORDER = 0.9  # of the pairs of contenders
 FLAT = 1.05  # of the perplexity at the trained length
@@ -36,10 +37,10 @@ def widest(gaps: Sequence[Difference], seeds: int, documents: int) -> Figure:
     return Figure(gaps[0].value, min(lows), max(highs), over)
 
 
-def gap(found: Scored, name: str, base: str, limit: Limit | None) -> Finding:
+def gap(found: Mapping[str, Scored], name: str, base: str, limit: Limit) -> Finding:
     """How much worse a contender is than another."""
-    figure = widest(found.minus(name, base), *found.nll[name].shape)
-    return Finding(f"{name} - {base}", figure, found.unit, limit)
+    figure = widest(intervals(found[base], found[name]), *found[name].nll.shape)
+    return Finding(f"{name} - {base}", figure, NATS, limit)
 
 
 def both(trials: Trials) -> list[Contender]:
@@ -59,13 +60,13 @@ def transformer(trials: Trials) -> list[Finding]:
     return [gap(found, RETENTION, ATTENTION.name, at_most(EQUAL)), *_losses(found)]
 
 
-def _losses(found: Scored) -> list[Finding]:
+def _losses(found: Mapping[str, Scored]) -> list[Finding]:
     """The contenders' own losses, mean and range."""
     findings = []
-    for name in found.nll:
-        losses = found.losses(name)
+    for name, own in found.items():
+        losses = own.losses
         mean, over = float(np.mean(losses)), f"{len(losses)} seeds, range"
-        findings.append(Finding(name, Figure(mean, min(losses), max(losses), over), found.unit))
+        findings.append(Finding(name, Figure(mean, min(losses), max(losses), over), NATS))
     return findings
 
 
@@ -86,7 +87,7 @@ def _ranked(trials: Trials, who: Sequence[Rival], *, in_turn: bool) -> list[Find
     names = [rival.name for rival in who]
     pairs = [*pairwise(names)] if in_turn else [(names[0], name) for name in names[1:]]
     findings = [gap(found, better, worse, at_most(0)) for better, worse in pairs]
-    order = in_order([found.losses(name) for name in names])
+    order = in_order([found[name].losses for name in names])
     what = f"pairs in the paper's order ({' < '.join(names)})"
     return [*findings, Finding(what, order, "of all", at_least(IN_ORDER)), *_losses(found)]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from retnet.experiments.contenders import Contender, check_seeds, check_settings, planned
-from retnet.experiments.intervals import Scored, scored
+from retnet.experiments.intervals import Scored, score_all
 from retnet.experiments.repeat import Row, repeat
 from retnet.experiments.tune import tuned_for
 
@@ -54,8 +54,7 @@ class Trials:
             out=self.out,
         )
 
-    def scored(self, who: Sequence[Contender]) -> Scored:
-        """What each loses on the validation documents."""
-        names = [contender.name for contender in who]
-        rows = self.trained(who)
-        return scored([(n, row.runs) for n, row in zip(names, rows, strict=True)])
+    def scored(self, who: Sequence[Contender]) -> dict[str, Scored]:
+        """What each loses on the validation documents, by name."""
+        found = score_all([row.runs for row in self.trained(who)])
+        return dict(zip((contender.name for contender in who), found, strict=True))

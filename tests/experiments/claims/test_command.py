@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from retnet import cli
+from retnet.evaluation.comparison import describe_environment
 from retnet.experiments.claims import __main__ as command
+from retnet.experiments.claims.output import About, to_json
 from retnet.experiments.claims.registry import CLAIMS
 from retnet.experiments.claims.setup import Setup
 from tests.experiments.claims.test_costs import tiny_setup  # noqa: F401
@@ -63,6 +65,13 @@ def test_options_reach_the_measurement(tiny: Setup, monkeypatch, capsys) -> None
     assert cli.run(command.main, [claim.name, "--device", "cpu"]) == 130
     assert seen[1] == Setup()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(("load", "marked"), [(3.2, True), (0.1, False), (None, False)])
+def test_a_busy_machine_is_marked(load: float | None, marked: bool) -> None:
+    about = About("", "", 1, "", describe_environment(torch.device("cpu")), load)
+    assert any("other work (load average 3.2" in line for line in about.lines()) == marked
+    assert to_json({}, about)["load_average"] == load
 
 
 def test_list(capsys) -> None:

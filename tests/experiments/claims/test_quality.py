@@ -6,21 +6,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from retnet import cli
 from retnet.errors import UserError
 from retnet.evaluation.profile import MeanLoss
+from retnet.evaluation.scoring import DocumentScores
 from retnet.experiments.claims import __main__ as command
 from retnet.experiments.claims import quality
 from retnet.experiments.claims.rivals import ablations
 from retnet.experiments.claims.trials import Trials
 from retnet.experiments.claims.verdict import Outcome, verdict
 from retnet.experiments.contenders import Contender
-from retnet.experiments.intervals import Scored
+from retnet.experiments.intervals import Scored, intervals
 from retnet.experiments.repeat import repeat
 from retnet.training import load_config
 
 ORDER = ("one-decay", "no-head-norm", "small-heads", "no-gate", "no-decay")
+
+
+def made_of(nats: NDArray[np.float64]) -> Scored:
+    """Nats per token of documents of ten tokens, [seeds, documents]."""
+    ten = np.full(nats.shape[1], 10)
+    sizes = DocumentScores(nll=10 * nats[0], targets=ten, bytes=ten)
+    return Scored(10 * nats, sizes, frozenset({"one"}), parameters=1)
 
 
 class MadeUp(Trials):
@@ -32,11 +41,10 @@ class MadeUp(Trials):
     def scored(self, who):  # type: ignore[no-untyped-def]
         draw, documents = np.random.default_rng(0), 50
         shape = (len(self.seeds), documents)
-        nll = {
-            one.name: 10 * (self.losses[one.name] + self.noise * draw.standard_normal(shape))
+        return {
+            one.name: made_of(self.losses[one.name] + self.noise * draw.standard_normal(shape))
             for one in who
         }
-        return Scored(nll, np.full(documents, 10), alike=True)
 
 
 def made_up(losses: dict[str, float], noise: float = 1e-3, seeds: tuple[int, ...] = (0, 1, 2)):  # type: ignore[no-untyped-def]
@@ -61,12 +69,12 @@ def test_as_good_as_a_transformer(retention: float, noise: float, expected: Outc
 def test_the_interval_covers_both() -> None:
     trials = made_up({"retention": 3.9, "attention": 4.0}, 0.3)
     found = trials.scored(quality.both(trials))
-    both, over_seeds = found.minus("retention", "attention")
+    both, over_seeds = intervals(found["attention"], found["retention"])
     figure = quality.transformer(trials)[0].figure
     assert (figure.low, figure.high) == (
         min(both.low, over_seeds.low), max(both.high, over_seeds.high)
     )  # fmt: skip
-    one = quality.widest(found.minus("retention", "attention")[:1], 1, 50)
+    one = quality.widest([both], 1, 50)
     assert one.over == "1 seed, 50 documents"
 
 
@@ -75,9 +83,7 @@ def test_one_seed_and_one_text_decide_nothing() -> None:
         losses = {"retention": 3.0, "attention": 4.0}  # noqa: RUF012
 
         def scored(self, who):  # type: ignore[no-untyped-def]
-            return Scored(
-                {o.name: np.array([[self.losses[o.name]]]) for o in who}, np.ones(1), True
-            )
+            return {one.name: made_of(np.array([[self.losses[one.name]]])) for one in who}
 
     findings = quality.transformer(One(seeds=(0,)))
     assert findings[0].figure.low is None and verdict(findings) is Outcome.PART
