@@ -82,15 +82,25 @@ def main(argv: Sequence[str]) -> None:
     if arguments.list:
         print("\n".join(map(_listed, chosen(names, train=True))))
         return
-    setup, trials = _setup(arguments, claims), _trials(arguments, claims)
+    trials = _trials(arguments, claims)
     _check_outputs(arguments, trials)
+    setup = _setup(arguments, claims)
     load, results = load_average(), dict[str, Result]()
+    problems = []
     for claim in claims:
-        results[claim.name] = _measured(claim, trials if claim.trains else setup, results, claims)
-        print(to_text(results[claim.name]), end="\n\n", flush=True)
+        try:
+            found = _measured(claim, trials if claim.trains else setup, results, claims)
+        except UserError as error:  # of its training, say; the others are not lost
+            problems.append(f"claim ({claim.name}) was not measured: {error}")
+            continue
+        results[claim.name] = found
+        print(to_text(found), end="\n\n", flush=True)
     command = shlex.join(["python", "-m", "retnet.experiments.claims", *argv])
     about = replace(_about(command, claims, setup, trials), load=load)
-    deliver(*_outputs(arguments, results, about))
+    if results:
+        deliver(*_outputs(arguments, results, about))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def _listed(claim: Claim) -> str:

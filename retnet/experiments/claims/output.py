@@ -60,8 +60,8 @@ class About:
         found += [f"{self.size}; {self.rounds} rounds"] if self.size else []
         if self.load is not None and self.load > BUSY:
             found.append(
-                f"the machine had other work (load average {self.load:.1f} at the start): its times, "
-                "and what follows from them, are not those of a quiet one"
+                f"the machine had other work (load average {self.load:.1f} at the start), so its "
+                "times, and what follows from them, are not those of a quiet one"
             )
         return found + ([self.training] if self.training else [])
 

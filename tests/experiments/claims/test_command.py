@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from retnet import cli
+from retnet.errors import UserError
 from retnet.evaluation.comparison import describe_environment
 from retnet.experiments.claims import __main__ as command
 from retnet.experiments.claims.output import About, to_json
@@ -64,6 +65,27 @@ def test_options_reach_the_measurement(tiny: Setup, monkeypatch, capsys) -> None
     assert seen == [Setup(tiny.size, torch.device("cpu"), torch.bfloat16, 4, 70)]
     assert cli.run(command.main, [claim.name, "--device", "cpu"]) == 130
     assert seen[1] == Setup()
+    capsys.readouterr()
+
+
+def test_what_was_measured_is_kept_where_another_claim_fails(
+    tiny: Setup, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fails(setup: Setup):  # type: ignore[no-untyped-def]
+        raise UserError("made up")
+
+    claim = CLAIMS["batch-latency"]
+    monkeypatch.setitem(CLAIMS, claim.name, type(claim)(**{**vars(claim), "measure": fails}))
+    names = [claim.name, "normalisations"]
+    options = ["--size", tiny.size, "--rounds", "1", "--context", "64"]
+    file = tmp_path / "out.json"
+    assert cli.run(command.main, [*names, *options, "--json", str(file)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: claim (batch-latency) was not measured: made up"
+    assert [x["name"] for x in json.loads(file.read_text())["claims"]] == ["normalisations"]
+    file.unlink()
+    assert cli.run(command.main, [claim.name, *options, "--json", str(file)]) == 2
+    assert not file.exists(), "nothing was measured"
     capsys.readouterr()
 
 

@@ -60,10 +60,10 @@ def test_a_claim_held_where_all_limits_are_kept() -> None:
 def test_the_interval_of_a_median_holds_it_so_often() -> None:
     """Of many samples from a skewed distribution, at least 95 % and not many more."""
     draw, true = random.Random(0), math.log(2)
-    for n, most in ((6, 0.98), (9, 0.975), (15, 0.975), (40, 0.975)):
-        found = [median([draw.expovariate(1) for _ in range(n)]) for _ in range(4000)]
+    for n, most in ((6, 0.985), (9, 0.98), (15, 0.98), (40, 0.98)):
+        found = [median([draw.expovariate(1) for _ in range(n)]) for _ in range(1500)]
         held = np.mean([one.low <= true <= one.high for one in found])
-        assert 0.945 <= held <= most, n
+        assert 0.94 <= held <= most, n
 
 
 def test_few_values_have_a_range() -> None:
