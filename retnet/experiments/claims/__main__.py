@@ -78,18 +78,18 @@ def main(argv: Sequence[str]) -> None:
     arguments = build_parser().parse_intermixed_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word] or None
-    claims = chosen(names, train=arguments.train)
     if arguments.list:
         print("\n".join(map(_listed, chosen(names, train=True))))
         return
+    claims = chosen(names, train=arguments.train)
     trials = _trials(arguments, claims)
     _check_outputs(arguments, trials)
     setup = _setup(arguments, claims)
     load, results = load_average(), dict[str, Result]()
     problems = []
-    for claim in claims:
+    for number, claim in enumerate(claims):
         try:
-            found = _measured(claim, trials if claim.trains else setup, results, claims)
+            found = _measured(claims[number:], trials if claim.trains else setup, results)
         except UserError as error:  # of its training, say; the others are not lost
             problems.append(f"claim ({claim.name}) was not measured: {error}")
             continue
@@ -162,17 +162,16 @@ def _check_outputs(arguments: argparse.Namespace, trials: Trials) -> None:
         check_output(arguments.json, trials.recipe, trials.overrides)
 
 
-def _measured(
-    claim: Claim, given: object, before: Mapping[str, Result], claims: Sequence[Claim]
-) -> Result:
-    """Measure one claim, and say before and after how long that takes."""
-    logger.info(f"== {claim.name} ({len(before) + 1} of {len(claims)}), about {claim.seconds} s")
+def _measured(claims: Sequence[Claim], given: object, before: Mapping[str, Result]) -> Result:
+    """Measure the first of the claims; say before and after how long it and the others take."""
+    claim, *waiting = claims
+    others = f"; then {len(waiting)} more" if waiting else ""
+    logger.info(f"== {claim.name}, about {claim.seconds} s{others}")
     started = time.monotonic()
     findings = claim.measure(given)
     result = Result(claim, findings, time.monotonic() - started)
     done = [*before.values(), result]
     pace = sum(one.seconds for one in done) / sum(one.claim.seconds for one in done)
-    waiting = [one for one in claims if one.name not in {*before, claim.name}]
     left = f", about {pace * sum(one.seconds for one in waiting):.0f} s left" if waiting else ""
     logger.info(f"{claim.name}: {result.verdict}, {result.seconds:.1f} s{left}")
     return result
