@@ -22,6 +22,7 @@ class Claim:
         measure: The findings; the limits among them are the rule. It gets a ``Setup``, or the
             ``Trials`` of a claim that needs training.
         seconds: About what it takes on two cores at the default size.
+        of: What it is said of, where that is a certain size or machine: others do not test it.
         who: Of a claim that needs trained models: whom, given the ``Trials``.
     """
 
@@ -31,6 +32,7 @@ class Claim:
     here: str
     measure: Callable[[Any], list[Finding]]
     seconds: int
+    of: str = ""
     who: Callable[[Any], list[Contender]] | None = None
 
     @property

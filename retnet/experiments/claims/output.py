@@ -95,10 +95,15 @@ def to_text(result: Result) -> str:
     """One claim, for people."""
     claim = result.claim
     said = textwrap.wrap(claim.says, WIDTH - 2)
-    here = textwrap.wrap(f"here: {claim.here}", WIDTH - 2)
+    here = textwrap.wrap(f"here: {claim.here}{_of(claim)}", WIDTH - 2)
     lines = [*said, f"({claim.source})", *here, ""]
     lines += format_table([HEAD, *map(cells, result.findings)])
     return "\n".join([f"{claim.name}: {result.verdict}", *(f"  {x}".rstrip() for x in lines)])
+
+
+def _of(claim: Claim) -> str:
+    """What a measurement here says nothing of."""
+    return f" The claim is of {claim.of}: nothing else tests it." if claim.of else ""
 
 
 def to_markdown(
@@ -120,6 +125,7 @@ def _markdown(
     for claim in claims:
         result = results.get(claim.name)
         outcome = f"**{result.verdict}**" if result else NOT_MEASURED
+        outcome += f" at this size; said of {claim.of}" if result and claim.of else ""
         if result is None and claim.trains:
             outcome += ": needs --train"
         first = _first(result.findings) if result else ""
@@ -127,7 +133,8 @@ def _markdown(
     for claim in claims:
         if result := results.get(claim.name):
             yield f"\n## {claim.name}: {result.verdict}\n"
-            yield f"{claim.says} ({claim.source})\n\n{claim.here} Took {result.seconds:.0f} s.\n"
+            yield f"{claim.says} ({claim.source})\n"
+            yield f"{claim.here}{_of(claim)} Took {result.seconds:.0f} s.\n"
             yield from _rows([HEAD, *map(cells, result.findings)])
 
 
@@ -175,5 +182,5 @@ def _claim(result: Result) -> dict[str, Any]:
         }
         for finding in result.findings
     ]
-    about = {"name": claim.name, "says": claim.says, "source": claim.source, "here": claim.here}
+    about = {key: getattr(claim, key) for key in ("name", "says", "source", "here", "of")}
     return {**about, "verdict": result.verdict, "seconds": result.seconds, "findings": findings}

@@ -35,11 +35,14 @@ def test_printed_and_written(tiny: Setup, tmp_path: Path, capsys) -> None:
         name, verdict = claim["name"], claim["verdict"]
         assert verdict in ("held", "held in part", "did not hold")
         assert re.search(rf"^{name}: {verdict}$", printed.out, re.MULTILINE)
-        assert f"| `{name}`: {claim['says']} | {claim['source']} | **{verdict}** |" in page
+        assert f"| `{name}`: {claim['says']} | {claim['source']} | **{verdict}**" in page
         assert f"\n## {name}: {verdict}\n" in page
         assert re.search(rf"^== {name}, about \d+ s(; then 1 more)?$", printed.err, re.MULTILINE)
         assert re.search(rf"^{name}: {verdict}, [\d.]+ s(, about \d+ s left)?$", printed.err,
                          re.MULTILINE)  # fmt: skip
+        untested = claim["of"] and f"The claim is of {claim['of']}: nothing else tests it."
+        assert untested in page and " ".join(untested.split()) in " ".join(printed.out.split())
+        assert bool(untested) == (name == "batch-latency")
         for finding in claim["findings"]:
             assert finding["what"] in printed.out and finding["what"] in page
             assert finding["low"] <= finding["value"] <= finding["high"]
