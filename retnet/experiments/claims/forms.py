@@ -131,7 +131,7 @@ CLAIMS = (
         "recurrent form, in standard deviations (sd) of what is compared. The limits are those of "
         "docs/parity.md, which has padding, packing and splits too.",
         three_forms,
-        seconds=30,
+        seconds=20,
     ),
     Claim(
         "normalisations",
@@ -141,6 +141,6 @@ CLAIMS = (
         "normalisations and with none, then GroupNorm, float64. They cancel only as the eps of "
         "GroupNorm goes to 0, since the outputs of a text's first tokens are small.",
         normalisations,
-        seconds=5,
+        seconds=2,
     ),
 )

@@ -93,7 +93,7 @@ CLAIMS = (
         "A token after a long and a short context, the size of the state when the width doubles, "
         "and the time of training steps by length, which the paper has linear too.",
         rwkv_cost,
-        seconds=45,
+        seconds=20,
     ),
     Claim(
         "aft-cost",
@@ -102,6 +102,6 @@ CLAIMS = (
         "Training steps by length, the peak of memory of the full variant's in processes of their "
         "own, the state of the simple one and its tokens after a long and a short context.",
         aft_cost,
-        seconds=150,
+        seconds=120,
     ),
 )

@@ -122,7 +122,7 @@ def test_the_page_names_every_claim() -> None:
         if not claim.trains:
             assert re.search(rf"^## {claim.name}: (held|held in part|did not hold)$", page,
                              re.MULTILINE), claim.name  # fmt: skip
-    assert "python -m retnet.experiments.claims" in page and "threads" in page
+    assert "python -m retnet.experiments.claims" in page and " thread" in page
 
 
 @pytest.mark.parametrize(

@@ -75,5 +75,6 @@ def test_the_performer_is_held_in_part_where_only_many_features_do(tiny, monkeyp
     monkeypatch.setattr(approximation, "relative_error", lambda m, *rest: m**-0.5)
     findings = approximation.performer(tiny)
     assert verdict(findings) is Outcome.PART
+    assert not any(x.limit for x in findings if "4,096 features" in x.what), "nobody has so many"
     slopes = [x.figure.value for x in findings if "b in error" in x.what]
     assert slopes == pytest.approx([-0.5, -0.5])
