@@ -86,7 +86,7 @@ def training_costs(
             stopped = defined and _too_long(results[i], length * rows, limit_s)
             measured += [i] if defined and not stopped else []
             results[i].append(TrainingCost(length, rows, stopped=stopped))
-        steps = [_prepared(models[i], rows, length) for i in measured]
+        steps = [prepared_step(models[i], rows, length) for i in measured]
         for i, timing in zip(
             measured, interleaved(steps, models[0].device, rounds=ROUNDS), strict=True
         ):
@@ -94,10 +94,11 @@ def training_costs(
     return results
 
 
-def _prepared(
-    model: DecoderForCausalLM, rows: int, length: int
+def prepared_step(
+    model: DecoderForCausalLM, rows: int, length: int, mode: str | None = None
 ) -> Callable[[], Callable[[], object]]:
-    step = training_step(model, rows, length)
+    """For ``interleaved``: a training step on random tokens, without dropout."""
+    step = training_step(model, rows, length, mode)
 
     def work() -> None:
         with evaluation_mode(model), torch.enable_grad():  # no dropout: it is not compared

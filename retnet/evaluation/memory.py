@@ -52,14 +52,20 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
     return largest_resident_size() - before
 
 
-def training_step(model: DecoderForCausalLM, rows: int, length: int) -> Callable[[], object]:
-    """Forward and backward pass on random tokens; the gradients are dropped afterwards."""
+def training_step(
+    model: DecoderForCausalLM, rows: int, length: int, mode: str | None = None
+) -> Callable[[], object]:
+    """Forward and backward pass on random tokens; the gradients are dropped afterwards.
+
+    ``mode``: the mixer's form; None: the one that it would take.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(model.device)
+    form = {} if mode is None else {"mode": mode}
 
     def work() -> None:
-        loss = model(ids, labels=ids, return_logits=False, use_cache=False).loss
+        loss = model(ids, labels=ids, return_logits=False, use_cache=False, **form).loss
         loss.backward()
         for parameter in model.parameters():
             parameter.grad = None

@@ -141,7 +141,7 @@ def decode_speed(
     results: list[list[DecodeSpeed]] = [[] for _ in models]
     for model in models if limit_s is not None else ():
         if _is_defined(model, min(contexts) + tokens, rows):
-            _read_context(model, min(contexts), rows, tokens)  # the first time is slower
+            read_context(model, min(contexts), rows, tokens)  # the first time is slower
     bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
     for context in bar:
         measured = []
@@ -152,9 +152,9 @@ def decode_speed(
             )  # fmt: skip
             measured += [i] if defined and not stopped else []
             results[i].append(DecodeSpeed(context, rows=rows, stopped=stopped))
-        read = [_read_context(models[i], context, rows, tokens) for i in measured]
+        read = [read_context(models[i], context, rows, tokens) for i in measured]
         prepares = [
-            _decoding(models[i], cache, rows, tokens)
+            decoding(models[i], cache, rows, tokens)
             for i, (cache, _) in zip(measured, read, strict=True)
         ]
         timings = interleaved(prepares, models[0].device, rounds=rounds)
@@ -188,7 +188,7 @@ def _is_defined(model: DecoderForCausalLM, tokens: int, rows: int) -> bool:
     return (longest is None or tokens <= longest) and decodes(model, rows)
 
 
-def _read_context(
+def read_context(
     model: DecoderForCausalLM, context: int, rows: int, tokens: int
 ) -> tuple[DecoderCache, float]:
     """A cache that has read so many random tokens, and the seconds that took."""
@@ -203,9 +203,10 @@ def _read_context(
     return cache, time.perf_counter() - started
 
 
-def _decoding(
+def decoding(
     model: DecoderForCausalLM, cache: DecoderCache, rows: int, tokens: int
 ) -> Callable[[], Callable[[], object]]:
+    """For ``interleaved``: each time so many tokens, the likeliest ones, from a copy of a cache."""
     step = make_step(model)
 
     def prepare() -> Callable[[], object]:
