@@ -21,6 +21,17 @@ def bits_per_byte(nll: float, num_bytes: int) -> float:
     return to_bits(nll) / num_bytes
 
 
+def words_of(text: str) -> int:
+    """Words between blanks, and one for the end of each line: WikiText's count of its tokens."""
+    lines = text.count("\n") + (bool(text) and not text.endswith("\n"))
+    return len(text.split()) + lines
+
+
+def word_perplexity(nll: float, words: int) -> float:
+    """All nats over ``words_of`` the text, whatever its tokens: what is published for WikiText."""
+    return perplexity(nll, words)
+
+
 def to_bits(nats: float) -> float:
     """The same amount of information in bits."""
     return nats / math.log(2)

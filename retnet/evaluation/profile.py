@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from retnet.evaluation.scoring import Window, scored_windows, tokens_per_batch, windows
+from retnet.evaluation.scoring import (
+    DocumentScores,
+    Window,
+    tokens_per_batch,
+    window_losses,
+    windows_of,
+)
 from retnet.evaluation.tokens import tokens_of
-from retnet.generation import evaluation_mode
 from retnet.model.causal_lm import DecoderForCausalLM
-from retnet.terminal import harmless
 
 LAST_TARGETS = 128  # of a window, whose loss is told by context; the paper's figure 5 has these
 LONG_WINDOWS = 64
@@ -68,21 +70,26 @@ def profile(
     contexts: Sequence[int],
     at_most: int = LONG_WINDOWS,
     eos: bool = True,
+    scores: DocumentScores | None = None,
     progress: str | None = None,
 ) -> Profile:
     """Score a text in windows of ``context``, and the ends of its long documents by ``contexts``.
 
-    Of each of the latter there are ``at_most`` windows, spread evenly over the text. ``eos``:
-    whether the end of a document is a target. ``progress`` is the title of a progress bar on a
-    terminal. Contexts for which no document is long enough are left out.
+    Of each of the latter there are ``at_most`` windows, spread evenly over the text. Contexts for
+    which no document is long enough are left out.
+
+    Args:
+        eos: Whether the end of a document is a target.
+        scores: Of the same documents in windows of ``context``, if they were scored already.
+        progress: Title of a progress bar on a terminal.
     """
     tokens = tokens_of(model, tokenizer, documents, eos=eos)
-    every = [
-        window
-        for document, ids in enumerate(tokens)
-        for window in windows(document, len(ids), context, context)
-    ]
-    losses = np.concatenate(window_losses(model, tokens, every, progress))
+    if scores is not None and scores.windows:
+        every, found = scores.windows, scores.losses
+    else:
+        every = windows_of(tokens, context, context)
+        found = window_losses(model, tokens, every, tokens_per_batch(model), progress)
+    losses = np.concatenate(found)
     positions = np.concatenate([np.arange(w.first_target, w.end + 1) - w.start for w in every])
     targets, distances = _targets(tokens, every)
     return Profile(
@@ -91,27 +98,6 @@ def profile(
         _in_groups(losses, distances, context),
         by_context(model, tokens, contexts, at_most=at_most, progress=progress),
     )
-
-
-def window_losses(
-    model: DecoderForCausalLM,
-    tokens: Sequence[Tensor],
-    every: Sequence[Window],
-    progress: str | None = None,
-) -> list[NDArray[np.float64]]:
-    """The nats of each window's targets, in the order of the windows."""
-    found: dict[Window, NDArray[np.float64]] = {}
-    total = sum(window.num_targets for window in every)
-    title = progress and harmless(progress)
-    bar = tqdm(total=total, desc=title, unit="token", unit_scale=True, leave=False,
-               disable=True if progress is None else None)  # fmt: skip
-    with evaluation_mode(model), torch.inference_mode(), bar:
-        for batch, nll in scored_windows(model, tokens, every, tokens_per_batch(model)):
-            for window, row in zip(batch, nll.cpu().numpy(), strict=True):
-                first, end = window.first_target - 1 - window.start, window.end - window.start
-                found[window] = row[first:end].copy()
-                bar.update(window.num_targets)
-    return [found[window] for window in every]
 
 
 def _mean(losses: NDArray[np.float64]) -> MeanLoss:
@@ -201,7 +187,11 @@ def by_context(
         found[context] = None
         if model.config.longest is None or context <= model.config.longest:
             every = [Window(d, end - context, end, end + 1 - counted) for d, end in ends]
-            found[context] = _mean(np.concatenate(window_losses(model, tokens, every, progress)))
+            found[context] = _mean(
+                np.concatenate(
+                    window_losses(model, tokens, every, tokens_per_batch(model), progress)
+                )
+            )
     return found
 
 

@@ -38,11 +38,13 @@ LOGIT_BYTES = 8  # of each while a window is scored: float32, and again in the l
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """Sums over the targets of each document, [D]."""
+    """Sums over the targets of each document, [D]; what they are the sums of, for windows."""
 
     nll: NDArray[np.float64]  # negative log-likelihoods in nats
     targets: NDArray[np.int64]
     bytes: NDArray[np.int64]  # of the text in UTF-8, without the special tokens
+    windows: Sequence["Window"] = ()
+    losses: Sequence[NDArray[np.float64]] = ()  # of each window's targets
 
     @property
     def nats_per_token(self) -> float:
@@ -83,6 +85,15 @@ def windows(document: int, num_tokens: int, context: int, stride: int) -> Iterat
         start, first_target = start + stride, end + 1
 
 
+def windows_of(tokens: Sequence[Tensor], context: int, stride: int) -> list[Window]:
+    """Those of all documents."""
+    return [
+        window
+        for document, ids in enumerate(tokens)
+        for window in windows(document, len(ids), context, stride)
+    ]
+
+
 def score_documents(
     model: DecoderForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,24 +128,23 @@ def score_documents(
     check_logits_fit(model, min(context, max(len(ids) for ids in tokens)))
     if batch_size is None:
         batch_size = max(1, tokens_per_batch(model) // context)
-    totals = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
     predicted = np.array([max(0, len(ids) - 1) for ids in tokens], dtype=np.int64)
-    bar = tqdm(
-        total=int(predicted.sum()), desc=progress and harmless(progress), unit="token",
-        unit_scale=True, leave=False, disable=True if progress is None else None,
-    )  # fmt: skip
-    score = _score_carried if carry_state else _score_windows
-    with evaluation_mode(model), torch.inference_mode(), bar:
-        for documents_of_rows, nll, scored in score(model, tokens, context, stride, batch_size):
-            totals.index_add_(0, documents_of_rows.to(totals.device), nll)
-            bar.update(scored)
-    first, sums = nats_of_first(model, tokenizer), totals.cpu().numpy()
+    every: list[Window] = []
+    losses: list[NDArray[np.float64]] = []
+    if carry_state:
+        sums = _carried_sums(model, tokens, context, batch_size, progress)
+    else:
+        every = windows_of(tokens, context, stride)
+        losses = window_losses(model, tokens, every, batch_size * context, progress)
+        sums = np.zeros(len(tokens))
+        np.add.at(sums, [window.document for window in every], [one.sum() for one in losses])
+    first = nats_of_first(model, tokenizer)
     if first is not None:
         unpredicted = np.array([min(1, len(ids)) for ids in tokens], dtype=np.int64)
         sums, predicted = sums + first * unpredicted, predicted + unpredicted
     if not predicted.sum():
         raise UserError(f"text ({len(documents)} documents) gives no token to predict: add to it")
-    return DocumentScores(sums, predicted, sizes)
+    return DocumentScores(sums, predicted, sizes, every, losses)
 
 
 def tokens_per_batch(model: DecoderForCausalLM) -> int:
@@ -205,25 +215,30 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view_as(labels).double()
 
 
-Scored = tuple[Tensor, Tensor, int]  # rows' documents [B], their sums [B], number of targets
-
-
 def _padded(rows: Sequence[Tensor], fill: int, device: torch.device) -> Tensor:
     return pad_sequence(list(rows), batch_first=True, padding_value=fill).to(device)
 
 
-def _score_windows(
-    model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
-) -> Iterator[Scored]:
-    """Score all targets, window by window."""
-    every = [
-        window
-        for document, ids in enumerate(tokens)
-        for window in windows(document, len(ids), context, stride)
-    ]
-    for batch, nll in scored_windows(model, tokens, every, batch_size * context):
-        rows = torch.tensor([window.document for window in batch])
-        yield rows, nll.sum(dim=1), sum(window.num_targets for window in batch)
+def window_losses(
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    every: Sequence[Window],
+    num_tokens: int,
+    progress: str | None = None,
+) -> list[NDArray[np.float64]]:
+    """The nats of each window's targets, in the order of the windows.
+
+    ``num_tokens`` as in ``scored_windows``.
+    """
+    found: dict[Window, NDArray[np.float64]] = {}
+    total = sum(window.num_targets for window in every)
+    with evaluation_mode(model), torch.inference_mode(), _bar(total, progress) as bar:
+        for batch, nll in scored_windows(model, tokens, every, num_tokens):
+            for window, row in zip(batch, nll.cpu().numpy(), strict=True):
+                first, end = window.first_target - 1 - window.start, window.end - window.start
+                found[window] = row[first:end].copy()
+                bar.update(window.num_targets)
+    return [found[window] for window in every]
 
 
 def scored_windows(
@@ -259,10 +274,35 @@ def scored_windows(
         yield batch, token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device))
 
 
+def _bar(targets: int, title: str | None) -> Any:
+    """A progress bar on a terminal; none without a title."""
+    return tqdm(total=targets, desc=title and harmless(title), unit="token", unit_scale=True,
+                leave=False, disable=True if title is None else None)  # fmt: skip
+
+
+def _carried_sums(
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    context: int,
+    batch_size: int,
+    progress: str | None,
+) -> NDArray[np.float64]:
+    """The nats of each document, [D], its state handed on from piece to piece."""
+    sums = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
+    total = sum(max(0, len(ids) - 1) for ids in tokens)
+    with evaluation_mode(model), torch.inference_mode(), _bar(total, progress) as bar:
+        for rows, nll, targets in _score_carried(model, tokens, context, batch_size):
+            sums.index_add_(0, rows.to(sums.device), nll)
+            bar.update(targets)
+    return sums.cpu().numpy()
+
+
 def _score_carried(
-    model: DecoderForCausalLM, tokens: list[Tensor], context: int, stride: int, batch_size: int
-) -> Iterator[Scored]:
+    model: DecoderForCausalLM, tokens: Sequence[Tensor], context: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Score whole documents of similar length side by side, each with its own state.
+
+    Yields the documents of the rows [B], the sums of their nats [B], and the number of targets.
 
     Those that end leave the batch, and the others then go through it in longer pieces.
     """

@@ -12,6 +12,7 @@ from retnet.data import rebuild_validation
 from retnet.data.sources import FileSource, HubSource, Source, open_location, reopen_source
 from retnet.data.writing import read_documents_of
 from retnet.errors import UserError
+from retnet.evaluation.metrics import words_of
 from retnet.paths import kind_of
 
 ASK_FOR_TEXT = "name a text that none of the models was trained on with --text FILE"
@@ -28,6 +29,11 @@ class EvaluationText:
     @property
     def num_bytes(self) -> int:
         return sum(len(text.encode()) for text in self.documents)
+
+    @property
+    def words(self) -> int:
+        """As ``metrics.words_of`` counts them."""
+        return sum(map(words_of, self.documents))
 
 
 def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:

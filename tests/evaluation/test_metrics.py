@@ -15,6 +15,15 @@ def test_the_formulas() -> None:
     assert metrics.to_bits(math.log(2)) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "words"), [("", 0), ("a", 2), ("a b\n", 3), ("a b\n\n c", 6), (" \n = A = \n", 5)]
+)
+def test_words_and_ends_of_lines(text: str, words: int) -> None:
+    """As WikiText counts: <eos> stands at the end of every line, an empty one too."""
+    assert metrics.words_of(text) == words
+    assert metrics.word_perplexity(6.0, 4) == math.exp(1.5)
+
+
 @pytest.mark.parametrize("loss", [691.0, 1e4, math.inf, math.nan])
 def test_a_perplexity_beyond_all_sense_is_infinite(loss: float) -> None:
     assert metrics.perplexity(loss, 1) == math.inf

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retnet.data import encode_documents
-from retnet.evaluation.profile import by_context, profile, recalled, window_losses
-from retnet.evaluation.scoring import Window, score_documents
+from retnet.evaluation.profile import by_context, profile, recalled
+from retnet.evaluation.scoring import Window, score_documents, window_losses
 from tests.generation.builders import byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()
@@ -31,7 +31,7 @@ def test_a_windows_losses_in_the_order_of_the_windows(parts) -> None:
     every = [
         Window(0, start, start + size, start + min(first, size)) for start, size, first in parts
     ]
-    for window, found in zip(every, window_losses(MODEL, TOKENS, every), strict=True):
+    for window, found in zip(every, window_losses(MODEL, TOKENS, every, 99), strict=True):
         targets = range(window.first_target, window.end + 1)
         expected = [loss(0, window.start, target) for target in targets]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -48,6 +48,18 @@ def test_every_target_has_a_position_and_two_kinds() -> None:
         total = sum(one.nats * one.targets for one in groups if one.targets)
         assert total == pytest.approx(scores.nll.sum())
     assert list(found.by_position) == [1, 2, 4, 8, 16, 20] and not found.by_context
+
+
+@pytest.mark.parametrize("stride", [20, 7])
+def test_what_was_scored_already_is_taken(stride: int, monkeypatch) -> None:
+    """Also from windows that overlap, whose late positions count then."""
+    scores = score_documents(MODEL, TOKENIZER, DOCUMENTS, context=20, stride=stride)
+    assert sum(map(len, scores.losses)) == scores.targets.sum()
+    alone = profile(MODEL, TOKENIZER, DOCUMENTS, context=20, contexts=())
+    monkeypatch.setattr("retnet.evaluation.profile.window_losses", None)
+    found = profile(MODEL, TOKENIZER, DOCUMENTS, context=20, contexts=(), scores=scores)
+    assert (found == alone) == (stride == 20)
+    assert sum(one.targets for one in found.by_position.values()) == scores.targets.sum()
 
 
 def test_positions_count_the_inputs_of_the_window() -> None:

@@ -6,6 +6,7 @@ from datetime import date
 from typing import Any
 
 from retnet.evaluation.comparison import ModelResult
+from retnet.evaluation.metrics import word_perplexity
 from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.report.findings import Findings
 from retnet.evaluation.report.pages import Page, Table
@@ -14,6 +15,7 @@ from retnet.evaluation.report.summary import megabytes, percent, summary
 from retnet.evaluation.report.table import count, targets_of
 
 NONE = "-"
+READABLE = 1e6
 
 
 def page_of(findings: Findings, command: Sequence[str]) -> Page:
@@ -36,20 +38,29 @@ def page_of(findings: Findings, command: Sequence[str]) -> Page:
 
 
 def _quality(findings: Findings) -> Iterator[Table]:
-    head = ["", "mixer", "parameters", "trained in", "perplexity", "bits/byte",
+    head = ["", "mixer", "parameters", "trained in", "perplexity", "by words", "bits/byte",
             "with the state carried", "perplexity against the first"]  # fmt: skip
     rows = [head]
     for model, carried in zip(findings.comparison.models, findings.carried, strict=True):
         scores = model.scores
         rows.append([
             model.name, model.mixer, f"{model.parameters:,}", model.trained_in or NONE,
-            f"{scores.perplexity:,.2f}", f"{scores.bits_per_byte:.4f}",
+            f"{scores.perplexity:,.2f}", _by_words(findings, model), f"{scores.bits_per_byte:.4f}",
             NONE if carried is None else f"{carried:.4f}", _against(model),
         ])  # fmt: skip
-    note = "Carried: bits per byte with the state handed through each whole document, no windows."
+    note = (
+        f"By words: perplexity over {findings.comparison.text.words:,} words and ends of lines, "
+        "as published for WikiText. "
+        "Carried: bits per byte with the state handed through each whole document, no windows."
+    )
     if not findings.comparison.same_tokenizers:
         note += " The tokenizers differ: only bits per byte can be compared."
     yield Table("Quality", rows, note)
+
+
+def _by_words(findings: Findings, model: ModelResult) -> str:
+    figure = word_perplexity(model.scores.nll.sum().item(), findings.comparison.text.words)
+    return f"{figure:,.2f}" if figure < READABLE else f"{figure:.1e}"
 
 
 def _against(model: ModelResult) -> str:

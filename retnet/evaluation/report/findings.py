@@ -95,10 +95,9 @@ def find_out(
             profile(
                 one.model, one.tokenizer, documents, context=context,
                 contexts=lengths_of(trained[0] or context), at_most=reach.windows,
-                eos=comparison.eos,
-                progress=f"profile of {name}",
+                eos=comparison.eos, scores=model.scores, progress=f"profile of {name}",
             )
-            for name, one in zip(names, checkpoints, strict=True)
+            for name, one, model in zip(names, checkpoints, comparison.models, strict=True)
         ]  # fmt: skip
         logger.info("losses by position, context and kind of target are known")
     carried = [

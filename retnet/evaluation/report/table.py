@@ -7,6 +7,7 @@ from typing import Any
 
 from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
+from retnet.evaluation.metrics import word_perplexity
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
 
 WIDTH = 100
@@ -154,6 +155,7 @@ def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
             "description": comparison.text.description,
             "documents": len(comparison.text.documents),
             "bytes": comparison.text.num_bytes,
+            "words": comparison.text.words,
         },
         "context": comparison.context,
         "stride": comparison.stride,
@@ -163,12 +165,13 @@ def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "over": "documents"},
         "speed": {"batch": 1, "rounds": ROUNDS, "tokens_per_round": TOKENS_PER_ROUND},
         "environment": comparison.environment,
-        "models": [_model_json(model) for model in comparison.models],
+        "models": [_model_json(model, comparison.text.words) for model in comparison.models],
     }
 
 
-def _model_json(model: ModelResult) -> dict[str, Any]:
-    scores, whole = model.scores, asdict(model)
+def _model_json(model: ModelResult, words: int) -> dict[str, Any]:
+    """``words`` of the text."""
+    scores, nats, bits = model.scores, model.nats_difference, model.bits_difference
     return {
         "name": model.name,
         "path": str(model.path),
@@ -179,10 +182,15 @@ def _model_json(model: ModelResult) -> dict[str, Any]:
         "nats_per_token": scores.nats_per_token,
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
+        "word_perplexity": word_perplexity(scores.nll.sum().item(), words),
         "same_tokenizer": model.same_tokenizer,
         "begins_with": model.begins,
-        "nats_per_token_difference": whole["nats_difference"],
-        "bits_per_byte_difference": whole["bits_difference"],
-        "decoding": whole["speed"],
-        "documents": {name: figures.tolist() for name, figures in whole["scores"].items()},
+        "nats_per_token_difference": None if nats is None else asdict(nats),
+        "bits_per_byte_difference": None if bits is None else asdict(bits),
+        "decoding": [asdict(entry) for entry in model.speed],
+        "documents": {
+            "nll": scores.nll.tolist(),
+            "targets": scores.targets.tolist(),
+            "bytes": scores.bytes.tolist(),
+        },
     }

@@ -90,8 +90,8 @@ def test_markdown_names_its_pictures_and_escapes(folder) -> None:
     assert "<script" not in text.replace("\\<", "") and "\x1b" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     cells = [line.replace("\\|", "").count("|") for line in tables]
-    assert all(count == 9 for count in cells[:5])  # head, line, three models
-    assert "| a | retention | 12,345 | bf16 | 7.39 |" in text
+    assert all(count == 10 for count in cells[:5])  # head, line, three models
+    assert "| a | retention | 12,345 | bf16 | 7.39 | 7.2e+86 |" in text  # 800 nats, 4 words
 
 
 def test_json_has_what_is_shown(folder, findings) -> None:
