@@ -117,7 +117,7 @@ def _with_peaks(checkpoint: Checkpoint, costs: Sequence[TrainingCost]) -> list[T
     measured = [one.length for one in costs if one.tokens_per_second is not None]
     model = checkpoint.model
     found = training_peaks(checkpoint.path, measured, model.device, model.dtype) if measured else []
-    peaks = dict(zip(measured, found, strict=True))
+    peaks = dict(zip(measured, found, strict=True)) if found else {}
     return [
         TrainingCost(
             one.length, one.rows, one.tokens_per_second, peaks.get(one.length), one.stopped
