@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         check_writable(arguments.json)
     if arguments.report:
-        check_report_folder(arguments.report)
+        check_report_folder(arguments.report, arguments.json)
     if arguments.text_field == "":
         raise UserError("--text-field ('') is empty: name a field, or leave it out")
     if arguments.text_field is not None and arguments.text is None:

@@ -21,6 +21,7 @@ from retnet.cli import ArgumentParser, run, whole_number
 from retnet.experiments.contenders import (
     Contender,
     add_options,
+    check_runs,
     check_seeds,
     check_settings,
     choices,
@@ -76,6 +77,7 @@ def repeat(
             runs.append(planned(recipe, out / name.replace("/", "_"), keys))
         shown = [contender.name, *(s.partition(".")[2] for s in setting[1:])]
         plan.append((", ".join(shown), runs))
+    check_runs([run for _, runs in plan for run in runs])
     return [
         Row(setting, [run() for run in runs], [run.folder for run in runs])
         for setting, runs in plan

@@ -3,11 +3,11 @@
 A mixer has the same colour in all of them; models of one mixer differ by line and marker.
 """
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retnet.evaluation.report.canvas import own_settings, side_by_side, to_png
 from retnet.evaluation.report.findings import Findings, History
 from retnet.evaluation.report.table import labels
 from retnet.model.mixers import MIXERS
@@ -16,7 +16,6 @@ from retnet.terminal import harmless
 # Okabe and Ito's, which the colour-blind tell apart; no yellow, which paper does not show
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 MARKERS, LINES = "osD^vPX*", ("-", "--", ":", "-.")
-WIDE, HIGH, DPI = 8.0, 3.6, 120
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,12 @@ class Curve:
 
 
 def pictures(findings: Findings) -> list[Picture]:
-    """All that there are figures for."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen
+    """All that there are figures for, the same whatever matplotlib is set to on this machine."""
     makers = [_losses, _positions, _contexts, _kinds, _decoding, _throughput, _training, _windows]
     if not findings.costs[0].by_context:  # not measured
         makers = [make for make in makers if make not in (_decoding, _throughput, _training)]
-    return [picture for make in makers for picture in make(findings)]
+    with own_settings():
+        return [picture for make in makers for picture in make(findings)]
 
 
 def styles(findings: Findings) -> list[dict[str, Any]]:
@@ -60,23 +57,6 @@ def styles(findings: Findings) -> list[dict[str, Any]]:
         colour = COLOURS[mixer % len(COLOURS)]
         found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
     return found
-
-
-def _axes(number: int) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDE, HIGH), dpi=DPI, layout="constrained")
-    axes = figure.subplots(1, number, squeeze=False)[0]
-    for one in axes:
-        one.grid(True, linewidth=0.4, alpha=0.6)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str, y: str) -> None:
@@ -132,7 +112,7 @@ def _losses(findings: Findings) -> Iterator[Picture]:
     histories = findings.histories
     if not any(histories):
         return
-    figure, axes = _axes(2)
+    figure, axes = side_by_side(2)
 
     def curves(seconds: bool) -> list[Curve | None]:
         return [None if one is None else _smooth(one, seconds) for one in histories]
@@ -146,7 +126,7 @@ def _losses(findings: Findings) -> Iterator[Picture]:
                 _validation(axis, one, timed, style)
     _legend(axes[0])
     caption = "Mean training loss of the steps around (line), and validation loss (markers)."
-    yield Picture("losses", "While training", caption, _png(figure))
+    yield Picture("losses", "While training", caption, to_png(figure))
 
 
 def _smooth(history: History, timed: bool) -> Curve | None:
@@ -170,7 +150,7 @@ def _validation(axis: Any, history: History, timed: bool, style: dict[str, Any])
 def _positions(findings: Findings) -> Iterator[Picture]:
     if findings.profiles is None:
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     curves = []
     for one in findings.profiles:
         found = {end: loss.nats for end, loss in one.by_position.items() if loss.nats is not None}
@@ -179,13 +159,13 @@ def _positions(findings: Findings) -> Iterator[Picture]:
     _doubling(axis)
     _legend(axis)
     caption = f"Loss by position in windows of {findings.comparison.context:,} tokens."
-    yield Picture("positions", "What context is worth", caption, _png(figure))
+    yield Picture("positions", "What context is worth", caption, to_png(figure))
 
 
 def _contexts(findings: Findings) -> Iterator[Picture]:
     if findings.profiles is None or not findings.profiles[0].by_context:
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     curves = []
     for one in findings.profiles:
         found = {
@@ -202,13 +182,13 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
     _legend(axis)
     targets = next(loss.targets for loss in findings.profiles[0].by_context.values() if loss)
     caption = f"The same {targets:,} targets at the ends of windows of several lengths."
-    yield Picture("contexts", "Within and beyond the trained length", caption, _png(figure))
+    yield Picture("contexts", "Within and beyond the trained length", caption, to_png(figure))
 
 
 def _kinds(findings: Findings) -> Iterator[Picture]:
     if findings.profiles is None:
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     kinds = [kind for kind, loss in findings.profiles[0].by_kind.items() if loss.targets]
     height = 0.8 / len(findings.profiles)
     rows = zip(labels(findings.comparison), styles(findings), findings.profiles, strict=True)
@@ -222,7 +202,7 @@ def _kinds(findings: Findings) -> Iterator[Picture]:
     axis.set_xlabel("nats per token")
     _legend(axis)
     caption = "Loss by kind of target: whether its pair has been there, and how frequent it is."
-    yield Picture("kinds", "What is predicted well", caption, _png(figure))
+    yield Picture("kinds", "What is predicted well", caption, to_png(figure))
 
 
 def _costs(
@@ -242,7 +222,7 @@ def _mb(size: int | None) -> float | None:
 
 
 def _decoding(findings: Findings) -> Iterator[Picture]:
-    figure, axes = _axes(2)
+    figure, axes = side_by_side(2)
     time = _costs(findings, "by_context", lambda one: one.context, lambda one: one.ms_per_token)
     size = _costs(findings, "by_context", lambda one: one.context, lambda one: _mb(one.cache_bytes))
     _draw(findings, axes[0], time, "tokens of context", "ms per token")
@@ -252,7 +232,7 @@ def _decoding(findings: Findings) -> Iterator[Picture]:
         _times(axis)
     _legend(axes[0])
     caption = "One row; greedy. A cross: the next length would take too long, or not fit."
-    yield Picture("decoding", "Generating: time and memory", caption, _png(figure))
+    yield Picture("decoding", "Generating: time and memory", caption, to_png(figure))
 
 
 def _throughput(findings: Findings) -> Iterator[Picture]:
@@ -282,19 +262,19 @@ def _training(findings: Findings) -> Iterator[Picture]:
 
 def _two(findings: Findings, *panels: tuple[Sequence[Curve | None], str, str]) -> bytes:
     """Two panels side by side, upwards from 0: curves and what the axes show."""
-    figure, axes = _axes(2)
+    figure, axes = side_by_side(2)
     for axis, panel in zip(axes, panels, strict=True):
         _draw(findings, axis, *panel)
         _doubling(axis)
         axis.set_ylim(bottom=0)
     _legend(axes[0])
-    return _png(figure)
+    return to_png(figure)
 
 
 def _windows(findings: Findings) -> Iterator[Picture]:
     if not any(findings.windows):
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     for number, (own, style) in enumerate(zip(findings.windows, styles(findings), strict=True)):
         finite = [window for window in own if window < float("inf")]
         axis.plot(finite, [number] * len(finite), **{**style, "linestyle": "none", "markersize": 8})
@@ -304,4 +284,4 @@ def _windows(findings: Findings) -> Iterator[Picture]:
     _doubling(axis)
     axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
     caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
-    yield Picture("windows", "How far heads look back", caption, _png(figure))
+    yield Picture("windows", "How far heads look back", caption, to_png(figure))
