@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json:
         check_writable(arguments.json)
     if arguments.report:
-        check_report_folder(arguments.report)
+        check_report_folder(arguments.report, arguments.json)
     elif arguments.quick:
         raise UserError("--quick has no effect without --report DIR: leave it out, or add that")
     if arguments.text_field == "":

@@ -26,8 +26,34 @@ LONGEST = 4000  # characters of an error line
 SHOWN = 40  # characters of a long value in a message
 
 
+class _Once(argparse.Action):
+    """An option that has one value: a second one would take its place without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and isinstance(parser, ArgumentParser):
+            if self.dest in parser.given:
+                raise argparse.ArgumentError(self, "is given twice: leave one of them out")
+            parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser whose own complaints are ``UserError`` like all others."""
+    """An argparse parser, for one parsing, whose own complaints are ``UserError`` like all others.
+
+    An option is given once; what may be repeated says so (action="append").
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.given: set[str] = set()  # the options so far
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         lacking = re.match(r"argument (\S+/)?(--\S+): expected one argument$", message)

@@ -43,6 +43,21 @@ def test_messages_on_a_terminal_and_elsewhere(monkeypatch, stream, expected: str
     )
 
 
+def test_what_may_be_repeated_says_so() -> None:
+    """Of anything else the last one counted, and the others were left out without a word."""
+    parser = cli.ArgumentParser()
+    parser.add_argument("place", nargs="*")
+    parser.add_argument("--many", action="append")
+    parser.add_argument("--some", nargs="+")
+    parser.add_mutually_exclusive_group().add_argument("--one", default="x")
+    given = parser.parse_intermixed_args(["--many", "a", "b", "--one", "x", "--many", "c", "d"])
+    assert (given.many, given.place, given.one) == (["a", "c"], ["b", "d"], "x")
+    for name in ("--one", "--some"):
+        parser.given.clear()
+        with pytest.raises(UserError, match=f"argument {name}: is given twice"):
+            parser.parse_intermixed_args([name, "x", name, "y"])
+
+
 @pytest.mark.parametrize("text", ["²", "-1", "0", "1.5", "", "many", "1_0", "٣", "--1", "1e3"])
 def test_no_counts(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match="must be a whole number of at least 1"):

@@ -75,6 +75,11 @@ OTHERS = [
     ("compare", C + " --report {corpus}", "--report ({corpus}) is a file"),
     ("compare", C + " --json -", "--json (-) would be a file of that name"),
     ("compare", C + " --text {corpus} --text-field=", "--text-field ('') is empty: name a field"),
+    ("compare", C + " --text {corpus} --text {bad}/short.txt", "argument --text: is given twice"),
+    ("compare", C + " --json {new}/rep/report.json --report {new}/rep", "is a file of the report"),
+    ("compare", C + " --report {new}/x.html", "--report ({new}/x.html) is to be a folder, which"),
+    ("generate", G + " --prompt one --prompt two", "argument --prompt: is given twice: leave one"),
+    ("generate", G + " --device=cpu --dev cpu", "argument --device: is given twice: leave one of"),
 ]  # fmt: skip
 
 
@@ -83,6 +88,7 @@ def test_a_mistake(row, places: dict[str, Path], tmp_path: Path, capsys, monkeyp
     for name, text in RECIPES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "rep").mkdir()
     is_answered(*row, places, tmp_path, capsys, monkeypatch)
 
 

@@ -16,7 +16,7 @@ from benchmarks.layer.findings import (
 from benchmarks.layer.measuring import PROJECTED, Cell, Setup, case_of
 from benchmarks.layer.mixing import ALL, CHUNKWISE, CONTENDERS, NAIVE, SDPA
 from retnet.evaluation.report import format_table
-from retnet.evaluation.report.pictures import Curve, panels
+from retnet.evaluation.report.curves import Curve, panels
 
 STOPPED = {"time": "stopped: time", "memory": "stopped: memory"}
 WITH = {False: "", True: "with projections: "}

@@ -36,8 +36,10 @@ from retnet.data.split import (
     DocumentsHash,
     SplitRule,
     Survey,
+    check_held_back,
     choose_split,
     choose_tuning_split,
+    not_held_back,
     survey_documents,
 )
 from retnet.data.streaming import stream_fingerprint, write_stream
@@ -188,7 +190,7 @@ def _build(folder: Path, inputs: _Inputs) -> None:
     if spec.validation is None:
         rule = choose_split(survey, spec.validation_fraction, spec.source)
     elif survey is not None and validation is not None:
-        _survey(validation, "data.validation")
+        check_held_back(spec, survey, _survey(validation, "data.validation"))
     if spec.tuning_fraction:
         rule = choose_tuning_split(rule, survey, spec.tuning_fraction, spec.source)
     tokenizer = inputs.tokenizer or _train_tokenizer(
@@ -210,6 +212,8 @@ def _build(folder: Path, inputs: _Inputs) -> None:
         record["corpus_sha256"] = survey.sha256
     for side in sides:
         record |= _write_side(folder, inputs, rule, side, tokenizer)
+    if record["train_sha256"] == record["validation_sha256"]:  # a stream has not been surveyed
+        raise not_held_back(spec)
     check_window(record[TRAIN]["tokens"], spec.seq_len)
     for side in SIDES:
         _check_text_is_left(record[side], side, spec)

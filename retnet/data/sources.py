@@ -211,7 +211,8 @@ def open_location(
         revision = hub_revision(location, "dataset", f"{key} ({location})")
         return HubSource(location, key, text_field, hub_config, split, revision)
     if text_field != "text" and all(suffix_of(file) in PLAIN_TEXT for file in files):
-        logger.warning("data.text_field (%s) has no effect: %s holds plain text", text_field, place)
+        option = "--text-field" if key.startswith("--") else "data.text_field"
+        logger.warning("%s (%s) has no effect: %s holds plain text", option, text_field, place)
     return FileSource(str(place), tuple(files), text_field)
 
 

@@ -5,6 +5,7 @@ validation side can be rebuilt later in one pass, and equal documents always lan
 """
 
 import hashlib
+import logging
 import re
 from array import array
 from collections.abc import Iterable
@@ -14,7 +15,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from retnet.data.record import NULL, entry, unusable
+from retnet.data.spec import DataSpec
 from retnet.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MIN_DOCUMENTS = 20
 MAX_SHARE = 0.05
@@ -169,3 +173,25 @@ def choose_split(
             "use a larger text, or name one in data.validation"
         )
     return SplitRule("tail", fraction)
+
+
+def check_held_back(spec: DataSpec, trained: Survey, given: Survey) -> None:
+    """Raise a ``UserError`` where all of the validation text is trained on; warn of a part."""
+    total = len(given.hashes)
+    both = int(np.isin(given.hashes, trained.hashes).sum())
+    if both == total:
+        raise not_held_back(spec)
+    if both:
+        logger.warning(
+            f"data.validation ({spec.validation}): {both:,} of its {total:,} documents are in "
+            f"data.source ({spec.source}) too, and what is trained on makes the loss less"
+        )
+
+
+def not_held_back(spec: DataSpec) -> UserError:
+    """The error for a validation text that is trained on."""
+    return UserError(
+        f"data.validation ({spec.validation}): all of its documents are in data.source "
+        f"({spec.source}) too, and a loss on text that is trained on tells nothing: name another "
+        "text, or leave data.validation out, which holds text back"
+    )

@@ -127,7 +127,7 @@ def _with_peaks(checkpoint: Checkpoint, costs: Sequence[TrainingCost]) -> list[T
         if measured
         else []
     )
-    peaks = dict(zip(measured, found, strict=True))
+    peaks = dict(zip(measured, found, strict=True)) if found else {}
     return [
         TrainingCost(
             one.length, one.rows, one.tokens_per_second, peaks.get(one.length), one.stopped

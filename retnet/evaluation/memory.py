@@ -11,6 +11,8 @@ prints as JSON what training steps of one row take, the shorter rows first.
 
 import argparse
 import json
+import logging
+import os
 import resource
 import subprocess
 import sys
@@ -24,7 +26,10 @@ from retnet.evaluation.loading import load_contender
 from retnet.machine import use_fast_products
 from retnet.model.causal_lm import DecoderForCausalLM
 
+logger = logging.getLogger(__name__)
+
 STATUS = Path("/proc/self/status")
+PACKAGES = Path(__file__).parents[2]  # the folder that this package lies in
 
 
 def largest_resident_size() -> int:
@@ -80,14 +85,28 @@ def training_peaks(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> list[int]:
-    """The peak of a training step of one row of each length, ascending, in a process of its own."""
-    command = [sys.executable, "-m", "retnet.evaluation.memory", str(path), *map(str, lengths)]
+    """The peak of a training step of one row of each length, ascending, in a process of its own.
+
+    Nothing, and a warning, where that process fails: it may have been ended for its memory.
+    """
+    # -P: what lies in the current folder, of which nothing is known, is no module
+    command = [sys.executable, "-P", "-m", "retnet.evaluation.memory", str(path)]
     options = ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
     options += ["--trust-remote-code"] if trust_remote_code else []
     options += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
-    found: list[int] = json.loads(done.stdout)
-    return found
+    places = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [*command, *map(str, lengths), *options],
+        capture_output=True, check=False, encoding="utf-8", errors="replace",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+    )  # fmt: skip
+    if done.returncode == 0:
+        found: list[int] = json.loads(done.stdout)
+        return found
+    said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    reason = f"signal {-done.returncode}" if done.returncode < 0 else said[0]
+    logger.warning(f"the memory of training {path} was not measured: its process failed ({reason})")
+    return []
 
 
 def peaks(model: DecoderForCausalLM, lengths: Sequence[int]) -> list[int]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from retnet.cli import ArgumentParser, file_path, positive_int, run
 from retnet.errors import UserError
-from retnet.evaluation import check_not_read, write_json
+from retnet.evaluation import write_json
 from retnet.experiments import tune
 from retnet.experiments.ablation_table import FULL, PAPER, Row, conclusions, table, to_json
 from retnet.experiments.contenders import (
@@ -216,9 +216,7 @@ def main(argv: Sequence[str]) -> None:
     who = [*ablated(recipe, overrides), *family(arguments)]
     check_names(who)
     _check_free(who, grid)
-    if arguments.json:
-        tune.check_output(arguments.json, recipe, overrides)
-        check_not_read(arguments.json, [arguments.tuned] * bool(arguments.tuned), "tuned settings")
+    tune.check_output(arguments.json, recipe, overrides, who, arguments.tuned)
     tuned = tune.tuned_for(who, arguments, _taken(grid))
     for name, settings in tuned.items():
         check_same_tokens(f"--tuned {name}", settings)

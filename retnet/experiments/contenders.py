@@ -6,19 +6,27 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retnet.checkpoints.format import FINAL, METRICS
+from retnet.checkpoints.format import DATA_RECORD, FINAL, METRICS
 from retnet.cli import ArgumentParser, file_path
+from retnet.data import DataSpec, prepare_data
 from retnet.errors import UserError
+from retnet.files import read_json
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
 from retnet.training.precision import settled_precision
+from retnet.training.resume import TEXT_HASHES
+from retnet.training.run_folder import CONFIG
+from retnet.training.spec import flatten
 from retnet.training.tracking import format_seconds
 
 logger = logging.getLogger(__name__)
+
+SAME = ("train.max_steps", "train.eval_max_tokens")  # which a run may be gone on with alone
+ANEW = "give another --out, or remove that run's folder"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,9 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
                 f"{', '.join(MIXERS)}"
             )
         found.append(Contender(name, (f"model.mixer={mixer}", *keys)))
+    for mixer in mixers:
+        if mixers.count(mixer) > 1:
+            raise UserError(f"--mixers ({mixer}) is there twice: leave one of them out")
     check_names(found)
     return found
 
@@ -72,6 +83,14 @@ class Run:
     folder: Path
     config: Config
     by_hand: tuple[str, ...]  # the keys that are not the recipe's
+
+    @property
+    def text(self) -> dict[str, Any] | None:
+        """The record of its data; None where the run is not finished, or has to write it again."""
+        try:
+            return read_json(self.folder / FINAL / DATA_RECORD, "")
+        except UserError:
+            return None
 
     def __call__(self) -> float:
         """Train into the folder, or find it trained; returns the last step's validation loss.
@@ -99,14 +118,64 @@ def planned(recipe: str, folder: Path, keys: Sequence[str]) -> Run:
     arguments = [*keys, f"train.out_dir={folder}"]
     config = settled_precision(load_config(recipe, arguments), for_all=True)
     check_run(config)
+    _check_same_length(config)
     return Run(folder, config, tuple(map(key_of, arguments)))
+
+
+def _check_same_length(config: Config) -> None:
+    """Raise a ``UserError`` where a run of before can't be compared with those to be made.
+
+    train.py goes on with it to other steps, along another course of the learning rate than that of
+    a run that is made now, and leaves a finished one's losses on other text as they are.
+    """
+    run = config.train.run_folder
+    if not (run / CONFIG).is_file():
+        return
+    try:
+        before, now = flatten(load_config(run / CONFIG, recorded=True)), flatten(config)
+    except UserError:  # train.py has more to say of it
+        return
+    if keys := [key for key in SAME if before[key] != now[key]]:
+        changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in keys)
+        raise UserError(f"run ({run}) is of another experiment, it differs in {changes}: {ANEW}")
+
+
+def check_runs(runs: Sequence[Run]) -> None:
+    """Raise a ``UserError`` where two runs share a folder, or some have read a text that others,
+    still to be made, will not find any more.
+    """
+    folders = [run.folder for run in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(
+                f"--variant: two contenders would have one run folder ({folder}): give them other "
+                "names"
+            )
+    first: dict[DataSpec, tuple[Path, list[Any]]] = {}
+    for run in sorted(runs, key=lambda run: run.text is None):  # the finished ones first
+        data = replace(run.config.data, cache_dir="")
+        if run.text is None and data not in first:
+            continue
+        record = run.text or prepare_data(run.config.data).record
+        folder, text = first.setdefault(
+            data, (run.folder, [record.get(key) for key in TEXT_HASHES])
+        )
+        if text != [record.get(key) for key in TEXT_HASHES]:
+            raise UserError(
+                f"data.source ({data.source}) is not the text that run ({folder}) was trained on: "
+                f"restore it; or {ANEW}"
+            )
 
 
 def run_all(runs: Sequence[Run]) -> list[float]:
     """The last validation loss of each; says before each how many there are, and the time left.
 
     That is the mean of what took part in training here, for all that is not finished yet.
+
+    Raises:
+        UserError: As ``check_runs``, before the first begins; or a run did not finish.
     """
+    check_runs(runs)
     losses: list[float] = []
     took: list[float] = []
     for done, run in enumerate(runs):
@@ -156,6 +225,14 @@ def check_settings(
         check_not_taken(f"--variant {words[0]}", words[2:], taken)
 
 
+def _meant(value: str) -> float | str:
+    """A number, however it is written, or else the text."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def choices(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
     """The values of each "key=a,b,c".
 
@@ -166,7 +243,8 @@ def choices(option: str, texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         key, equals, values = text.partition("=")
         several = values.split(",")
-        if not equals or not all(several) or key in found or len(set(several)) < len(several):
+        different = {*map(_meant, several)}
+        if not equals or not all(several) or key in found or len(different) < len(several):
             raise UserError(f"{option} ({text}) must be key=value,value, each key and value once")
         found[key] = several
     return found

@@ -13,6 +13,7 @@ to do; the seconds that a run took are printed beside its loss.
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from retnet.experiments.contenders import (
     Contender,
     Run,
     add_options,
+    check_runs,
     check_seeds,
     check_settings,
     contenders,
@@ -97,6 +99,7 @@ def equal_seconds(
     keys = {c.name: [*overrides, *c.keys, *tuned.get(c.name, ())] for c in who}
     short = _own(PACE_STEPS, 0, seeds[0])
     paces = [planned(recipe, out / f"{stem}-pace-{name}", [*keys[name], *short]) for name in keys]
+    check_runs(paces)
     pace = dict(zip(keys, map(_step_seconds, paces), strict=True))
     plan = []
     for budget, seed, name in product(budgets, seeds, keys):
@@ -105,6 +108,7 @@ def equal_seconds(
         folder = out / f"{stem}-{name}-{budget:g}s-{steps}-{seed}"
         run = planned(recipe, folder, [*keys[name], *settings])
         plan.append((name, budget, seed, steps, run))
+    check_runs([run for *_, run in plan])
     found = []
     for name, budget, seed, steps, run in plan:
         loss = run()
@@ -129,10 +133,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def seconds(text: str) -> float:
-    """Argparse type: a number of seconds above 0."""
+    """Argparse type: a number of seconds above 0, and no infinite one."""
     value = cli.number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"({text}) must be above 0")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"({text}) must be above 0, and finite")
     return value
 
 
@@ -151,8 +155,7 @@ def main(argv: Sequence[str]) -> None:
     taken = {"train.seed": "--seeds", **dict.fromkeys(OWN_KEYS, "--seconds")}
     check_settings(arguments, "--seconds", {}, taken)
     check_seeds(arguments.seeds)
-    if arguments.json:
-        check_output(arguments.json, arguments.recipe, arguments.overrides)
+    check_output(arguments.json, arguments.recipe, arguments.overrides, who, arguments.tuned)
     outcomes = equal_seconds(
         arguments.recipe,
         who,

@@ -37,7 +37,7 @@ from retnet.experiments.contenders import (
 )
 from retnet.files import read_json
 from retnet.paths import expand
-from retnet.training import load_config
+from retnet.training import key_of, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -179,9 +179,14 @@ def read_tuned(path: Path) -> dict[str, list[str]]:
         UserError: It can't be read, or is none.
     """
     fix = "name the file that python -m retnet.experiments.tune --json wrote"
-    content = read_json(path, fix)
+    content, found = read_json(path, fix), dict[str, list[str]]()
     try:
-        return {best["contender"]: keys_of(best["values"]) for best in content["chosen"]}
+        for best in content["chosen"]:
+            name = best["contender"]
+            if name in found:
+                raise UserError(f"{path}: chosen has {name} twice: leave one of them out")
+            found[name] = keys_of(best["values"])
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no chosen settings: {fix}") from error
 
@@ -228,15 +233,30 @@ def table(trials: Sequence[Trial], chosen: Sequence[Chosen]) -> list[str]:
     return lines
 
 
-def check_output(file: Path, recipe: str, overrides: Sequence[str]) -> None:
+def check_output(
+    file: Path | None,
+    recipe: str,
+    overrides: Sequence[str],
+    who: Sequence[Contender],
+    tuned: Path | None = None,
+) -> None:
     """Raise a ``UserError`` where the results could not be written, or would replace an input."""
+    if file is None:
+        return
     check_writable(file)
     if not file.exists():
         return
     check_not_read(file, [expand(recipe, "configuration")], "recipe")
-    data = load_config(recipe, overrides).data
-    for key in ("source", "validation"):
-        place, name = getattr(data, key), f"data.{key}"
+    if tuned:
+        check_not_read(file, [tuned], "choice of settings")
+    names = ("data.source", "data.validation")
+    texts = {
+        (name, getattr(load_config(recipe, keys).data, name.partition(".")[2]))
+        for contender in who
+        for keys in [[x for x in (*overrides, *contender.keys) if key_of(x) in names]]
+        for name in names
+    }
+    for name, place in texts:
         if place is not None and is_local(place, name):
             check_not_read(file, files_of(open_location(place, name, "text", None, "train")))
 
@@ -257,8 +277,7 @@ def main(argv: Sequence[str]) -> None:
     check_settings(arguments, "--grid", grid, own)
     if not 0 < arguments.tuning_fraction < 1:
         raise UserError(f"--tuning-fraction ({arguments.tuning_fraction}) must be between 0 and 1")
-    if arguments.json:
-        check_output(arguments.json, arguments.recipe, arguments.overrides)
+    check_output(arguments.json, arguments.recipe, arguments.overrides, who)
     trials, chosen = tune(
         arguments.recipe,
         who,

@@ -117,6 +117,11 @@ def _read_file(path: Path) -> Values:
         raise UserError(
             f"configuration ({path}) cannot be read ({error.strerror}): check its permissions"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"configuration ({path}) is not valid YAML: byte {error.start + 1} is not UTF-8, save "
+            "it in that encoding"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"configuration ({path}) is not valid YAML: {error}") from error
     if content is None:

@@ -164,8 +164,11 @@ def open_run_folder(config: Config, start: Start) -> bool:
                 aside = folder.with_name(SET_ASIDE + folder.name)
                 if aside.exists():
                     shutil.rmtree(aside)
+                why = "is not gone on from"
+                if folder == start.checkpoint:
+                    why = f"is of step {step_of(folder)}, whatever its name"
                 folder.rename(aside)
-                logger.warning(f"{folder} is not gone on from: it is kept as {aside.name}")
+                logger.warning(f"{folder} {why}: it is kept as {aside.name}")
         write_text(run / CONFIG, to_yaml(config))
         return (run / BEST).is_dir()
 

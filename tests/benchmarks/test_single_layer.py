@@ -33,7 +33,7 @@ from benchmarks.layer.measuring import (
 from benchmarks.layer.mixing import ALL, CHUNKWISE, CONTENDERS, LINEAR, NAIVE, SDPA
 from retnet.cli import run
 from retnet.evaluation import Timing
-from retnet.evaluation.report import pictures
+from retnet.evaluation.report import curves
 from retnet.model import MIXERS
 
 CPU = torch.device("cpu")
@@ -408,7 +408,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
 def test_the_picture(monkeypatch) -> None:
     """Logarithmic axes, a colour for each mixer as in a report, a cross where it is stopped."""
     figures = []
-    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"png")
+    monkeypatch.setattr(curves, "to_png", lambda figure: figures.append(figure) or b"png")
     names = (NAIVE, SDPA, CHUNKWISE)
     found = [
         *cells(NAIVE, {8: 1.0, 16: 4.0}), Cell(NAIVE, False, 32, stopped="memory"),
@@ -419,7 +419,7 @@ def test_the_picture(monkeypatch) -> None:
     assert {axis.get_xscale() + axis.get_yscale() for axis in (time, memory)} == {"loglog"}
     lines = {line.get_label(): line for line in time.get_lines()}
     mixers = [CONTENDERS[name].mixer for name in names]
-    looks = [pictures.COLOURS[[*MIXERS].index(mixer)] for mixer in mixers]
+    looks = [curves.COLOURS[[*MIXERS].index(mixer)] for mixer in mixers]
     assert [lines[name].get_color() for name in names] == looks
     assert lines[NAIVE].get_linestyle() != lines[SDPA].get_linestyle()
     assert [*lines[NAIVE].get_ydata()] == [1000.0, 4000.0]  # ms

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,30 @@ def test_both_sides_hold_the_documents(tmp_path: Path, spec_for: SpecFor) -> Non
             "bytes": tokens.num_bytes,
             "tokens": tokens.num_tokens,
         }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_validation_text_that_is_trained_on(
+    tmp_path: Path, spec_for: SpecFor, caplog, streaming: bool
+) -> None:
+    """A copy of the source under another name; of a part one line tells how large it is."""
+    path, copy = write_documents(tmp_path / "a.jsonl"), tmp_path / "copy.jsonl"
+    shutil.copy(path, copy)
+    spec = spec_for(path, validation=str(copy), streaming=streaming)
+    words = rf"data\.validation \({copy}\): all of its documents are in data\.source \({path}\) too"
+    with pytest.raises(UserError, match=words):
+        prepare_data(spec)
+    assert entries(spec) == []
+    lines = copy.read_text().splitlines()[::-1]
+    copy.write_text("\n".join([*lines, '{"text": "a document of its own"}']))
+    assert prepare_data(spec).validation.num_tokens
+    told = [line for line in caplog.messages if "what is trained on makes the loss less" in line]
+    assert len(told) == (not streaming)
+    if not streaming:
+        assert f"({copy}): {len(lines)} of its {len(lines) + 1} documents" in told[0]
+        copy.write_text("\n".join(lines))
+        with pytest.raises(UserError, match=words):
+            prepare_data(spec)
 
 
 def test_bpe_is_trained_on_the_training_side_only(tmp_path: Path, spec_for: SpecFor) -> None:
@@ -454,7 +479,9 @@ def test_tuning_leaves_the_validation_text_alone(
 ) -> None:
     """It trains on less, judges on that, and the record finds it again."""
     source = write_documents(tmp_path / "a.jsonl", 400)
-    own = {"validation": str(write_documents(tmp_path / "b.jsonl", 30))} if given else {}
+    other = write_documents(tmp_path / "b.jsonl", 30)
+    other.write_text(other.read_text().replace("cat", "dog"))
+    own = {"validation": str(other)} if given else {}
     plain, tuning = (
         prepare_data(spec_for(source, streaming=streaming, tuning_fraction=share, **own))
         for share in (0.0, 0.3)

@@ -55,10 +55,36 @@ def test_peaks_rise_from_the_same_ground(monkeypatch) -> None:
     assert peaks(tiny_model("retention"), (4, 8, 16)) == [30, 70, 70]
 
 
-def test_in_a_process_of_its_own(tmp_path) -> None:
+def test_in_a_process_of_its_own(tmp_path, monkeypatch) -> None:
+    """From any folder: this package need not be installed, and what lies there is none of ours."""
     path = save_checkpoint(tmp_path / "model", "retention")
+    (tmp_path / "torch.py").write_text("raise SystemExit('of the current folder')")
+    monkeypatch.chdir(tmp_path)
     found = memory.training_peaks(path, [16, 2048], CPU, torch.float32)
     assert 0 <= found[0] < found[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "failed (retnet.errors.UserError: "), (None, "failed (signal 9)")],
+)
+def test_a_process_that_fails_costs_its_figures_alone(
+    tmp_path, monkeypatch, caplog, content: str | None, words: str
+) -> None:
+    """Signal 9 is what ends a process for its memory."""
+    path = save_checkpoint(tmp_path / "model", "retention")
+    checkpoint = load_checkpoint(path)
+    if content is None:
+        kill = "#!/bin/sh\nkill -9 $$\n"
+        (tmp_path / "python").write_text(kill)
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    else:
+        (path / "config.json").write_text(content)
+    given = [TrainingCost(4, 4, 9.0)]
+    assert costs._with_peaks(checkpoint, given) == given
+    (line,) = caplog.messages
+    assert line.startswith(f"the memory of training {path} was not measured: its process {words}")
 
 
 def test_peaks_stand_beside_the_speed_of_their_length(monkeypatch) -> None:

@@ -27,7 +27,8 @@ from retnet.evaluation import (
 )
 from retnet.evaluation.foreign import ForeignMemory, ForeignModel
 from retnet.evaluation.report import Reach, contents, find_out
-from retnet.evaluation.report.pictures import _contexts, styles
+from retnet.evaluation.report.curves import styles
+from retnet.evaluation.report.pictures import _contexts
 from retnet.evaluation.speed import DecodeSpeed
 from retnet.evaluation.tokens import identity, tokens_of
 from tests.evaluation.foreign import WINDOW, save_foreign

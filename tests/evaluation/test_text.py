@@ -116,3 +116,11 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}')
     with pytest.raises(UserError, match=r"a\.jsonl document 1 holds half a surrogate pair at cha"):
         text_of_file(tmp_path / "a.jsonl")
+
+
+def test_a_field_of_plain_text_is_named_as_it_was_given(tmp_path: Path, caplog) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    text_of_file(tmp_path / "a.txt", "body")
+    assert caplog.messages == [
+        f"--text-field (body) has no effect: {tmp_path / 'a.txt'} holds plain text"
+    ]

@@ -216,6 +216,7 @@ def test_how_many_runs_there_are_and_how_long_they_take(tmp_path, monkeypatch, c
     (tmp_path / "2/final").mkdir(parents=True)
     clock = iter(range(0, 1000, 65))
     monkeypatch.setattr(contenders.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(contenders, "check_runs", lambda runs: None)
 
     class Fake:
         def __init__(self, number: int) -> None:
@@ -257,7 +258,7 @@ def test_how_many_runs_there_are_and_how_long_they_take(tmp_path, monkeypatch, c
         (["--variant", "retention", "rwkv"], "--variant (retention) must be a folder's name that"),
         (["--tuned", "no.json"], "no.json is not readable JSON"),
         (["--tuned", "{tuned}"], "tuned.json) says nothing of no-gate"),
-        (["--tuned", "{tuned}", "--json", "{tuned}"], "that the tuned settings is read from"),
+        (["--tuned", "{tuned}", "--json", "{tuned}"], "that the choice of settings is read from"),
         (["--json", "{here}/text.txt"], "text.txt) is a file that the text is read from"),
         (["--json", "{here}/no/x.json"], "/no does not exist: make that folder first"),
     ],

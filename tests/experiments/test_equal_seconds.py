@@ -1,6 +1,7 @@
 """Losses after the same number of seconds."""
 
 import json
+import shutil
 import statistics
 from itertools import pairwise, product
 from pathlib import Path
@@ -69,20 +70,39 @@ def test_a_line_for_each_contender_and_budget() -> None:
     [
         (["--seconds", "0"], "argument --seconds: (0) must be above 0"),
         (["--seconds", "soon"], "argument --seconds: "),
+        (["--seconds", "inf"], "argument --seconds: (inf) must be above 0, and finite"),
+        (["--seconds", "1", "nan"], "argument --seconds: (nan) must be above 0, and finite"),
         (["--seeds", "1", "1"], "--seeds (1) is there twice"),
         (["train.save_every=3"], "(train.save_every=3) has no effect, since --seconds sets that"),
         (["--tuned", "no.json"], "no.json is not readable JSON"),
         (["--json", "{here}/text.txt"], "({here}/text.txt) is a file that the text is read"),
+        (
+            [
+                "--json",
+                "{here}/rows.txt",
+                "--variant",
+                "a",
+                "linear",
+                "data.source={here}/rows.txt",
+            ],
+            "({here}/rows.txt) is a file that the text is read",
+        ),
+        (
+            ["--json", "{here}/tuned.json", "--tuned", "{here}/tuned.json"],
+            "({here}/tuned.json) is a file that the choice of settings is read from: name another",
+        ),
         (["train.beta1=2"], "train.beta1 (2.0)"),
     ],
 )
 def test_mistakes(arguments, tmp_path: Path, capsys, options: list[str], words: str) -> None:
     given = [text for text in arguments if "steps" not in text and "eval_every" not in text]
     options = [option.format(here=tmp_path) for option in options]
+    shutil.copy(tmp_path / "text.txt", tmp_path / "rows.txt")
+    (tmp_path / "tuned.json").write_text('{"chosen": []}')
     assert cli.run(equal_seconds.main, [*given, *WHO, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words.format(here=tmp_path) in line
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "rows.txt", "tuned.json"}
 
 
 def test_runs_of_before(arguments, tmp_path: Path, capsys) -> None:

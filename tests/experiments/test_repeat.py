@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,9 @@ from retnet.evaluation import score_documents, t_interval, validation_text
 from retnet.experiments import contenders as module
 from retnet.experiments import repeat
 from retnet.experiments.contenders import contenders
+from retnet.experiments.tune import read_tuned
 from retnet.model import MIXERS
+from retnet.training import key_of
 
 
 @pytest.fixture(name="arguments")
@@ -123,6 +126,10 @@ def test_one_seed_and_other_tokenizers_or_texts(arguments, tmp_path, capsys) -> 
         (["--variant", "a", "retention", "--variant", "a", "attention"], "--variant (a) must be"),
         (["--tuned", "no.json"], "no.json is not readable JSON"),
         (["--vary", "train.weight_decay=0.1,0.1"], "must be key=value,value, each key and value"),
+        (["--mixers", "aft", "rwkv", "aft"], "--mixers (aft) is there twice: leave one of them"),
+        (["--vary", "train.weight_decay=0.1,1e-1"], "must be key=value,value, each key and value"),
+        (["--variant", "a", "retention", "train.beta1=0.8", "--variant", "a-0.8", "retention"],
+         "--variant: two contenders would have one run folder ("),
         (["--seeds", "0", "1", "0"], "--seeds (0) is there twice: the same run, and no spread"),
         # found before the first run
         (["--vary", "train.weight_decay=0.1,some"], "train.weight_decay (some) must be a number"),
@@ -148,6 +155,59 @@ def test_mistakes(arguments, tmp_path: Path, capsys, options: list[str], words: 
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        ("train.max_steps=2", "train.max_steps=4", "train.max_steps (2 -> 4)"),
+        ("train.eval_max_tokens=99", "train.eval_max_tokens=9", "train.eval_max_tokens (99 -> 9)"),
+    ],
+)
+def test_runs_of_before_are_no_others(
+    arguments, tmp_path: Path, capsys, before: str, after: str, change: str
+) -> None:
+    """train.py would go on with them, and they would stand beside runs of another length."""
+    given = [text for text in arguments if key_of(text) != key_of(before)]
+    options = ["--mixers", "retention", "--seeds", "0"]
+    assert cli.run(repeat.main, [*given, before, *options]) == 0
+    kept = (tmp_path / "runs/shakespeare-char-retention-0/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert cli.run(repeat.main, [*given, after, *options, "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: run ({tmp_path}/runs/shakespeare-char-retention-0) is of ")
+    assert f"it differs in {change}: give another --out" in line
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "metrics.jsonl").read_bytes() == kept
+
+
+def test_runs_of_before_on_another_text(arguments, tmp_path: Path, capsys) -> None:
+    """A finished run is not looked at again by train.py."""
+    given = [*arguments, "--mixers", "linear", "--seeds"]
+    assert cli.run(repeat.main, [*given, "0"]) == 0
+    text = tmp_path / "text.txt"
+    before = text.read_text()
+    text.write_text(f"{before} something new")
+    capsys.readouterr()
+    assert cli.run(repeat.main, [*given, "0", "1"]) == 2
+    first = tmp_path / "runs/shakespeare-char-linear-0"
+    words = f"data.source ({text}) is not the text that run ({first}) was trained on: restore it"
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert cli.run(repeat.main, [*given, "1"]) == 0
+    text.write_text(before)
+    assert cli.run(repeat.main, [*given, "0", "1"]) == 2  # both are finished
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert cli.run(repeat.main, [*given, "0", "2"]) == 0
+
+
+@pytest.mark.parametrize("name", ["final", "final/data.json"])
+def test_a_run_of_before_whose_end_is_lost(arguments, tmp_path: Path, name: str) -> None:
+    given = [*arguments, "--mixers", "linear", "--seeds", "0"]
+    assert cli.run(repeat.main, given) == 0
+    place = tmp_path / "runs/shakespeare-char-linear-0" / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert cli.run(repeat.main, [*given, "1"]) == 0
+    assert place.exists()
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--vary", "train.beta1=0.8,0.9"], "--tuned a (train.beta1=0.7) has no effect, since --"),
@@ -160,6 +220,17 @@ def test_a_key_that_was_tuned(arguments, tmp_path, capsys, options: list[str], w
     more = ["--variant", "a", "retention", "--tuned", str(file)]
     assert cli.run(repeat.main, [*arguments, *options, *more]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_contender_that_was_tuned_twice(tmp_path: Path) -> None:
+    """As two results that a hand has put together: the last one counted, without a word."""
+    file = tmp_path / "tuned.json"
+    one = {"contender": "a", "values": {"train.beta1": "0.7"}}
+    file.write_text(json.dumps({"chosen": [one, one | {"contender": "b"}]}))
+    assert read_tuned(file) == {"a": ["train.beta1=0.7"], "b": ["train.beta1=0.7"]}
+    file.write_text(json.dumps({"chosen": [one, one]}))
+    with pytest.raises(UserError, match=r"tuned\.json: chosen has a twice: leave one of them out"):
+        read_tuned(file)
 
 
 def test_a_run_that_does_not_finish(arguments, monkeypatch: pytest.MonkeyPatch) -> None:

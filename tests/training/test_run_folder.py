@@ -102,6 +102,17 @@ def test_a_damaged_end_is_written_again(
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_was_renamed(options, finished: Path, capsys) -> None:
+    """The state counts: what is gone on from is not said to be left."""
+    shutil.rmtree(finished / "final")
+    (finished / "checkpoints/step_6").rename(finished / "checkpoints/step_7")
+    assert run(options, train__max_steps=8) == 0
+    printed = capsys.readouterr().err
+    words = "checkpoints/step_7 is of step 6, whatever its name: it is kept as set-aside-step_7"
+    assert words in printed and "is not gone on from" not in printed
+    assert [row["step"] for row in metrics(finished)] == [*range(1, 9)]
+
+
 def test_a_manifest_without_files_makes_no_whole_checkpoint(
     options, finished: Path, tmp_path: Path, capsys
 ) -> None:

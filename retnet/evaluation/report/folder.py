@@ -1,6 +1,7 @@
 """The folder of a report: report.md with its pictures, report.html, report.json."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,21 +20,30 @@ from retnet.paths import check_folder
 logger = logging.getLogger(__name__)
 
 DATA, MARKDOWN, PAGE = REPORT_NAMES
+KEYS = ("summary", "comparison", "models")  # of report.json
 OTHER = "name a new folder, or that of a report to replace"
 
 
-def check_report_folder(folder: Path) -> None:
+def check_report_folder(folder: Path, json: Path | None = None) -> None:
     """Find out before the long work whether a report can be written into a folder.
 
-    A ``UserError`` where it is a checkpoint's or run's, something else's with files in it, or
-    cannot be written.
+    A ``UserError`` where it is a checkpoint's or run's, something else's with files in it, cannot
+    be written, is named as a file is, or ``json``, another output, is a file of the report.
     """
     check_folder(folder, "--report")
+    if not folder.is_dir() and folder.suffix in {Path(name).suffix for name in REPORT_NAMES}:
+        raise UserError(
+            f"--report ({folder}) is to be a folder, which the page lies in as {PAGE}: leave "
+            f"{folder.suffix} out"
+        )
+    beside = json is not None and os.path.realpath(json.parent) == os.path.realpath(folder)
+    if json is not None and beside and json.name in REPORT_NAMES:
+        raise UserError(f"--json ({json}) is a file of the report: give it another name")
     for above in (folder, *folder.absolute().parents):
         if is_run(above) or ((above / CONFIG).is_file() and any(above.glob("*.safetensors"))):
             raise UserError(f"--report ({folder}) lies in a run or checkpoint ({above}): {OTHER}")
     with os_errors(f"--report ({folder}) cannot be written", OTHER):
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / DATA).is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not _holds_report(folder):
             raise UserError(f"--report ({folder}) has other files in it: {OTHER}")
         made = files.missing_folders(folder)  # nothing of them is left where the work ends early
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +52,14 @@ def check_report_folder(folder: Path) -> None:
         finally:
             for path in made:
                 path.rmdir()
+
+
+def _holds_report(folder: Path) -> bool:
+    """Whether it is ours: other tools call their reports so too."""
+    try:
+        return files.read_json(folder / DATA, "").keys() == {*KEYS}
+    except UserError:
+        return False
 
 
 def write_report(folder: Path, findings: Findings, command: Sequence[str]) -> None:
@@ -72,4 +90,4 @@ def content(findings: Findings, sentences: Sequence[str], command: Sequence[str]
             "weights": weights and {**asdict(weights), "matrix": weights.matrix.tolist()},
         })  # fmt: skip
     comparison = to_json(findings.comparison, command)
-    return {"summary": list(sentences), "comparison": comparison, "models": models}
+    return dict(zip(KEYS, (list(sentences), comparison, models), strict=True))

@@ -1,197 +1,46 @@
-"""The report's pictures: readable in print, by the colour-blind, and on a telephone.
+"""The report's pictures: readable in print, by the colour-blind, and on a telephone."""
 
-A mixer has the same colour in all of them; models of one mixer differ by line and marker.
-"""
-
-import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+from retnet.evaluation.report.canvas import DPI, WIDE, Picture, own_settings, side_by_side, to_png
+from retnet.evaluation.report.cost_pictures import decoding, throughput, training, windows
+from retnet.evaluation.report.curves import Curve, doubling, draw, legend, plain, styles
 from retnet.evaluation.report.findings import Findings, History
 from retnet.evaluation.report.table import labels
-from retnet.model.mixers import MIXERS
-from retnet.terminal import harmless
 
-# Okabe and Ito's, which the colour-blind tell apart; no yellow, which paper does not show
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
-MARKERS, LINES = "osD^vPX*", ("-", "--", ":", "-.")
-WIDE, HIGH, DPI = 8.0, 3.6, 120
 PANELS = 4  # at most, of models whose weights are drawn
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file, and what it shows for those who do not see it."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A model's values; ``end``, if any, says why there are no more."""
-
-    x: list[float]
-    y: list[float]
-    end: str = ""
-
-
 def pictures(findings: Findings) -> list[Picture]:
-    """All that there are figures for."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen
-    makers = [_losses, _positions, _contexts, _kinds, _recall, _decoding, _throughput, _training,
-              _windows, _weights]  # fmt: skip
-    if not findings.costs[0].by_context:  # not measured
-        makers = [make for make in makers if make not in (_decoding, _throughput, _training)]
-    return [picture for make in makers for picture in make(findings)]
-
-
-def styles(findings: Findings) -> list[dict[str, Any]]:
-    """Colour, line and marker of each model."""
-    return styles_of([model.mixer for model in findings.comparison.models])
-
-
-def styles_of(mixers: Sequence[str]) -> list[dict[str, Any]]:
-    """Colour, line and marker of each curve, by the name of its mixer."""
-    names, seen, found = list(MIXERS), list[int](), []
-    for number, own in enumerate(mixers):
-        mixer = names.index(own) if own in names else len(names)
-        line = LINES[seen.count(mixer) % len(LINES)]  # also of others' models, which share one
-        seen.append(mixer)
-        marker = MARKERS[number % len(MARKERS)]
-        colour = COLOURS[mixer % len(COLOURS)]
-        found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
-    return found
-
-
-def _axes(number: int) -> tuple[Any, Sequence[Any]]:
-    figure, grid = _grid(1, number, (WIDE, HIGH))
-    return figure, grid[0]
-
-
-def _grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for one in grid.flat:
-        one.grid(True, linewidth=0.4, alpha=0.6)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, grid
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str, y: str) -> None:
-    """A line for each model; a cross where it ends before the others."""
-    _curves(axis, labels(findings.comparison), styles(findings), curves, x, y)
-
-
-def _curves(
-    axis: Any,
-    names: Sequence[str],
-    looks: Sequence[dict[str, Any]],
-    curves: Sequence[Curve | None],
-    x: str,
-    y: str,
-) -> None:
-    for label, style, curve in zip(names, looks, curves, strict=True):
-        if curve is None or not curve.x:
-            continue
-        axis.plot(curve.x, curve.y, label=_plain(label), linewidth=1.8, **style)
-        if curve.end:
-            colour = style["color"]
-            axis.plot(curve.x[-1:], curve.y[-1:], "x", color=colour, markersize=12, mew=2)
-            where = (curve.x[-1], curve.y[-1])
-            axis.annotate(curve.end, where, (6, 6), textcoords="offset points", color=colour,
-                          fontsize=9)  # fmt: skip
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-
-
-def panels(
-    names: Sequence[str],
-    mixers: Sequence[str],
-    rows: Sequence[Sequence[tuple[Sequence[Curve], str, str]]],
-) -> bytes:
-    """A PNG of rows of panels with logarithmic axes, one legend below: curves, labels of the axes.
-
-    The names of the curves and of their mixers are the same in all panels.
-    """
-    inches = (1.25 * WIDE, 1.2 * HIGH * len(rows) + 0.07 * len(names))
-    figure, grid = _grid(len(rows), len(rows[0]), inches)
-    legend: dict[str, Any] = {}
-    for axes, own in zip(grid, rows, strict=True):
-        for axis, (curves, x, y) in zip(axes, own, strict=True):
-            _curves(axis, names, styles_of(mixers), curves, x, y)
-            _doubling(axis)
-            _times(axis)
-            handles, shown = axis.get_legend_handles_labels()
-            legend |= dict(zip(shown, handles, strict=True))
-    place = {"loc": "outside lower center", "ncols": 4}
-    figure.legend(legend.values(), legend.keys(), fontsize=9, frameon=False, **place)
-    return _png(figure)
-
-
-def _doubling(axis: Any) -> None:
-    """A logarithmic axis with the lengths themselves on it, at most eight."""
-    lengths = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
-    axis.set_xscale("log", base=2)
-    shown = lengths[:: max(1, -(-len(lengths) // 8))]
-    axis.set_xticks(shown, [f"{length:,.0f}" for length in shown], fontsize=9)
-    axis.minorticks_off()
-
-
-def _times(axis: Any) -> None:
-    """A logarithmic axis upwards, with plain numbers on it."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    low, high = axis.get_ylim()
-    if high < 30 * low:  # else they stand in each other's way
-        axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    else:
-        axis.yaxis.set_minor_formatter("")
-    axis.tick_params(axis="y", which="both", labelsize=8)
-
-
-def _plain(text: str) -> str:
-    """A name that matplotlib takes for no formula."""
-    return harmless(text).replace("$", r"\$")
-
-
-def _legend(axis: Any) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=9, frameon=False)
+    """All that there are figures for, the same whatever matplotlib is set to on this machine."""
+    makers = [_losses, _positions, _contexts, _kinds, _recall]
+    if findings.costs[0].by_context:  # measured
+        makers += [decoding, throughput, training]
+    makers += [windows, _weights]
+    with own_settings():
+        return [picture for make in makers for picture in make(findings)]
 
 
 def _losses(findings: Findings) -> Iterator[Picture]:
     histories = findings.histories
     if not any(histories):
         return
-    figure, axes = _axes(2)
+    figure, axes = side_by_side(2)
 
     def curves(seconds: bool) -> list[Curve | None]:
         return [None if one is None else _smooth(one, seconds) for one in histories]
 
     for axis, timed, x in zip(axes, (False, True), ("step", "seconds of training"), strict=True):
-        _draw(findings, axis, curves(timed), x, "training loss, nats per token")
+        draw(findings, axis, curves(timed), x, "training loss, nats per token")
         for line in axis.get_lines():
             line.set_marker("")
         for one, style in zip(histories, styles(findings), strict=True):
             if one is not None and not (timed and one.seconds is None):
                 _validation(axis, one, timed, style)
-    _legend(axes[0])
+    legend(axes[0])
     caption = "Mean training loss of the steps around (line), and validation loss (markers)."
-    yield Picture("losses", "While training", caption, _png(figure))
+    yield Picture("losses", "While training", caption, to_png(figure))
 
 
 def _smooth(history: History, timed: bool) -> Curve | None:
@@ -235,17 +84,17 @@ def _by_count(findings: Findings, part: str, x: str) -> bytes | None:
         curves.append(Curve([float(end) for end in found], list(found.values())))
     if not any(curve.x for curve in curves):
         return None
-    figure, (axis,) = _axes(1)
-    _draw(findings, axis, curves, x, "nats per token")
-    _doubling(axis)
-    _legend(axis)
-    return _png(figure)
+    figure, (axis,) = side_by_side(1)
+    draw(findings, axis, curves, x, "nats per token")
+    doubling(axis)
+    legend(axis)
+    return to_png(figure)
 
 
 def _contexts(findings: Findings) -> Iterator[Picture]:
     if findings.profiles is None or not findings.profiles[0].by_context:
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     curves = []
     for one in findings.profiles:
         found = {
@@ -253,22 +102,22 @@ def _contexts(findings: Findings) -> Iterator[Picture]:
         }
         end = "" if len(found) == len(one.by_context) else "not defined"
         curves.append(Curve([float(c) for c in found], list(found.values()), end))
-    _draw(findings, axis, curves, "tokens of context", "nats per token")
-    _doubling(axis)
+    draw(findings, axis, curves, "tokens of context", "nats per token")
+    doubling(axis)
     for trained in set(findings.trained) - {None}:
         axis.axvline(trained, color="#7F7F7F", linewidth=1)
         axis.annotate("trained", (trained, 1), (3, -9), fontsize=9,
                   xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
-    _legend(axis)
+    legend(axis)
     targets = next(loss.targets for loss in findings.profiles[0].by_context.values() if loss)
     caption = f"The same {targets:,} targets at the ends of windows of several lengths."
-    yield Picture("contexts", "Within and beyond the trained length", caption, _png(figure))
+    yield Picture("contexts", "Within and beyond the trained length", caption, to_png(figure))
 
 
 def _kinds(findings: Findings) -> Iterator[Picture]:
     if findings.profiles is None:
         return
-    figure, (axis,) = _axes(1)
+    figure, (axis,) = side_by_side(1)
     kinds = [kind for kind, loss in findings.profiles[0].by_kind.items() if loss.targets]
     height = 0.8 / len(findings.profiles)
     rows = zip(labels(findings.comparison), styles(findings), findings.profiles, strict=True)
@@ -276,95 +125,13 @@ def _kinds(findings: Findings) -> Iterator[Picture]:
         places = [i + number * height for i in range(len(kinds))]
         values = [one.by_kind[kind].nats or 0 for kind in kinds]
         hatch = "" if style["linestyle"] == "-" else "//"
-        axis.barh(places, values, height, label=_plain(label), color=style["color"], hatch=hatch)
+        axis.barh(places, values, height, label=plain(label), color=style["color"], hatch=hatch)
     axis.set_yticks([i + 0.4 - height / 2 for i in range(len(kinds))], kinds, fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel("nats per token")
-    _legend(axis)
+    legend(axis)
     caption = "Loss by kind of target: whether its pair has been there, and how frequent it is."
-    yield Picture("kinds", "What is predicted well", caption, _png(figure))
-
-
-def _costs(
-    findings: Findings, part: str, x: Callable[[Any], float], y: Callable[[Any], float | None]
-) -> list[Curve | None]:
-    curves: list[Curve | None] = []
-    for costs in findings.costs:
-        entries = getattr(costs, part)
-        found = [(x(one), value) for one in entries if (value := y(one)) is not None]
-        end = "stopped" if any(one.stopped for one in entries) else ""
-        curves.append(Curve([a for a, _ in found], [b for _, b in found], end))
-    return curves
-
-
-def _mb(size: int | None) -> float | None:
-    return None if size is None else size / 1e6
-
-
-def _decoding(findings: Findings) -> Iterator[Picture]:
-    figure, axes = _axes(2)
-    time = _costs(findings, "by_context", lambda one: one.context, lambda one: one.ms_per_token)
-    size = _costs(findings, "by_context", lambda one: one.context, lambda one: _mb(one.cache_bytes))
-    _draw(findings, axes[0], time, "tokens of context", "ms per token")
-    _draw(findings, axes[1], size, "tokens of context", "MB of state or cache")
-    for axis in axes:
-        _doubling(axis)
-        _times(axis)
-    _legend(axes[0])
-    caption = "One row; greedy. A cross: the next length would take too long, or not fit."
-    yield Picture("decoding", "Generating: time and memory", caption, _png(figure))
-
-
-def _throughput(findings: Findings) -> Iterator[Picture]:
-    reading = _costs(findings, "by_context", lambda one: one.context,
-                     lambda one: one.prefill_tokens_per_second)  # fmt: skip
-    rows = _costs(findings, "by_batch", lambda one: one.rows, lambda one: one.tokens_per_second)
-    png = _two(
-        findings,
-        (reading, "tokens of the prompt", "prompt tokens per second"),
-        (rows, "rows side by side", "new tokens per second, all rows"),
-    )
-    caption = "Reading a prompt, and generating several texts at once."
-    yield Picture("throughput", "Prompts and batches", caption, png)
-
-
-def _training(findings: Findings) -> Iterator[Picture]:
-    speed = _costs(findings, "training", lambda one: one.length, lambda one: one.tokens_per_second)
-    peaks = _costs(findings, "training", lambda one: one.length, lambda one: _mb(one.row_bytes))
-    png = _two(
-        findings,
-        (speed, "tokens of a row", "tokens per second"),
-        (peaks, "tokens of the one row", "MB at the peak of a step"),
-    )
-    caption = "Forward and backward pass, without the optimizer."
-    yield Picture("training", "Training by the length of rows", caption, png)
-
-
-def _two(findings: Findings, *panels: tuple[Sequence[Curve | None], str, str]) -> bytes:
-    """Two panels side by side, upwards from 0: curves and what the axes show."""
-    figure, axes = _axes(2)
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw(findings, axis, *panel)
-        _doubling(axis)
-        axis.set_ylim(bottom=0)
-    _legend(axes[0])
-    return _png(figure)
-
-
-def _windows(findings: Findings) -> Iterator[Picture]:
-    if not any(findings.windows):
-        return
-    figure, (axis,) = _axes(1)
-    for number, (own, style) in enumerate(zip(findings.windows, styles(findings), strict=True)):
-        finite = [window for window in own if window < float("inf")]
-        axis.plot(finite, [number] * len(finite), **{**style, "linestyle": "none", "markersize": 8})
-    names = [_plain(label) for label in labels(findings.comparison)]
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    _doubling(axis)
-    axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
-    caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
-    yield Picture("windows", "How far heads look back", caption, _png(figure))
+    yield Picture("kinds", "What is predicted well", caption, to_png(figure))
 
 
 def _weights(findings: Findings) -> Iterator[Picture]:
@@ -383,14 +150,14 @@ def _weights(findings: Findings) -> Iterator[Picture]:
     for panel, (label, one) in zip(panels, known, strict=False):
         # no colour where a token takes nothing; the two ends differ for the colour-blind too
         image = panel.imshow(one.matrix, cmap="PuOr", vmin=-1, vmax=1)
-        words = [_plain(repr(token)[1:-1]) for token in one.tokens]
+        words = [plain(repr(token)[1:-1]) for token in one.tokens]
         panel.set_xticks(range(len(words)), words, fontsize=6, rotation=90)
         panel.set_yticks(range(len(words)), words, fontsize=6)
-        panel.set_title(f"{_plain(label)}: layer {one.layer}, head {one.head}", fontsize=9)
+        panel.set_title(f"{plain(label)}: layer {one.layer}, head {one.head}", fontsize=9)
         panel.set_xlabel("token that is taken", fontsize=8)
         panel.set_ylabel("token that takes", fontsize=8)
     bar = figure.colorbar(image, ax=panels.tolist(), location="bottom", shrink=0.4, aspect=30)
     bar.set_label("weight, divided by the largest of its row", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     caption = "What one head takes of each token's values; nothing comes from a later token."
-    yield Picture("weights", "One head, token by token", caption, _png(figure))
+    yield Picture("weights", "One head, token by token", caption, to_png(figure))

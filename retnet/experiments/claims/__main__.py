@@ -36,6 +36,7 @@ from retnet.experiments.claims.output import (
     to_text,
 )
 from retnet.experiments.claims.registry import CLAIMS, chosen
+from retnet.experiments.claims.rivals import OURS
 from retnet.experiments.claims.setup import CONTEXT, LEAST_CONTEXT, ROUNDS, SIZE, Setup
 from retnet.experiments.claims.trials import RECIPE, Trials
 from retnet.experiments.tune import check_output
@@ -158,8 +159,8 @@ def _check_outputs(arguments: argparse.Namespace, trials: Trials) -> None:
     for option in ("json", "markdown"):
         if file := getattr(arguments, option):
             check_writable(file, f"--{option}")
-    if arguments.json and arguments.train:
-        check_output(arguments.json, trials.recipe, trials.overrides)
+            if arguments.train:  # the contenders differ in nothing that is read
+                check_output(file, trials.recipe, trials.overrides, [OURS.contender], trials.tuned)
 
 
 def _measured(claims: Sequence[Claim], given: object, before: Mapping[str, Result]) -> Result:

@@ -4,12 +4,15 @@ import base64
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,8 +25,9 @@ from retnet.evaluation.costs import Costs
 from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.report import Reach, check_report_folder, find_out, write_report
 from retnet.evaluation.report.contents import page_of
+from retnet.evaluation.report.curves import styles
 from retnet.evaluation.report.findings import history, lengths_of
-from retnet.evaluation.report.pictures import pictures, styles
+from retnet.evaluation.report.pictures import pictures
 from retnet.evaluation.report.summary import crossing, summary
 from retnet.evaluation.speed import DecodeSpeed
 from tests.evaluation.report.conftest import NASTY
@@ -253,6 +257,48 @@ def test_a_report_takes_the_place_of_one_and_of_nothing_else(folder, findings, t
         assert str(caught.value).startswith("--report (") and "name a" in str(caught.value)
     check_report_folder(tmp_path / "new" / "report")
     assert not (tmp_path / "new").exists(), "nothing is left before there is a report"
+
+
+@pytest.mark.parametrize("content", ['{"coverage": 93}', "[]", "{"])
+def test_another_tools_report_is_kept(tmp_path: Path, content: str) -> None:
+    """Which has the same name."""
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UserError, match="has other files in it"):
+        check_report_folder(tmp_path)
+
+
+def test_a_report_is_a_folder_of_its_own_files(folder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.html\) is to be a folder, which the page lies in as"):
+        check_report_folder(tmp_path / "x.html")
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"--json \(.*\.json\) is a file of the report: give"):
+            check_report_folder(folder, place / "report.json")
+    check_report_folder(folder, folder / "comparison.json")
+    check_report_folder(folder, tmp_path / "report.json")
+
+
+def test_pictures_are_the_same_on_every_machine(findings, recwarn) -> None:
+    """With LaTeX asked for, and a name that the font has no signs of."""
+    comparison = findings.comparison
+    models = [replace(comparison.models[0], name="运行"), *comparison.models[1:]]
+    named = replace(comparison, models=models)
+    few = replace(findings, comparison=named, profiles=None, costs=[Costs([], [], [])] * 3)
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "black"}):
+        drawn = pictures(few)
+        assert matplotlib.rcParams["text.usetex"]
+    assert drawn == pictures(few) and len(drawn) > 1
+    assert not recwarn.list
+
+
+def test_pictures_in_a_notebooks_shell() -> None:
+    """Which names a backend that may not be there."""
+    code = "from retnet.evaluation.report.canvas import *\n"
+    code += "with own_settings(): print(os.environ['MPLBACKEND'], len(to_png(side_by_side(1)[0])))"
+    env = os.environ | {"MPLBACKEND": "module://no_such_notebook"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("module://no_such_notebook ")
 
 
 def test_a_report_is_never_corpus(folder) -> None:

@@ -141,6 +141,7 @@ def test_the_page_names_every_claim() -> None:
         (["rwkv-cost", "--train"], "--train has no effect, since these claims need no training"),
         (["rwkv-cost", "--size", "huge"], "--size (huge) must be a recipe of configs/ (base, "),
         (["rwkv-cost", "--size", "no.yaml"], "configuration (no.yaml) is not a file"),
+        (["equal-to-transformer", "--train", "--recipe", "no.yaml"], "configuration (no.yaml) is"),
         (["rwkv-cost", "--context", "9" * 12], "--context (999,999,999,999) with 8 rows needs"),
         (["rwkv-cost", "--context", "10"], "--context (10) must be at least 64"),
         (["rwkv-cost", "--rounds", "0"], "argument --rounds: '0' must be a whole number of at"),
@@ -171,7 +172,6 @@ def test_mistakes(tmp_path: Path, capsys, monkeypatch, options: list[str], words
         (["model.mixer=rwkv"], "argument (model.mixer=rwkv) has no effect, since"),
         (["model.layers=3"], "model.layers"),
         (["model.num_heads=3"], "model.hidden_size (16) must be divisible by"),
-        (["--recipe", "no.yaml"], "configuration (no.yaml) is not a file"),
     ],
 )
 def test_mistakes_of_training(
