@@ -9,6 +9,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.data import DataSpec, prepare_data
 from retnet.errors import UserError
 from retnet.evaluation import text_of_file, validation_text
+from retnet.evaluation.text import _recorded_files
 from tests.generation.builders import byte_tokenizer, tiny_model
 
 
@@ -116,3 +117,9 @@ def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}')
     with pytest.raises(UserError, match=r"a\.jsonl document 1 holds half a surrogate pair at cha"):
         text_of_file(tmp_path / "a.jsonl")
+
+
+def test_a_training_text_that_the_record_does_not_place() -> None:
+    """It is asked for where results could be written over it."""
+    for source in ({"kind": "files"}, {"kind": 3}, {"kind": "files", "location": 3}, {}, None):
+        assert _recorded_files({"source": source, "validation_source": None}) == ()
