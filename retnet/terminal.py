@@ -15,7 +15,7 @@ from retnet.errors import UserError
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-LINE_BREAKS = re.compile("[\n\x0b-\r\x1c-\x1e\x85\u2028\u2029]")
+LINE_BREAKS = re.compile("[\n\x85\u2028\u2029]")  # a carriage return ends no line of a file
 
 
 def in_one_line(text: str) -> str:
