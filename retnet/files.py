@@ -7,6 +7,7 @@ writers meet and no file of a user's is hit; while a process works under one it 
 the system takes back however the process ends.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -224,18 +225,34 @@ def replacing(folder: Path) -> Iterator[Path]:
             with held(folder):
                 folder.rename(old)
                 new.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
+                with suppress(OSError):
+                    remove(old)
         else:
             new.rename(folder)
     sync(folder.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a folder with what is in it, or a file; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a folder; one half removed is never seen under its name."""
+    """Remove a folder, or the link to one; one half removed is never seen under its name.
+
+    An ``OSError``, and nothing has changed, where permissions protect it.
+    """
+    as_now = os.access in os.supports_effective_ids
+    allowed = os.access(folder, os.W_OK | os.X_OK, effective_ids=as_now)
+    if not (allowed or folder.is_symlink()):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     rest = _beside(folder)
     with held(folder):
         folder.rename(rest)
-        shutil.rmtree(rest)
+        remove(rest)
 
 
 def tidy(parent: Path) -> None:
@@ -250,10 +267,9 @@ def tidy(parent: Path) -> None:
         place = parent / name["name"]
         if name["old"] and not place.exists():
             path.rename(place)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def sha256(path: Path) -> bytes:

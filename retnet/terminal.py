@@ -15,6 +15,14 @@ from retnet.errors import UserError
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+LINE_BREAKS = re.compile("[\n\x85\u2028\u2029]")  # a carriage return ends no line of a file
+
+
+def in_one_line(text: str) -> str:
+    """The text with line breaks as escapes: a file's name is no reason for a line of its own."""
+    return LINE_BREAKS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def harmless(text: str) -> str:
     """The text with control characters as escapes: what a model or a file name says is shown."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -75,7 +83,7 @@ def discard(stream: TextIO) -> None:
 
 
 class PlainHandler(logging.Handler):
-    """Log lines as plain text, to what is standard error at that time."""
+    """Log lines as plain text, one for each record, to what is standard error at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(shown(self.format(record), sys.stderr), file=sys.stderr)
+        print(shown(in_one_line(self.format(record)), sys.stderr), file=sys.stderr)

@@ -140,3 +140,10 @@ def test_the_interpreters_end_costs_nothing_either() -> None:
             [sys.executable, "-c", program], stdout=-1, stderr=full, text=True, check=False
         )
     assert (result.returncode, result.stdout) == (2, "True True\n")
+
+
+def test_a_log_line_is_one_line(capsys) -> None:
+    """Or a file's name could say that all is lost."""
+    cli.configure_logging()
+    logging.getLogger("retnet.test").info("reading %s", "x\nerror: all is lost\u2028y")
+    assert capsys.readouterr().err == "reading x\\nerror: all is lost\\u2028y\n"

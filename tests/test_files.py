@@ -249,3 +249,18 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f".unfinished-{'0' * 16}-a")
     files.tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path: Path) -> None:
+    """A checkpoint that was moved to another disk is one."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/mine").write_text("years")
+    for name in ("step_1", "best", ".unfinished-0123456789abcdef-x"):
+        (tmp_path / name).symlink_to(tmp_path / "disk")
+    files.remove_folder(tmp_path / "step_1")
+    with files.replacing(tmp_path / "best") as new:
+        (new / "a").write_text("a")
+    files.tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "disk"]
+    assert content(tmp_path / "disk") == {"mine": "years"}
+    assert content(tmp_path / "best") == {"a": "a"}

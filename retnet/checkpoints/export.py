@@ -9,6 +9,7 @@ file of ``mixers.retention`` is mixers_retention.py, and the imports are rewritt
 
 import argparse
 import ast
+import logging
 import re
 import shutil
 import sys
@@ -17,17 +18,37 @@ from pathlib import Path
 
 import retnet.model
 from retnet.checkpoints.find import find_checkpoint
-from retnet.checkpoints.format import CONFIG, COPY_AGAIN, MANIFEST, OPTIMIZER, TRAINING_STATE
+from retnet.checkpoints.format import (
+    CARRIED,
+    CONFIG,
+    COPY_AGAIN,
+    DATA_RECORD,
+    MANIFEST,
+    OPTIMIZER,
+    TOKENIZER,
+    TRAINING_STATE,
+    WEIGHTS_INDEX,
+)
 from retnet.checkpoints.verify import check_weights_unchanged, write_manifest
+from retnet.checkpoints.weights import weight_files
 from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError, os_errors
 from retnet.files import read_json, replacing, write_json, write_text
 from retnet.model.models import PUBLIC, configuration
 from retnet.paths import kind_of
+from retnet.terminal import shown
+
+logger = logging.getLogger(__name__)
 
 MODEL = Path(retnet.model.__file__).parent
 MODELS = "models"  # the module with the public classes, below that
-FOR_TRAINING = (OPTIMIZER, TRAINING_STATE, MANIFEST)  # not taken along, or written anew
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# What is taken along beside the weights: who publishes an export knows what is in it.
+PARTS = (CONFIG, "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json",
+         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", DATA_RECORD,
+         "README.md", "LICENSE")  # fmt: skip
+NOT_NAMED = (OPTIMIZER, TRAINING_STATE, MANIFEST, CARRIED)  # for training, or written anew
+CACHE = "blobs"  # where the links of huggingface_hub's own folders lead
 
 
 def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
@@ -42,19 +63,43 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
     check_weights_unchanged(source)
     config = read_json(source / CONFIG, COPY_AGAIN)
     config["auto_map"] = _auto_map(source, config.get("model_type"))
+    config.pop("custom_pipelines", None)  # code of somebody else
     with (
         os_errors(f"folder ({folder}) cannot be written", "name another one, or free space there"),
         replacing(folder) as new,
     ):
-        for file in sorted(source.iterdir()):
-            left = file.name in FOR_TRAINING or file.name.startswith("adapter_")  # see ``verify``
-            if file.is_file() and not left:
-                shutil.copyfile(file, new / file.name)
+        taken = _taken(source)
+        for file in taken:
+            shutil.copyfile(file, new / file.name)
         write_json(new / CONFIG, config)
+        if (new / TOKENIZER_CONFIG).exists():
+            settings = read_json(new / TOKENIZER_CONFIG, COPY_AGAIN)
+            settings.pop("auto_map", None)
+            write_json(new / TOKENIZER_CONFIG, settings)
         for name, text in flat_code(MODELS):
             write_text(new / f"{name}.py", text)
         write_manifest(new)
     return source
+
+
+def _taken(source: Path) -> list[Path]:
+    """The files of a checkpoint that an export has; a warning names the others.
+
+    Whatever a stranger has put beside them, code for instance, stays behind, and so does what a
+    link leads to elsewhere on this machine, but for the weights.
+    """
+    weights = {*weight_files(source), WEIGHTS_INDEX}
+    taken, left = [], []
+    for file in sorted(source.iterdir()):
+        real = file.resolve()
+        inside = real.parent == source.resolve() or real.parent.name == CACHE
+        if file.is_file() and (file.name in weights or (file.name in PARTS and inside)):
+            taken.append(file)
+        elif file.name not in NOT_NAMED:
+            left.append(file.name)
+    if left:
+        logger.warning("not exported: %s", ", ".join(left))
+    return taken
 
 
 def _auto_map(source: Path, model_type: object) -> dict[str, str]:
@@ -111,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", type=file_path, help="to write; must not be there yet")
     arguments = parser.parse_args(argv)
     source = export_checkpoint(arguments.checkpoint, arguments.folder)
-    print(f"{source} with the model's code: {arguments.folder}")
+    print(shown(f"{source} with the model's code: {arguments.folder}", sys.stdout))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class Progress:
             return f"best_step ({self.best_step}) comes after step ({self.step})"
         if self.best_loss is not None and not math.isfinite(self.best_loss):
             return f"best_loss ({self.best_loss}) must be finite"
+        if self.best_loss is not None and self.best_loss < 0:
+            return f"best_loss ({self.best_loss}) must be at least 0"
         if self.precision not in (None, "fp32", "bf16"):
             return f"precision ({self.precision}) must be fp32 or bf16"
         return None

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN
+from retnet.checkpoints.weights import NUMBERS
 from retnet.errors import UserError
 from retnet.files import read_json
 
@@ -37,9 +38,15 @@ def check_same_model(
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise a ``UserError`` when numbers of a checkpoint's are none; it begins with ``what``.
 
-    Training is in float32, beyond whose range those of float64 are none either.
+    Training is in float32, beyond whose range those of float64 are none either. Nor are those of
+    types in which nothing is computed.
     """
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in NUMBERS:
+            raise UserError(
+                f"{what} has numbers of type {tensor.dtype} ({name}), in which nothing is computed "
+                "here: save them as floating-point numbers of 16 bits or more"
+            )
         narrow = tensor.float() if tensor.dtype == torch.float64 else tensor
         if not narrow.isfinite().all():
             raise UserError(

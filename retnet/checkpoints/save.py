@@ -4,6 +4,7 @@ States are gathered by ``torch.distributed.checkpoint``, which gives the same na
 tensors for a plain, a DDP and a sharded model.
 """
 
+import logging
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +33,11 @@ from retnet.checkpoints.format import (
 )
 from retnet.checkpoints.match import TAKE_OVER, check_finite, check_same_model
 from retnet.checkpoints.verify import write_manifest
-from retnet.checkpoints.weights import read_weights
+from retnet.checkpoints.weights import read_file, read_weights
 from retnet.errors import UserError
 from retnet.files import remove_folder, replacing, tidy, write_json
+
+logger = logging.getLogger(__name__)
 
 NOT_SIGNED = "/step", "/exp_avg_sq"  # AdamW's numbers that can't be below 0
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -127,7 +130,7 @@ def load_checkpoint_state(
     states.set_model_state_dict(model, weights, options=options)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     with _readable(what):
-        stored = load_file(folder / OPTIMIZER)
+        stored = read_file(folder / OPTIMIZER)
     own = _flatten_moments(moments)
     _check_same_optimizer(own, stored, folder / OPTIMIZER)
     check_same_model(own, stored, what, fix)  # tied weights have one
@@ -174,9 +177,13 @@ def _flatten_moments(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints."""
+    """Remove all but the ``keep`` newest checkpoints; one that is protected stays, with a line."""
     for folder in list_checkpoints(run)[:-keep]:
-        remove_folder(folder)
+        try:
+            if folder.is_dir():
+                remove_folder(folder)
+        except PermissionError as error:
+            logger.warning("%s is older than train.keep and stays (%s)", folder, error.strerror)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -1,5 +1,6 @@
 """The weights of a checkpoint folder: which files they are, and whether they may be loaded."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def _opened(path: Path) -> Any:
     except PermissionError as error:
         raise UserError(unreadable(path)) from error
     check_no_pointer(path, beginning, path.stat().st_size)
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+        raise UserError(
+            f"{path} has a name that is no {sys.getfilesystemencoding()} text, and the library "
+            "that reads weights knows no others: rename the folder, or go into it (cd) and name "
+            "it by ."
+        )
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -141,6 +148,16 @@ def check_size(folder: Path, config: Any) -> None:
             f"checkpoint ({folder}) is incomplete, its weights have {stored:,} bytes in {number:,} "
             f"tensors and config.json describes a model of {described} at least: copy it again"
         )
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file.
+
+    A ``SafetensorError`` where it is damaged, a ``UserError`` that names it where it may not be
+    read or memory does not take it.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def read_weights(folder: Path, *, tied: bool) -> dict[str, Tensor]:

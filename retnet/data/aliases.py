@@ -1,6 +1,7 @@
 """How large a YAML text is with its aliases written out: each line may be ten times the one before.
 
-Libraries that write such a value out, in a message for instance, take all time and memory.
+Libraries that write such a value out, in a message for instance, take all time and memory. A text
+that is simply long takes minutes to read.
 """
 
 import math
@@ -8,6 +9,7 @@ import math
 import yaml
 
 MOST_NODES = 10_000  # of a file that somebody wrote
+MOST_TEXT = 1 << 20  # characters; reading that many takes seconds
 
 
 def too_large(node: yaml.Node | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from retnet.data.aliases import MOST_NODES, too_large
+from retnet.data.aliases import MOST_NODES, MOST_TEXT, too_large
 from retnet.data.listing import files_below
 from retnet.data.network import (
     HubUnreachableError,
@@ -187,7 +187,7 @@ def _check_card(folder: Path, what: str) -> None:
         heads[folder / SECOND_CARD] = _read(folder / SECOND_CARD)
     for file, head in heads.items():
         try:
-            large = too_large(yaml.compose(head, yaml.SafeLoader))
+            large = len(head) > MOST_TEXT or too_large(yaml.compose(head, yaml.SafeLoader))
             card = None if large else yaml.safe_load(head)
         except (yaml.YAMLError, RecursionError, *UNTYPED) as error:
             raise UserError(
@@ -196,7 +196,7 @@ def _check_card(folder: Path, what: str) -> None:
         if large:
             raise UserError(
                 f"{what}: {file} has more than {MOST_NODES:,} values before its text, aliases "
-                "written out: make it shorter"
+                f"written out, or more than {MOST_TEXT:,} characters: make it shorter"
             )
         for text in _texts(card.get("configs") if isinstance(card, dict) else None):
             if OUTSIDE.search(text):

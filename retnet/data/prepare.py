@@ -43,7 +43,13 @@ from retnet.data.split import (
     survey_documents,
 )
 from retnet.data.streaming import stream_fingerprint, write_stream
-from retnet.data.tokenizer import load_tokenizer, max_token_id, tokenizer_hash, train_bpe
+from retnet.data.tokenizer import (
+    load_tokenizer,
+    max_token_id,
+    panics_as_errors,
+    tokenizer_hash,
+    train_bpe,
+)
 from retnet.data.writing import phase, read_documents_of, write_tokens
 from retnet.errors import UserError
 from retnet.files import replacing, write_json
@@ -249,7 +255,11 @@ def _train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """The bpe tokenizer of an earlier attempt, or one trained on the first ``num_bytes``."""
     if (folder / TOKENIZER).is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(str(folder / TOKENIZER))
+        try:
+            with panics_as_errors():
+                return PreTrainedTokenizerFast.from_pretrained(str(folder / TOKENIZER))
+        except Exception as error:  # a damaged file can fail in any way
+            logger.warning("%s is damaged and is made again (%s)", folder / TOKENIZER, error)
 
     def first() -> Iterator[str]:
         for text in _side(inputs.source, rule, TRAIN):

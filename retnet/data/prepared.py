@@ -128,6 +128,8 @@ def remove_abandoned(cache_dir: Path) -> None:
     """Remove the unfinished folders of processes that were killed: whose locks nobody holds."""
     with suppress(OSError):  # the cache may be another's, to be read only
         for folder in cache_dir.glob(f"{UNFINISHED}*"):
+            if folder.is_symlink():  # into a folder that is none of the cache's
+                continue
             with suppress(OSError), FileLock(folder / LOCK).acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _finish(backend)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """``bytes``, or a pretrained tokenizer by folder or Hub name.
+def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """``bytes``, or a pretrained tokenizer by folder (a ``Path`` is always one) or Hub name.
+
+    ``key`` is what messages call it.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
     lacks as new entries. A ``UserError`` where there is none, or it is not a fast one.
@@ -87,11 +90,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     if name == BYTES:
         return byte_tokenizer()
-    tokenizer = _load(name)
+    tokenizer = _load(name, key)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"data.tokenizer ({name}) has no tokenizer.json: convert it to a fast tokenizer"
-        )
+        raise UserError(f"{key} ({name}) has no tokenizer.json: convert it to a fast tokenizer")
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
@@ -132,8 +133,7 @@ def encode_in_pieces(
     of a piece that is searched for one (Chinese, minified code) is cut through its words: there
     those of a bpe tokenizer may differ too.
     """
-    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    bos, eos = (np.array([end], dtype=np.uint32) for end in ends)
+    bos, eos = _end(tokenizer, "bos"), _end(tokenizer, "eos")
     encode = _encoder(tokenizer)
     for group in in_groups(documents, BATCH_CHARACTERS):
         bodies = iter(encode([text for text in group if len(text) <= PIECE_CHARACTERS]))
@@ -143,6 +143,24 @@ def encode_in_pieces(
                 yield text, [(ids, len(text.encode()))]
             else:
                 yield text, _encode_long(encode, text, bos, eos)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
+    """The ids, uint32 [tokens], of a text without ends; in bounded memory, as above."""
+    encode = _encoder(tokenizer)
+    parts = [ids for group in in_groups(_pieces(text), BATCH_CHARACTERS) for ids in encode(group)]
+    return np.concatenate(parts, dtype=np.uint32)
+
+
+def _end(tokenizer: PreTrainedTokenizerFast, kind: str) -> np.ndarray:
+    """The id, uint32 [1], that begins ("bos") or ends ("eos") a document."""
+    token = getattr(tokenizer, f"{kind}_token_id")
+    if token is None:
+        raise UserError(
+            f"tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no {kind}_token,"
+            f" which every document has: set {kind}_token in its tokenizer_config.json"
+        )
+    return np.array([token], dtype=np.uint32)
 
 
 def _encode_long(
@@ -257,16 +275,15 @@ def _byte_tokenizer_hash() -> str:
     return tokenizer_hash(byte_tokenizer())
 
 
-def _load(name: str) -> PreTrainedTokenizerBase:
-    what = f"data.tokenizer ({name})"
-    folder = expand(name, "data.tokenizer")
-    kind = kind_of(folder, "data.tokenizer")
-    if kind != "folder" and (
-        kind is not None or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    ):
+def _load(given: str | Path, key: str) -> PreTrainedTokenizerBase:
+    name, what = str(given), f"{key} ({given})"
+    folder = expand(given, key)
+    kind = kind_of(folder, key)
+    is_path = isinstance(given, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if kind != "folder" and (kind is not None or is_path):
         raise UserError(f"{what} is not a folder: name the folder that holds tokenizer.json")
     if kind == "folder":
-        check_tokenizer_files(folder, f"name another folder than data.tokenizer ({name})")
+        check_tokenizer_files(folder, f"name another folder than {what}")
     try:
         return _from_pretrained(str(folder) if kind else name, local_files_only=True)
     except Exception as error:  # missing, damaged and unknown files each raise another kind

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retnet.errors import TooLargeError, UserError
+from retnet.errors import TooLargeError, UserError, memory_errors
 from retnet.files import read_json, unreadable
 from retnet.paths import kind_of
 
 TOKENIZER = "tokenizer.json"
+# What the libraries read beside it, each as a whole.
+OTHERS = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*",
+          "additional_chat_templates/*")  # fmt: skip
 MOST_IDS = (
     1 << 24
 )  # a vocabulary's; the library and the model reserve memory for all up to the last
@@ -25,13 +28,15 @@ def check_tokenizer_files(folder: Path, fix: str) -> None:
 
     The message ends with ``fix`` where a file is at fault.
     """
-    for file in sorted({folder / TOKENIZER, *folder.glob("*token*.json")}):
+    others = {file for pattern in OTHERS for file in folder.glob(pattern)}
+    for file in sorted({folder / TOKENIZER, *others}):
         kind = kind_of(file, TOKENIZER)
         if kind not in (None, "file"):
             raise UserError(f"{file} is a folder, pipe or device, where a file is needed: {fix}")
         try:
             if kind is not None:
-                file.open("rb").close()
+                with memory_errors(file), file.open("rb") as stream:
+                    stream.read(1 if file.name == TOKENIZER else -1)
         except PermissionError as error:
             raise UserError(unreadable(file)) from error
     if not (folder / TOKENIZER).exists():

@@ -19,6 +19,7 @@ from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
 from retnet.data.tokenizer import Piece, encode_in_pieces, max_token_id, tokenizer_hash
 from retnet.errors import UserError
+from retnet.terminal import harmless, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,12 @@ def phase(name: str, *, total: int | None = None) -> Iterator[Phase]:
     started = time.perf_counter()
     # disable=None: a bar on a terminal only.
     with tqdm(
-        total=total, desc=name, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
+        total=total,
+        desc=harmless(in_one_line(name)),
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        dynamic_ncols=True,
     ) as bar:
         counter = Phase(bar)
         yield counter

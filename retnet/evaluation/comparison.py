@@ -23,6 +23,7 @@ from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
 from retnet.evaluation.tokens import beginning, check_end, identity
 from retnet.generation import check_state_fits
+from retnet.terminal import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     parts = runs if len(set(runs)) == len(runs) else full
     shared = min(len(own) for own in parts) - 1
     start = next((i for i in range(shared) if len({own[i] for own in parts}) > 1), shared)
-    return ["/".join(own[start:]) for own in parts]
+    return [in_one_line("/".join(own[start:])) for own in parts]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,11 @@ def perplexity(nll: float, targets: int) -> float:
     return math.exp(loss) if loss < math.log(LARGEST) else math.inf
 
 
+def growth(nats: float) -> float:
+    """By which share a perplexity changes when its loss does by ``nats``; infinite beyond sense."""
+    return math.expm1(nats) if nats < math.log(LARGEST) else math.inf
+
+
 def bits_per_byte(nll: float, num_bytes: int) -> float:
     """What does not depend on the tokenizer: all nats, in bits, over the bytes of the text."""
     return to_bits(nll) / num_bytes

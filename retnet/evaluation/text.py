@@ -91,7 +91,7 @@ def _recorded_files(record: dict[str, Any]) -> tuple[Path, ...]:
     found: tuple[Path, ...] = ()
     source: Any
     for source in (record.get("source"), record.get("validation_source")):
-        with suppress(UserError, KeyError, TypeError):  # the training text may be gone
+        with suppress(ValueError, KeyError, TypeError):  # the training text may be gone
             if source["kind"] == "files" or Path(source["location"]).is_dir():  # not the Hub
                 found += files_of(reopen_source(source))
     return found

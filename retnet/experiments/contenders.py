@@ -13,7 +13,7 @@ from typing import Any
 from retnet.checkpoints.format import DATA_RECORD, FINAL, METRICS
 from retnet.cli import ArgumentParser, file_path
 from retnet.data import DataSpec, prepare_data
-from retnet.errors import UserError
+from retnet.errors import UserError, memory_errors
 from retnet.files import read_json
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
@@ -101,9 +101,12 @@ class Run:
         if train(self.config, self.by_hand) != 0:
             raise UserError(f"run ({self.folder}) did not finish: see its messages above")
         try:
-            last = json.loads((self.folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
-            return float(last["val/loss"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            with memory_errors(self.folder / METRICS):
+                text = (self.folder / METRICS).read_text(encoding="utf-8")
+            return float(json.loads(text.splitlines()[-1])["val/loss"])
+        except UserError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.folder / METRICS} does not tell the last step's validation loss: restore "
                 f"it, or remove {self.folder} to train that run again"

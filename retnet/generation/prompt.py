@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.readers import BOM
-from retnet.data.tokenizer import naming
+from retnet.data.tokenizer import encode_text
 from retnet.errors import UserError, os_errors
 
 MOST_BYTES = 1 << 28  # of a prompt: a device may never end
@@ -22,10 +23,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
     A ``UserError`` where the tokenizer fails on it.
     """
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    with naming(tokenizer):
-        encoded = tokenizer(text, **options)
-    return torch.tensor([[tokenizer.bos_token_id, *encoded["input_ids"]]])
+    ids = torch.from_numpy(encode_text(tokenizer, text).astype(np.int64))
+    return torch.cat((torch.tensor([tokenizer.bos_token_id]), ids))[None]
 
 
 def read_prompt(source: Path | None) -> str:

@@ -179,7 +179,7 @@ def stream_text(
     option = "--max-new-tokens" if by_hand else None
     max_new_tokens = fit_length(model, input_ids.shape[1], max_new_tokens, option)
     check_length(model, input_ids.shape[1], max_new_tokens, num_samples)
-    prompt_ids = input_ids[0].tolist()
+    prompt_ids = input_ids[0, -PRIMING_TOKENS:].tolist()
     streams = [TextStream(tokenizer, prompt_ids, stop) for _ in range(num_samples)]
     made = generate(
         model,

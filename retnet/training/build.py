@@ -147,7 +147,8 @@ def load_initial_weights(
     check_same_model(model.state_dict(), weights, what, fix)
     check_same_meaning(model, folder, what, fix)
     has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
-    if has_tokenizer and load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+    key = "tokenizer of model.init_from"
+    if has_tokenizer and load_tokenizer(folder, key).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
             f"mean nothing here: set data.tokenizer={folder}"

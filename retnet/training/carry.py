@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from retnet.checkpoints.format import CARRIED, COPY_AGAIN
 from retnet.checkpoints.match import check_finite
+from retnet.checkpoints.weights import read_file
 from retnet.errors import UserError
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
@@ -64,7 +64,7 @@ class CarriedState:
                 "set it to false, or use the weights alone with model.init_from"
             )
         try:
-            stored = {_name_now(name): rows for name, rows in load_file(file).items()}
+            stored = {_name_now(name): rows for name, rows in read_file(file).items()}
         except SafetensorError as error:
             raise UserError(f"{file} can't be read: {error}; {COPY_AGAIN}") from error
         expected = self._expected(global_batch)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from retnet.data import DataSpec
+from retnet.data.aliases import MOST_TEXT
 from retnet.data.spec import BPE
 from retnet.errors import UserError, memory_errors
 from retnet.paths import expand, kind_of
@@ -110,7 +111,13 @@ def _read_file(path: Path) -> Values:
         raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
     try:
         with memory_errors(path):
-            content = read_yaml(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        if len(text) > MOST_TEXT:
+            raise UserError(
+                f"configuration ({path}) has {len(text):,} characters, and no more than "
+                f"{MOST_TEXT:,} are read: give the path of a YAML file as configs/tiny.yaml"
+            )
+        content = read_yaml(text)
     except UserError:
         raise
     except OSError as error:

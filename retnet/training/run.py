@@ -36,7 +36,13 @@ from retnet.training.run_folder import RunLock, Start, open_run_folder
 from retnet.training.signals import stop_on_signals
 from retnet.training.spec import Config, flatten
 from retnet.training.summary import describe_run
-from retnet.training.tracking import check_trackers, end_training, format_seconds, start_trackers
+from retnet.training.tracking import (
+    check_metrics,
+    check_trackers,
+    end_training,
+    format_seconds,
+    start_trackers,
+)
 from retnet.training.validation import check_sample
 
 logger = logging.getLogger(__name__)
@@ -90,9 +96,11 @@ def train(config: Config, by_hand: Collection[str] | None = None) -> int:
             )
             config = replace(config, train=replace(config.train, warmup_steps=start.warmup_steps))
         trainer = _set_up(config, accelerator, start)
+        # what may fail comes before anything is written that a new run's folder would keep
+        _decided_by_main(accelerator, lambda: check_metrics(config.train.run_folder))
+        _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
         if not _decided_by_main(accelerator, lambda: open_run_folder(config, start)):
             trainer.progress.forget_best()  # the next evaluation writes best/ again
-        _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
         return _run(trainer)
     finally:
         end_training(accelerator)

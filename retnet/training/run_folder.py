@@ -1,7 +1,6 @@
 """The folder of a run: locked, made, tidied up."""
 
 import logging
-import shutil
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,11 @@ from retnet.checkpoints.format import (
 from retnet.checkpoints.format import CONFIG as CHECKPOINT_CONFIG
 from retnet.checkpoints.save import remove_unfinished
 from retnet.errors import UserError, os_errors
-from retnet.files import missing_folders, write_text
+from retnet.files import missing_folders, remove, write_text
 from retnet.paths import check_folder, kind_of
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
-from retnet.training.tracking import lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +124,11 @@ def _check_kinds(run: Path) -> None:
                 f"train.out_dir ({run}): {run / name} is a link, and a run writes there: remove "
                 "the link, or set another train.out_dir"
             )
+        if found is None and (run / name).is_symlink():
+            raise UserError(
+                f"train.out_dir ({run}): {run / name} is a link to nothing: restore what it leads "
+                "to, remove the link, or set another train.out_dir"
+            )
         if found not in (None, kind):
             raise UserError(
                 f"train.out_dir ({run}): {run / name} is no {kind}, as a run has it there: move it "
@@ -154,7 +157,6 @@ def open_run_folder(config: Config, start: Start) -> bool:
     can't be written.
     """
     run = config.train.run_folder
-    lines_of(run / METRICS)  # which the run goes on with: found before anything is written
     with writing(run):
         remove_unfinished(run)
         (run / DIVERGED).unlink(missing_ok=True)
@@ -162,8 +164,7 @@ def open_run_folder(config: Config, start: Start) -> bool:
             newer = _newer(run, step_of(start.checkpoint), start, config.train.resume != "auto")
             for folder in newer:
                 aside = folder.with_name(SET_ASIDE + folder.name)
-                if aside.exists():
-                    shutil.rmtree(aside)
+                remove(aside)
                 why = "is not gone on from"
                 if folder == start.checkpoint:
                     why = f"is of step {step_of(folder)}, whatever its name"

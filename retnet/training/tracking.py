@@ -8,18 +8,18 @@ import errno
 import importlib.util
 import json
 import logging
-import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from retnet.checkpoints.format import METRICS
-from retnet.errors import UserError, memory_errors
+from retnet.errors import UserError, memory_errors, os_errors
 from retnet.files import write_text
 from retnet.terminal import shown
 from retnet.training.spec import Config, flatten
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 WANDB_FILES_ONLY = ("offline", "dryrun", "disabled")
 WANDB_MODES = ("online", "run", "shared", *WANDB_FILES_ONLY)
+MOST_LOSS = torch.finfo(torch.float32).max  # a run's are of that type, and finite
 NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 
 
@@ -49,18 +50,40 @@ class MetricsFile:
         line = json.dumps(values).encode() + b"\n"
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.path.stat()  # what is written into a removed file is lost
+        self._check_place()
+
+    def _check_place(self) -> None:
+        """Raise where the file is gone, or another run's is in its place.
+
+        What is written into a removed file is lost, and what is saved beside another run's spoils
+        that one.
+        """
+        if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            raise UserError(
+                f"train.out_dir ({self.path.parent}) is another run's folder now, this run's was "
+                "moved away: what it saved is there, and train.out_dir=THAT FOLDER goes on with it"
+            )
 
     def sync(self) -> None:
         """Have all lines on disk, before a checkpoint that counts on them."""
         os.fsync(self._file.fileno())
+        self._check_place()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def lines_of(path: Path) -> list[bytes]:
+def check_metrics(run: Path) -> None:
+    """Raise a ``UserError`` where a run could not go on with its metrics.jsonl; writes nothing."""
+    file = run / METRICS
+    _lines_of(file)
+    if file.exists():
+        with os_errors(f"{file} cannot be written", "change its permissions"):
+            file.open("ab").close()
+
+
+def _lines_of(path: Path) -> list[bytes]:
     """The lines of a metrics file; a ``UserError`` where memory does not take them."""
     with memory_errors(path):
         return path.read_bytes().split(b"\n") if path.exists() else []
@@ -72,7 +95,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
     A damaged one is left out with a warning, and one warning says when steps are missing, there
     twice or out of order; of a step that is there twice the later line stands.
     """
-    lines = lines_of(path)
+    lines = _lines_of(path)
     steps: list[int] = []
     kept: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
@@ -101,7 +124,7 @@ def _step_of_line(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     whole = type(step) is int and step >= 1  # True is an int too
-    return step if whole and isinstance(loss, float) and math.isfinite(loss) else None
+    return step if whole and isinstance(loss, float) and abs(loss) <= MOST_LOSS else None
 
 
 class Console:

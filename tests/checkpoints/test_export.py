@@ -95,3 +95,25 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_type \(average_lm\) has no class in"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_stranger_put_beside_the_model_stays_behind(tmp_path: Path, caplog) -> None:
+    """Code, names of code, and files of this machine that links lead to."""
+    checkpoint = save_checkpoint(tmp_path / "final")
+    (tmp_path / "secret").write_text("a secret")
+    (checkpoint / "evil.py").write_text("print(1)")
+    for name in ("notes.txt", "README.md"):
+        (checkpoint / name).symlink_to(tmp_path / "secret")
+    for name, key in (("tokenizer_config.json", "auto_map"), ("config.json", "custom_pipelines")):
+        content = json.loads((checkpoint / name).read_text())
+        (checkpoint / name).write_text(json.dumps(content | {key: {"x": "evil.X"}}))
+    weights = checkpoint / "model.safetensors"  # links as huggingface_hub makes them are followed
+    (tmp_path / "blobs").mkdir()
+    for file in (weights, checkpoint / "tokenizer.json"):
+        file.symlink_to(file.rename(tmp_path / "blobs" / file.stem))
+    export_checkpoint(checkpoint, tmp_path / "out")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert not {"evil.py", "notes.txt", "README.md"} & files.keys()
+    assert {"model.safetensors", "tokenizer.json"} <= files.keys()
+    assert not any(b"secret" in content or b"evil" in content for content in files.values())
+    assert caplog.messages == ["not exported: README.md, evil.py, notes.txt"]

@@ -52,3 +52,9 @@ def test_numbers_that_are_none_in_training(value: float) -> None:
     weights["a"][1] = value
     with pytest.raises(UserError, match=r"this has values that are not finite \(a\)"):
         check_finite(weights, "this")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_in_which_nothing_is_computed(dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match=r"this has numbers of type torch\.float8_\w+ \(a\), in"):
+        check_finite({"a": torch.zeros(2, dtype=dtype)}, "this")

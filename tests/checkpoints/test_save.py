@@ -22,6 +22,7 @@ from retnet.errors import UserError
 from retnet.training.build import build_model, model_config
 from retnet.training.config import load_config
 from retnet.training.optimizer import build_optimizer
+from tests.permissions import bound_by_permissions
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -199,3 +200,22 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         step_folder(tmp_path, step).mkdir(parents=True)
     prune_checkpoints(tmp_path, keep=3)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_9", "step_10", "step_11"]
+
+
+def test_what_is_protected_or_a_link_or_a_file_costs_no_run(tmp_path: Path, caplog) -> None:
+    """The protected one had lost its name."""
+    for step in range(1, 5):
+        step_folder(tmp_path, step).mkdir(parents=True)
+        (step_folder(tmp_path, step) / "a").write_text("a")
+    disk = step_folder(tmp_path, 1).rename(tmp_path / "disk")
+    step_folder(tmp_path, 1).symlink_to(disk)
+    step_folder(tmp_path, 0).write_text("a file of mine")
+    protected = step_folder(tmp_path, 2)
+    protected.chmod(0o555)
+    with bound_by_permissions():
+        prune_checkpoints(tmp_path, 1)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_0", "step_2", "step_4"} and (disk / "a").exists()
+    assert caplog.messages == [
+        f"{protected} is older than train.keep and stays (Permission denied)"
+    ]

@@ -117,6 +117,7 @@ def test_shards_are_weights_and_checked_as_such(copy: Path) -> None:
         (STATE | {"global_batch": -1}, "global_batch (-1) must be at least 0"),
         (STATE | {"best_loss": "low"}, 'best_loss ("low") must be float or null'),
         (STATE | {"best_loss": float("nan")}, "best_loss (nan) must be finite"),
+        (STATE | {"best_loss": -1.0}, "best_loss (-1.0) must be at least 0"),
         (STATE | {"best_loss": None}, "belong together"),
         (STATE | {"best_step": 7}, "best_step (7) comes after step (6)"),
         (STATE | {"seconds": float("nan")}, "seconds (nan) must be at least 0"),

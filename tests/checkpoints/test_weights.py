@@ -1,6 +1,7 @@
 """Which files are weights; nothing pickled is among them, and a part of them is not all."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from retnet.checkpoints import load_checkpoint
-from retnet.checkpoints.weights import check_size, read_weights, weight_files
+from retnet.checkpoints import load_checkpoint, save
+from retnet.checkpoints.convert import sources
+from retnet.checkpoints.weights import check_size, read_file, read_weights, weight_files
 from retnet.errors import UserError
+from retnet.training import carry
 from tests.checkpoints.folders import Bomb, shard
+from tests.generation.builders import save_checkpoint
 
 
 def test_one_file_or_shards(copy: Path, saved: Path) -> None:
@@ -140,3 +144,28 @@ def test_tied_weights_are_read_as_two(copy: Path) -> None:
     weights = read_weights(copy, tied=True)
     assert weights[head] is weights["model.embed_tokens.weight"]
     assert head not in read_weights(copy, tied=False)
+
+
+def test_a_file_that_memory_does_not_take_is_named(tmp_path: Path, monkeypatch) -> None:
+    """Moments and carried states too, which were read in another way."""
+    (tmp_path / "carried.safetensors").write_bytes(b"any")
+
+    def too_large(*args: object, **options: object) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("retnet.checkpoints.weights.safe_open", too_large)
+    with pytest.raises(UserError, match=r"carried\.safetensors has 3 bytes, which memory does not"):
+        read_file(tmp_path / "carried.safetensors")
+
+
+def test_the_checkpoints_readers_share_one(tmp_path: Path) -> None:
+    for module in (save, carry, sources):
+        assert module.read_file is read_file and not hasattr(module, "load_file")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    """The library said that it is damaged."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    save_checkpoint(tmp_path / "cafe").rename(folder)
+    with pytest.raises(UserError, match=r"caf.*has a name that is no utf-8 text, and the library"):
+        load_checkpoint(folder)

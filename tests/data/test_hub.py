@@ -475,3 +475,12 @@ def test_a_card_of_aliases_that_grow(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"README\.md has more than 10,000 values before its text"):
         list(open_source(spec_for(tmp_path)).documents())
+
+
+def test_a_card_that_is_too_long(tmp_path: Path, spec_for: SpecFor) -> None:
+    """It is not read for minutes."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a b c"}')
+    head = "configs:\n- config_name: default\n  data_files: a.jsonl\n# " + "a" * (1 << 20)
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    with pytest.raises(UserError, match=r"README\.md has .* or more than 1,048,576 characters"):
+        prepare_data(spec_for(tmp_path))

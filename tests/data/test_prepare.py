@@ -492,3 +492,12 @@ def test_tuning_leaves_the_validation_text_alone(
     assert kept == plain.train.num_documents
     if not given:
         assert not set(judged) & set(rebuild_validation(plain.record))
+
+
+def test_links_in_the_cache_are_left_alone(tmp_path: Path) -> None:
+    """A lock was made in the folder that one leads to."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/.unfinished-x").symlink_to(tmp_path / "mine")
+    remove_abandoned(tmp_path / "cache")
+    assert list((tmp_path / "mine").iterdir()) == []

@@ -259,3 +259,17 @@ def test_what_was_committed_and_is_not_there(
     monkeypatch.setattr(prepare, "write_stream", resumed)
     prepared = prepare_data(spec_for(corpus, streaming=True))
     assert prepared.train.num_documents + prepared.validation.num_documents == 400
+
+
+def test_a_damaged_tokenizer_of_an_earlier_attempt_is_made_again(
+    spec_for: SpecFor, corpus: Path, caplog
+) -> None:
+    spec = spec_for(corpus, streaming=True, tokenizer="bpe", vocab_size=270)
+    first = prepare_data(spec)
+    (entry,) = (path for path in Path(spec.cache_dir).iterdir() if path.is_dir())
+    shutil.rmtree(entry)
+    left = entry.with_name(f".streaming-{entry.name}") / "complete/tokenizer"
+    left.mkdir(parents=True)
+    (left / "tokenizer.json").write_text('{"version"')
+    assert same_tokens(prepare_data(spec), first)
+    assert f"{left} is damaged and is made again" in caplog.text

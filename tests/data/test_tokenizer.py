@@ -165,3 +165,20 @@ def test_documents_are_read_as_they_are_needed() -> None:
 
     next(encode_documents(BPE_TOKENIZER, texts()))
     assert read < 20
+
+
+def test_a_path_is_always_a_folder_and_named_as_asked(tmp_path: Path, monkeypatch) -> None:
+    """One that begins with ~ is of no user: ./~m was typed."""
+    monkeypatch.chdir(tmp_path)
+    byte_tokenizer().save_pretrained("~m")
+    assert load_tokenizer(Path("~m")).get_vocab() == byte_tokenizer().get_vocab()
+    (tmp_path / "~m/tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"^tokenizer of x \(~m\) is a folder without a tokenizer"):
+        load_tokenizer(Path("~m"), "tokenizer of x")
+
+
+def test_a_document_without_an_end(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"has no eos_token, which every document has: set eos_tok"):
+        list(encode_documents(tokenizer, ["a"]))

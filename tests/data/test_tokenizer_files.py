@@ -113,3 +113,17 @@ def test_an_id_that_no_memory_reaches(tmp_path: Path, load, where: str) -> None:
     spoil(folder, **content)
     with pytest.raises(UserError, match=r"json: an id \(4000000000\) is beyond 16777215, and mem"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json", "vocab.json"])
+def test_what_the_libraries_read_beside_it(tmp_path: Path, monkeypatch, name: str) -> None:
+    """A pipe, or a file with a hole of 100 GB (as memory has it: of 10 TB)."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is a folder, pipe or device"):
+        check_tokenizer_files(tmp_path, "fix it")
+    (tmp_path / name).unlink()
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 10**13)
+    with pytest.raises(UserError, match=f"{name} has 10,000,000,000,000 bytes, and memory does"):
+        check_tokenizer_files(tmp_path, "fix it")

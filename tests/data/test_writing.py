@@ -1,5 +1,6 @@
 """Documents into token files: in pieces where they are long, cut where max_tokens says so."""
 
+import io
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import retnet.data.tokenizer as tokenizer_module
 from retnet.data import DataSpec, TokenFile, byte_tokenizer, prepare_data, train_bpe
-from retnet.data.writing import write_tokens
+from retnet.data.writing import phase, write_tokens
 
 TOKENIZERS = {"bytes": byte_tokenizer(), "bpe": train_bpe(["the cat sat on the mat é "] * 9, 270)}
 TEXTS = st.lists(st.text(alphabet="the cat\né", min_size=1, max_size=200), min_size=1, max_size=6)
@@ -89,3 +90,13 @@ def test_a_piece_without_ids_is_not_the_end(
     assert file.tokens.tolist() == [0, *[3] * 40, 1][:limit]
     assert file.document_starts.tolist() == [0]
     assert file.num_bytes == len(text) if limit is None else 0 < file.num_bytes < len(text)
+
+
+def test_a_bar_obeys_no_name(monkeypatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", stream)
+    with phase("reading x\x1b]0;owned\x07\ny"):
+        pass
+    assert "owned" in stream.getvalue() and "\x1b]" not in stream.getvalue()
+    assert "\ny" not in stream.getvalue()

@@ -186,3 +186,8 @@ def test_where_json_cannot_go(tmp_path: Path) -> None:
         check_writable(tmp_path)
     with pytest.raises(UserError, match=r"none does not exist: make that folder"):
         check_writable(tmp_path / "none" / "out.json")
+
+
+def test_a_name_of_several_lines_is_one_line() -> None:
+    """It made rows of the table."""
+    assert short_names([Path("a\n9 best/final"), Path("b/final")]) == ["a\\n9 best", "b"]

@@ -28,3 +28,8 @@ def test_words_and_ends_of_lines(text: str, words: int) -> None:
 def test_a_perplexity_beyond_all_sense_is_infinite(loss: float) -> None:
     assert metrics.perplexity(loss, 1) == math.inf
     assert metrics.perplexity(690.0, 1) == math.exp(690)
+
+
+def test_growth_of_a_perplexity() -> None:
+    assert metrics.growth(math.log(2)) == pytest.approx(1)
+    assert metrics.growth(-1e4) == -1 and metrics.growth(1e4) == math.inf

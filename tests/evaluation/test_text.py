@@ -9,6 +9,7 @@ from retnet.checkpoints import Checkpoint
 from retnet.data import DataSpec, prepare_data
 from retnet.errors import UserError
 from retnet.evaluation import text_of_file, validation_text
+from retnet.evaluation.text import _recorded_files
 from tests.generation.builders import byte_tokenizer, tiny_model
 
 
@@ -124,3 +125,9 @@ def test_a_field_of_plain_text_is_named_as_it_was_given(tmp_path: Path, caplog) 
     assert caplog.messages == [
         f"--text-field (body) has no effect: {tmp_path / 'a.txt'} holds plain text"
     ]
+
+
+def test_a_training_text_that_the_record_does_not_place() -> None:
+    """It is asked for where results could be written over it."""
+    for source in ({"kind": "files"}, {"kind": 3}, {"kind": "files", "location": 3}, {}, None):
+        assert _recorded_files({"source": source, "validation_source": None}) == ()

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import generate
+import retnet.data.tokenizer as tokenizer_module
 from retnet.data import byte_tokenizer as data_byte_tokenizer
 from retnet.errors import UserError
 from retnet.generation import encode_prompt, read_prompt
@@ -89,3 +91,21 @@ def test_a_prompt_that_never_ends(tmp_path: Path, monkeypatch) -> None:
         read_prompt(None)
     (tmp_path / "prompt.txt").write_text("a" * 9)
     assert read_prompt(tmp_path / "prompt.txt") == "a" * 9
+
+
+def test_a_long_prompt_is_encoded_in_pieces(monkeypatch) -> None:
+    """At once, one of 40 MB took 6 GB; the tokens are the same."""
+    tokenizer, longest = byte_tokenizer(merges=(("a", "b"), ("ab", "ab"))), []
+    text = "abab ab, " * 50_000
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = tokenizer_module._encoder
+
+    def watched(tokenizer: object) -> object:
+        encode = own(tokenizer)
+        return lambda texts: longest.append(sum(map(len, texts))) or encode(texts)
+
+    monkeypatch.setattr(tokenizer_module, "BATCH_CHARACTERS", 1 << 17)
+    monkeypatch.setattr(tokenizer_module, "_encoder", watched)
+    ids = encode_prompt(tokenizer, text)
+    assert ids.dtype == torch.int64 and ids[0].tolist() == [tokenizer.bos_token_id, *whole]
+    assert max(longest) <= 1 << 18 and len(longest) > 2

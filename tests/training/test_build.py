@@ -155,3 +155,12 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     words = r"model\.init_from .* has values that are not finite \(model\.norm\.weight\)"
     with pytest.raises(UserError, match=words):
         load_initial_weights(model, str(tmp_path), tokenizer)
+
+
+def test_a_damaged_tokenizer_beside_initial_weights_is_not_the_runs(tmp_path: Path) -> None:
+    config = load_config(None, ["model.hidden_size=16", "model.num_hidden_layers=1"])
+    model, tokenizer = build_model(model_config(config, 259)), load_tokenizer("bytes")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"^tokenizer of model\.init_from \(.*\) is a folder witho"):
+        load_initial_weights(model, str(tmp_path), tokenizer)

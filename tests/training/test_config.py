@@ -279,3 +279,10 @@ def test_a_warm_up_of_the_file_fits_the_steps_of_the_command_line(tmp_path, said
     file.write_text("train:\n  max_steps: 20\n  warmup_steps: 100\n")
     with pytest.raises(UserError, match=r"train\.warmup_steps \(100\) must be at most"):
         load_config(file)
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path) -> None:
+    """One of 30 MB took minutes."""
+    (tmp_path / "a.yaml").write_text("# " + "a" * (1 << 20))
+    with pytest.raises(UserError, match=r"a\.yaml\) has 1,048,578 characters, and no more"):
+        load_config(tmp_path / "a.yaml")

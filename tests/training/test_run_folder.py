@@ -180,3 +180,24 @@ def test_a_manifest_that_is_a_pipe(options, finished: Path, capsys) -> None:
     os.mkfifo(manifest)
     assert run(options, train__max_steps=8) == 0
     assert "manifest.json cannot be read: going back to step_4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "best", "final"])
+def test_a_link_to_nothing(options, tmp_path: Path, capsys, name: str) -> None:
+    """A disk that is not there was noticed at the first checkpoint."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "nowhere/at_all")
+    before = tree(tmp_path / "run")
+    assert run(options) == 2
+    assert f"{tmp_path / 'run' / name} is a link to nothing: restore" in error_line(capsys)
+    assert tree(tmp_path / "run") == before
+
+
+def test_metrics_that_may_only_be_read(options, finished: Path, capsys) -> None:
+    file = finished / "metrics.jsonl"
+    file.chmod(0o444)
+    before = tree(finished)
+    with bound_by_permissions():
+        assert run(options, train__max_steps=7) == 2
+    assert error_line(capsys).startswith(f"error: {file} cannot be written (Permission denied)")
+    assert tree(finished) == before

@@ -8,6 +8,7 @@ import pytest
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from retnet.checkpoints.format import METRICS
+from retnet.errors import UserError
 from retnet.training.tracking import MetricsFile
 from tests.training.test_faults import fail_at, no_space
 from tests.training.test_train import run
@@ -113,3 +114,39 @@ def test_a_run_goes_on_after_damage_in_its_metrics(options, tmp_path: Path, caps
     assert f"{path} line 2 can't be read" in capsys.readouterr().err
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     assert steps == [1, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_tracker_that_can_not_be_started_leaves_no_folder(
+    options, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def refused(self) -> None:
+        raise RuntimeError("Run ID cannot contain a slash")
+
+    monkeypatch.setattr(WandBTracker, "start", refused)
+    assert run([*options, "train.trackers=[wandb]"]) == 2
+    assert "can't be started (Run ID cannot" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("write", ["write", "sync"])
+def test_another_run_in_the_place_of_one_that_was_moved_away(tmp_path: Path, write: str) -> None:
+    """As by Ctrl-Z, mv, a new run, fg: checkpoints would have gone among the other run's."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    file = MetricsFile(run_folder, 0)
+    file.write({"step": 1, "train/loss": 1.0})
+    run_folder.rename(tmp_path / "old")
+    run_folder.mkdir()
+    (run_folder / METRICS).write_text("")
+    with pytest.raises(UserError, match=r"run\) is another run's folder now, this run's was moved"):
+        file.write({"step": 2, "train/loss": 1.0}) if write == "write" else file.sync()
+    file.close()
+    assert (run_folder / METRICS).read_text() == ""
+
+
+def test_losses_beyond_float32_are_none_that_a_run_wrote(tmp_path: Path, caplog) -> None:
+    """The mean of them is beyond all numbers."""
+    (tmp_path / METRICS).write_bytes(b"".join(line(i, 1.7e308) + b"\n" for i in range(1, 26)))
+    file = MetricsFile(tmp_path, 25)
+    file.close()
+    assert file.losses == [] and "line 1 can't be read and is left out" in caplog.text

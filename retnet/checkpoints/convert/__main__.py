@@ -17,6 +17,7 @@ from torch import Tensor
 from retnet.checkpoints.convert.rwkv import from_rwkv
 from retnet.checkpoints.convert.target import check_target, find_tokenizer, write_checkpoint
 from retnet.cli import ArgumentParser, file_path, run
+from retnet.terminal import shown
 
 FORMATS: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Tensor]]], str]] = {
     "from-rwkv": (from_rwkv, "an RWKV-4 of RWKV-LM or transformers"),
@@ -43,11 +44,14 @@ def main(argv: Sequence[str]) -> None:
     config, weights = FORMATS[arguments.format][0](source)
     tokenizer = find_tokenizer(source, arguments.tokenizer, config.vocab_size)
     write_checkpoint(target, config, weights, tokenizer)
-    print(f"{source} converted: {target}")
+    print(shown(f"{source} converted: {target}", sys.stdout))
     if tokenizer is None:
         print(
-            f"{target} has no tokenizer, which generate.py needs: convert again with --tokenizer "
-            "NAME_OR_FOLDER",
+            shown(
+                f"{target} has no tokenizer, which generate.py needs: convert again with "
+                "--tokenizer NAME_OR_FOLDER",
+                sys.stderr,
+            ),
             file=sys.stderr,
         )
 

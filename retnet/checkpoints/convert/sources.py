@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from retnet.checkpoints.format import WEIGHTS, WEIGHTS_INDEX
-from retnet.checkpoints.weights import NUMBERS, read_weights
+from retnet.checkpoints.weights import NUMBERS, read_file, read_weights
 from retnet.cli import shortened
 from retnet.errors import UserError, os_errors
 from retnet.files import unreadable
@@ -48,7 +47,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     except PermissionError as error:
         raise UserError(unreadable(file)) from error
     if file.suffix == ".safetensors":
-        return _checked(file, _named(file, lambda: load_file(file)))
+        return _checked(file, _named(file, lambda: read_file(file)))
     return _checked(file, _unpickled(file))
 
 

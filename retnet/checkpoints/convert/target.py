@@ -30,11 +30,10 @@ def find_tokenizer(
     """The tokenizer of that name, else the source folder's own; None where it has none."""
     if name is None and not (source / TOKENIZER).is_file():
         return None
-    try:
-        tokenizer = load_tokenizer(str(source) if name is None else name)
-    except UserError as error:
-        key = "--tokenizer" if name is not None else "tokenizer"
-        raise UserError(str(error).replace("data.tokenizer", key)) from error
+    if name is None:
+        tokenizer = load_tokenizer(source, "tokenizer")
+    else:
+        tokenizer = load_tokenizer(name, "--tokenizer")
     if (largest := max_token_id(tokenizer)) >= vocab_size:
         raise UserError(
             f"--tokenizer ({name or source}) has ids up to {largest}, beyond the model's "

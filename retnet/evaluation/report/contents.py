@@ -1,10 +1,10 @@
 """What a report says: title, sentences, tables and pictures of the findings."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from retnet.evaluation import metrics
 from retnet.evaluation.comparison import ModelResult
 from retnet.evaluation.metrics import word_perplexity
 from retnet.evaluation.profile import MeanLoss
@@ -95,7 +95,7 @@ def _profiles(findings: Findings) -> Iterator[Table]:
 def _perplexity(loss: MeanLoss | None) -> str:
     if loss is None:
         return "not defined"
-    return NONE if loss.nats is None else f"{math.exp(loss.nats):,.2f}"
+    return NONE if loss.nats is None else f"{metrics.perplexity(loss.nats, 1):,.2f}"
 
 
 def _costs(findings: Findings) -> Iterator[Table]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import METRICS
+from retnet.errors import memory_errors
 from retnet.evaluation.comparison import Comparison
 from retnet.evaluation.costs import Costs, measure_costs
 from retnet.evaluation.foreign import ForeignModel
@@ -24,6 +26,8 @@ COST_CONTEXTS = (128, 512, 2048, 8192, 32768)
 BATCHES = (1, 4, 16)
 LENGTHS = (128, 512, 2048, 8192)
 QUICK_CONTEXTS = (128, 1024, 4096)
+MOST_STEPS = 2**53  # which a float holds exactly
+MOST = 1e12  # of losses and seconds: beyond it there is nothing to draw
 LIMIT_S = 20.0  # of one prefill or training step: a model that would take longer is stopped
 
 
@@ -85,6 +89,7 @@ def find_out(
 
     Costs are measured as far as ``reach`` says where the comparison has some.
     """
+    histories = [history(one.path) for one in checkpoints]  # first: it may fail, and takes no time
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
     configs = [one.model.config for one in checkpoints]
@@ -117,7 +122,7 @@ def find_out(
         profiles,
         carried,
         costs,
-        [history(one.path) for one in checkpoints],
+        histories,
         trained,
         [config.mixer_class.windows(config) for config in configs],
         [_weights(one, documents) for one in checkpoints],
@@ -152,27 +157,41 @@ def _weights(checkpoint: Checkpoint, documents: Sequence[str]) -> TokenWeights |
 
 
 def history(checkpoint: Path) -> History | None:
-    """What the run that a checkpoint lies in wrote while it trained; None where that is gone."""
+    """What the run that a checkpoint lies in wrote while it trained; None where that is gone.
+
+    A ``UserError`` where memory does not take the file.
+    """
     for folder in (checkpoint.parent, checkpoint.parent.parent):  # final/, checkpoints/step_9/
         file = folder / METRICS
         if file.is_file():
             break
     else:
         return None
-    lines: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            own = {"train/loss": float(entry["train/loss"]), "step": int(entry["step"])}
-            lines.append({**entry, **own})
-        except (ValueError, LookupError, TypeError):
-            continue  # an interruption cut it off, or a hand did
+    with memory_errors(file):
+        text = file.read_text(encoding="utf-8", errors="replace")
+    lines = [entry for entry in map(_entry, text.splitlines()) if entry is not None]
     if not lines:
         return None
-    timed = all(isinstance(entry.get("perf/seconds"), float) for entry in lines)
+    timed = all(_is_number(entry.get("perf/seconds")) for entry in lines)
     return History(
         [entry["step"] for entry in lines],
         [entry["perf/seconds"] for entry in lines] if timed else None,
         [entry["train/loss"] for entry in lines],
-        {e["step"]: e["val/loss"] for e in lines if isinstance(e.get("val/loss"), float)},
+        {e["step"]: e["val/loss"] for e in lines if _is_number(e.get("val/loss"))},
     )
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """What a line says; None where an interruption cut it off, or a hand changed it."""
+    try:
+        entry = json.loads(line)
+        step, loss = entry["step"], entry["train/loss"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    usable = type(step) is int and 1 <= step < MOST_STEPS and _is_number(loss)
+    return dict(entry) if usable else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that can be drawn."""
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < MOST

@@ -45,6 +45,7 @@ def check_report_folder(folder: Path, json: Path | None = None) -> None:
     with os_errors(f"--report ({folder}) cannot be written", OTHER):
         if folder.is_dir() and any(folder.iterdir()) and not _holds_report(folder):
             raise UserError(f"--report ({folder}) has other files in it: {OTHER}")
+        _check_no_links(folder)
         made = files.missing_folders(folder)  # nothing of them is left where the work ends early
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -60,6 +61,20 @@ def _holds_report(folder: Path) -> bool:
         return files.read_json(folder / DATA, "").keys() == {*KEYS}
     except UserError:
         return False
+
+
+def _check_no_links(folder: Path) -> None:
+    """Raise a ``UserError`` where a part of a report that was there is no file of its own.
+
+    What a link leads to would be written over, wherever that is.
+    """
+    for file in sorted(folder.glob("*")):
+        ours = file.name in REPORT_NAMES or file.suffix == ".png"
+        if ours and (file.is_symlink() or not file.is_file()):
+            what = "a link" if file.is_symlink() else "no file"
+            raise UserError(
+                f"--report ({folder}): {file} is {what}, and a report is written there: {OTHER}"
+            )
 
 
 def write_report(folder: Path, findings: Findings, command: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from retnet.evaluation.report.pictures import Picture
-from retnet.terminal import harmless
+from retnet.terminal import harmless, in_one_line
 
 STYLE = """
 :root { color-scheme: light; }
@@ -78,7 +78,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _md(text: str) -> str:
     """Text that Markdown takes for nothing else."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", harmless(text))
+    return re.sub(r"([\\`*_{}\[\]<>|#~&$!])", r"\\\1", harmless(in_one_line(text)))
 
 
 def to_html(page: Page) -> str:
@@ -116,4 +116,4 @@ def _cells(cells: Sequence[str], kind: str) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(harmless(text))
+    return html.escape(harmless(in_one_line(text)))

@@ -1,8 +1,8 @@
 """What was found out, in plain sentences with figures."""
 
-import math
 from collections.abc import Iterator
 
+from retnet.evaluation import metrics
 from retnet.evaluation.bootstrap import Difference
 from retnet.evaluation.comparison import ModelResult
 from retnet.evaluation.report.findings import Findings
@@ -25,7 +25,7 @@ def summary(findings: Findings) -> list[str]:
 def percent(difference: Difference) -> tuple[float, float | None, float | None]:
     """A difference of losses as one of perplexities, in percent, with the interval's ends."""
     value, low, high = (
-        None if x is None else 100 * math.expm1(x)
+        None if x is None else 100 * metrics.growth(x)
         for x in (difference.value, difference.low, difference.high)
     )
     assert value is not None
@@ -120,7 +120,7 @@ def _beyond(findings: Findings, i: int, name: str) -> Iterator[str]:
     longer = [context for context in known if context > trained]
     if trained not in known or not longer:
         return
-    change = 100 * math.expm1(known[longer[-1]] - known[trained])
+    change = 100 * metrics.growth(known[longer[-1]] - known[trained])
     more = f"{abs(change):.1f} % {'higher' if change > 0 else 'lower'}"
     if abs(change) < SAME:
         more = "the same"

@@ -21,6 +21,7 @@ from retnet.checkpoints import load_checkpoint
 from retnet.data.listing import files_below
 from retnet.errors import UserError
 from retnet.evaluation import EvaluationText, compare_checkpoints
+from retnet.evaluation.bootstrap import Difference
 from retnet.evaluation.costs import Costs
 from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.report import Reach, check_report_folder, find_out, write_report
@@ -326,3 +327,64 @@ def test_a_browser_shows_it(folder, tmp_path: Path, width: int) -> None:
     command = [browser, *options, f"--screenshot={picture}", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "<title>8/8 fits</title>" in done.stdout and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": Infinity, "train/loss": 1.0}', "[" * 100_000, '{"step": true, "train/loss": 1.0}',
+        '{"step": ' + "9" * 400 + ', "train/loss": 1.0}', '{"step": 2, "train/loss": 1.7e308}',
+        '{"step": 2, "train/loss": "1.0"}', '{"step": 2, "train/loss": NaN}',
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_lines_that_no_run_wrote_are_left_out(tmp_path: Path, line: str) -> None:
+    good = '{"step": 1, "train/loss": 5.0, "perf/seconds": 1.0, "val/loss": Infinity}'
+    (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n")
+    found = history(tmp_path / "final")
+    assert found.steps == [1] and found.training == [5.0] and found.validation == {}
+
+
+def test_metrics_that_memory_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    os.truncate(tmp_path / "metrics.jsonl", 10**13)
+    with pytest.raises(UserError, match=r"metrics\.jsonl has 10,000,000,000,000 bytes, and memory"):
+        history(tmp_path / "final")
+
+
+def test_losses_beyond_what_exp_can_hold(findings, tmp_path: Path) -> None:
+    first, spoilt, *others = findings.profiles
+    far, context = MeanLoss(5e4, 3), spoilt.by_context
+    spoilt = replace(
+        spoilt,
+        by_kind=dict.fromkeys(spoilt.by_kind, far),
+        by_context={n: loss and (far if n > 256 else loss) for n, loss in context.items()},
+    )
+    models = list(findings.comparison.models)
+    models[1] = replace(models[1], nats_difference=Difference(5e4, 4e4, 6e4))
+    found = replace(
+        findings,
+        comparison=replace(findings.comparison, models=models),
+        profiles=[first, spoilt, *others],
+    )
+    write_report(tmp_path, found, ["compare.py"])
+    assert "inf" in (tmp_path / "report.md").read_text()
+
+
+def test_names_of_several_lines_make_none(findings, tmp_path: Path) -> None:
+    model = replace(findings.comparison.models[0], name="x\n=====\n\n| buy | this |")
+    comparison = replace(findings.comparison, models=[model, *findings.comparison.models[1:]])
+    write_report(tmp_path, replace(findings, comparison=comparison), ["compare.py", "x\n===="])
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert not [line for line in lines if line.startswith(("==", "| buy", r"\| buy"))]
+    assert "<br>====" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.html", "losses.png"])
+def test_a_report_is_not_written_through_links(folder, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").write_text("years")
+    shutil.copytree(folder, tmp_path / "report")
+    (tmp_path / "report" / name).unlink()
+    (tmp_path / "report" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name} is a link, and a report is written there"):
+        check_report_folder(tmp_path / "report")
