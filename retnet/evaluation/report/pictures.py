@@ -51,11 +51,16 @@ def pictures(findings: Findings) -> list[Picture]:
 
 def styles(findings: Findings) -> list[dict[str, Any]]:
     """Colour, line and marker of each model."""
+    return styles_of([model.mixer for model in findings.comparison.models])
+
+
+def styles_of(mixers: Sequence[str]) -> list[dict[str, Any]]:
+    """Colour, line and marker of each curve, by the name of its mixer."""
     names, seen, found = list(MIXERS), list[str](), []
-    for number, model in enumerate(findings.comparison.models):
-        mixer = names.index(model.mixer) if model.mixer in names else len(names)
-        line = LINES[seen.count(model.mixer) % len(LINES)]
-        seen.append(model.mixer)
+    for number, own in enumerate(mixers):
+        mixer = names.index(own) if own in names else len(names)
+        line = LINES[seen.count(own) % len(LINES)]
+        seen.append(own)
         marker = MARKERS[number % len(MARKERS)]
         colour = COLOURS[mixer % len(COLOURS)]
         found.append({"color": colour, "linestyle": line, "marker": marker, "markersize": 5})
@@ -305,3 +310,26 @@ def _windows(findings: Findings) -> Iterator[Picture]:
     axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
     caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
     yield Picture("windows", "How far heads look back", caption, _png(figure))
+
+
+def shares(
+    names: Sequence[str],
+    mixers: Sequence[str],
+    panels: Sequence[tuple[Sequence[Curve], str]],
+    y: str,
+) -> bytes:
+    """A PNG of panels side by side, from 0 to 1 upwards: the curves, and what x shows.
+
+    The names of the curves, and of their mixers, are the same in all panels.
+    """  # fmt: skip
+    figure, axes = _axes(len(panels))
+    for axis, (curves, x) in zip(axes, panels, strict=True):
+        for name, style, curve in zip(names, styles_of(mixers), curves, strict=True):
+            axis.plot(curve.x, curve.y, label=_plain(name), linewidth=1.8, **style)
+        _doubling(axis)
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_xlabel(x)
+    axes[0].set_ylabel(y)
+    handles, shown = axes[0].get_legend_handles_labels()
+    figure.legend(handles, shown, loc="outside right center", fontsize=9, frameon=False)
+    return _png(figure)
