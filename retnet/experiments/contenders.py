@@ -25,6 +25,11 @@ class Contender:
     name: str
     keys: tuple[str, ...]
 
+    @property
+    def mixer(self) -> str:
+        """The name of its mixer, which its first key sets."""
+        return self.keys[0].removeprefix("model.mixer=")
+
 
 def add_options(parser: ArgumentParser) -> None:
     """The recipe, its overrides, who takes part, and where the runs go."""

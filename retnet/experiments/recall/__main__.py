@@ -118,9 +118,11 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     whole: dict[str, Any] = {"type": cli.positive_int, "metavar": "N"}
     add("--steps", **whole, help="of training, at most (each task's own)")
     add("--length", **whole, help="tokens in a row (each task's own)")
-    add("--pairs", **whole, nargs="+", help="of mqar (2 4 8)")
-    add("--copied", **whole, nargs="+", help="symbols in the string of copy (8)")
-    add("--symbols", **whole, help="different tokens of a kind (each task's own)")
+    add("--pairs", **whole, nargs="+", help=f"of mqar ({_shown('mqar')})")
+    add("--copied", **whole, nargs="+", help=f"symbols in the strings of copy ({_shown('copy')})")
+    add("--values", **whole, help="different answers (each task's own)")
+    text = "of which a pair consists; 2: a key and its value, which a model first has to join (1)"
+    add("--pair-tokens", type=int, choices=(1, 2), default=1, help=text)
     add("--rows", **whole, help="of a step (each task's own)")
     add("--json", type=cli.file_path, metavar="FILE", help="also write all results to this file")
     arguments = parser.parse_intermixed_args(argv)
@@ -133,13 +135,19 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _shown(name: str) -> str:
+    return " ".join(map(str, TASKS[name].counts))
+
+
 def _tasks(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that were named, at the sizes of the options."""
     names = [word for word in arguments.words if "=" not in word] or [*TASKS]
     for name in names:
         if name not in TASKS or names.count(name) > 1:
             raise UserError(f"task ({name}) must be one of {', '.join(TASKS)}, each once")
-    sizes = {key: getattr(arguments, key) for key in ("steps", "length", "symbols", "rows")}
+    sizes = {
+        key: getattr(arguments, key) for key in ("steps", "length", "values", "rows", "pair_tokens")
+    }
     given = {key: value for key, value in sizes.items() if value is not None}
     found = [replace(TASKS[name], **given) for name in names]
     for option, name in (("pairs", "mqar"), ("copied", "copy")):

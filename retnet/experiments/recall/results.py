@@ -10,7 +10,6 @@ from retnet.evaluation.report.pictures import Curve, shares
 from retnet.experiments.contenders import Contender
 from retnet.experiments.recall.tasks import Task
 from retnet.experiments.recall.training import LAST, SOLVED, TEST_ROWS, Outcome, share
-from retnet.training import key_of
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Standing:
         """Whether the rate is the smallest or largest of several that were tried."""
         tried = sorted(float(trial.rate) for trial in self.trials)
         return len(tried) > 1 and float(self.rate) in (tried[0], tried[-1])
-
-
-def mixer_of(contender: Contender) -> str:
-    """The mixer that its keys name."""
-    return next(key.partition("=")[2] for key in contender.keys if key_of(key) == "model.mixer")
 
 
 def best(trials: Sequence[Trial]) -> str:
@@ -102,7 +96,7 @@ def _about(
         chosen += "; *: at an end of these" * any(own.at_edge for own in standings)
     return [
         f"{task.name}: right answers in percent, by tokens from what is asked for to the question",
-        f"rows of {task.length} tokens, {sizes} {task.counted}, {task.symbols} symbols of a kind; "
+        f"rows of {task.length} tokens, {sizes} {task.counted}, {task.values} values; "
         f"at most {task.steps:,} steps of {task.rows} rows, fewer where {100 * SOLVED:g} % of "
         f"{LAST} steps' answers are right",
         f"{chosen}; reported on {TEST_ROWS} rows of each number from seeds {named}",
@@ -113,7 +107,7 @@ def picture(task: Task, standings: Sequence[Standing]) -> bytes:
     """A PNG of the accuracy by distance, beside it that by count where there are several."""
     counts, distances = columns(task, standings)
     names = [own.contender.name for own in standings]
-    mixers = [mixer_of(own.contender) for own in standings]
+    mixers = [own.contender.mixer for own in standings]
 
     def curves(values: Sequence[int], key: str) -> list[Curve]:
         x = [float(value) for value in values]
@@ -138,7 +132,7 @@ def to_json(
         "contenders": [
             {
                 "contender": own.contender.name,
-                "mixer": mixer_of(own.contender),
+                "mixer": own.contender.mixer,
                 "keys": [*own.contender.keys],
                 "learning_rate": own.rate,
                 "accuracy": own.accuracy,

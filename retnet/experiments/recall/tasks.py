@@ -1,7 +1,12 @@
 """Synthetic tasks of memory: rows of tokens, made by a seeded generator, and the answers in them.
 
-What is asked for stands earlier in the row, once; the distance is the number of tokens from there
-to the question. Each kind of token has symbols of its own, so nothing but the right place answers.
+A row holds pairs of a key and a value among noise that says nothing, no key twice; later it asks
+for the values of keys. The distance is the number of tokens from a pair to its question.
+
+A pair is one token, so a task is about remembering alone. With ``pair_tokens`` 2 it is a key and
+its value side by side, as in Zoology: a model must then learn first to join neighbours, which takes
+attention of this size thousands of steps. The vocabulary is [pairs | keys | values | noise], the
+pairs only where they are one token; questions are keys and answers values in either case.
 """
 
 from dataclasses import dataclass
@@ -13,6 +18,8 @@ from torch import Generator, Tensor
 from retnet.errors import UserError
 from retnet.model.loss import IGNORE_INDEX
 
+NOISE = 16  # different tokens of it
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -21,7 +28,7 @@ class Batch:
     Attributes:
         input_ids: Tokens.
         targets: The answer at each question, to be predicted there; -100 elsewhere.
-        distances: Tokens from what a question asks for to the question; 0 elsewhere.
+        distances: Tokens from the pair to the question; 0 elsewhere.
     """
 
     input_ids: Tensor
@@ -35,51 +42,87 @@ class Task:
 
     Attributes:
         length: T, tokens in a row.
-        counts: How many things a row holds to remember; each is trained on and measured.
-        symbols: Different tokens of each kind.
+        counts: Numbers of pairs; each is trained on and measured.
+        values: Different values.
         rows: B, rows of a training step, shared out among the counts.
         steps: Steps of training, at most.
+        pair_tokens: 1 or 2, see above.
     """
 
     length: int
     counts: tuple[int, ...]
-    symbols: int
+    values: int
     rows: int
     steps: int
+    pair_tokens: int = 1
 
     name: ClassVar[str]
-    counted: ClassVar[str]  # what ``counts`` are numbers of
-    kinds: ClassVar[int]  # of tokens with ``symbols`` each
-    markers: ClassVar[int] = 0  # single tokens after those
+    counted: ClassVar[str]  # what the pairs stand for here
+
+    @property
+    def keys(self) -> int:
+        """Different keys."""
+        return max(self.counts)
+
+    @property
+    def first_key(self) -> int:
+        """The token of key 0."""
+        return self.keys * self.values if self.pair_tokens == 1 else 0
+
+    @property
+    def first_value(self) -> int:
+        return self.first_key + self.keys
+
+    @property
+    def first_noise(self) -> int:
+        return self.first_value + self.values
 
     @property
     def vocab_size(self) -> int:
-        return self.kinds * self.symbols + self.markers
+        return self.first_noise + NOISE
 
     def shortest(self, count: int) -> int:
-        """Tokens that a row needs."""
+        """Tokens that a row needs at least."""
+        return (self.pair_tokens + 1) * count
+
+    def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [B, count], the place of each pair's last token, and the places of the questions.
+
+        int64 [B, Q]; Q is a multiple of the count: the keys are asked for in their order, perhaps
+        again and again.
+        """
         raise NotImplementedError
 
     def sample(self, rows: int, count: int, random: Generator) -> Batch:
-        """Rows with so many things to remember, the answers of each once."""
-        raise NotImplementedError
+        """Rows with so many pairs."""
+        keys, pairs, questions = self.layout(rows, count, random)
+        values = torch.randint(self.values, keys.shape, generator=random)
+        noise = torch.randint(NOISE, (rows, self.length), generator=random)
+        input_ids = self.first_noise + noise
+        if self.pair_tokens == 1:
+            input_ids.scatter_(1, pairs, keys * self.values + values)
+        else:
+            input_ids.scatter_(1, pairs - 1, self.first_key + keys)
+            input_ids.scatter_(1, pairs, self.first_value + values)
+        again = questions.shape[1] // count
+        asked, answers, sources = (x.repeat(1, again) for x in (keys, values, pairs))
+        input_ids.scatter_(1, questions, self.first_key + asked)
+        targets = torch.full_like(input_ids, IGNORE_INDEX)
+        targets.scatter_(1, questions, self.first_value + answers)
+        distances = torch.zeros_like(input_ids).scatter_(1, questions, questions - sources)
+        return Batch(input_ids, targets, distances)
 
     def batch(self, rows: int, random: Generator) -> Batch:
         """Rows of all counts, about equally many of each."""
         each = [rows // len(self.counts)] * len(self.counts)
         each[0] += rows - sum(each)
-        parts = [self.sample(n, c, random) for n, c in zip(each, self.counts, strict=True) if n]
+        parts = [self.sample(n, c, random) for n, c in zip(each, self.counts, strict=True)]
         together = (torch.cat([getattr(p, key) for p in parts]) for key in vars(parts[0]))
         return Batch(*together)
 
     def check(self) -> None:
         """Raise a ``UserError`` where a row has no room for what it is to hold."""
         most = max(self.counts)
-        if most > self.symbols:
-            raise UserError(
-                f"--symbols ({self.symbols}) must be at least the largest number of {self.counted} "
-                f"({most}) of {self.name}, none of which is there twice"
-            )
         if (needed := self.shortest(most)) > self.length:
             raise UserError(
                 f"--length ({self.length}) has no room for {most} {self.counted} of {self.name}: "
@@ -92,99 +135,69 @@ class Task:
             )
 
 
-def _ordered(rows: int, choices: int, count: int, random: Generator) -> Tensor:
-    """int64 [rows, count] of 0 .. choices - 1, none twice in a row."""
+def _some(rows: int, choices: int, count: int, random: Generator) -> Tensor:
+    """int64 [rows, count] of 0 .. choices - 1, none twice in a row, in any order."""
     return torch.rand(rows, choices, generator=random).argsort(1)[:, :count]
-
-
-def _symbols(rows: int, columns: int, kind: int, symbols: int, random: Generator) -> Tensor:
-    """Any tokens of a kind."""
-    return kind * symbols + torch.randint(symbols, (rows, columns), generator=random)
-
-
-def _asked(input_ids: Tensor, places: Tensor, answers: Tensor, sources: Tensor) -> Batch:
-    """The batch with questions at ``places`` [B, Q] about what stands at ``sources`` [B, Q]."""
-    targets = torch.full_like(input_ids, IGNORE_INDEX).scatter_(1, places, answers)
-    distances = torch.zeros_like(input_ids).scatter_(1, places, places - sources)
-    return Batch(input_ids, targets, distances)
 
 
 class AssociativeRecall(Task):
     """Multi-query associative recall (MQAR; Arora et al. 2023, Zoology, arXiv 2312.04927).
 
-    A row begins with pairs of a key and its value, no key twice. Then each key is asked once, at a
-    random place after a random one, among tokens that say nothing: the answer is its value. The
-    distance is that from a key to where it is asked.
+    A row begins with the pairs. Then each key is asked for once, at a random place.
     """
 
-    name, counted, kinds = "mqar", "pairs", 3  # keys, values, noise
+    name, counted = "mqar", "pairs"
 
-    def shortest(self, count: int) -> int:
-        return 3 * count
-
-    def sample(self, rows: int, count: int, random: Generator) -> Batch:
-        keys = _ordered(rows, self.symbols, count, random)
-        values = _symbols(rows, count, 1, self.symbols, random)
-        input_ids = _symbols(rows, self.length, 2, self.symbols, random)
-        sources = torch.arange(0, 2 * count, 2).expand(rows, -1)
-        input_ids.scatter_(1, sources, keys).scatter_(1, sources + 1, values)
-        places = 2 * count + _ordered(rows, self.length - 2 * count, count, random)
-        return _asked(input_ids.scatter_(1, places, keys), places, values, sources)
+    def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        size, used = self.pair_tokens, self.pair_tokens * count
+        pairs = torch.arange(size - 1, used, size).expand(rows, -1)
+        questions = used + _some(rows, self.length - used, count, random)
+        return _some(rows, self.keys, count, random), pairs, questions
 
 
 class Copying(Task):
-    """A string, noise, a marker, and the string again.
+    """A string of symbols, noise, and the string again, symbol by symbol.
 
-    A marker stands before the string too, none of whose symbols is there twice, so each answer is
-    what followed the same token before. The noise between has any length that a row has room for,
-    and what is left of the row lies before the string; the distance is the same for all symbols.
+    The keys are the places in the string. The noise between has any length that a row has room for,
+    and what is left of the row lies before the string, so the distance is one for a whole string.
     """
 
-    name, counted, kinds, markers = "copy", "symbols", 2, 1  # of the string, of noise
+    name, counted = "copy", "symbols"
 
-    def shortest(self, count: int) -> int:
-        return 2 * count + 1
-
-    def sample(self, rows: int, count: int, random: Generator) -> Batch:
-        string = _ordered(rows, self.symbols, count, random)
-        marker = torch.full((rows, 1), 2 * self.symbols)
-        input_ids = _symbols(rows, self.length, 1, self.symbols, random)
-        shown, steps = torch.cat((marker, string), 1), torch.arange(count + 1)
-        begin = torch.randint(self.length - 2 * count, (rows, 1), generator=random)
-        sources = begin + steps
-        places = (self.length - count + steps[:-1]).expand(rows, -1)
-        input_ids.scatter_(1, sources, shown).scatter_(1, places, shown[:, :-1])
-        return _asked(input_ids, places, string, sources[:, :-1])
+    def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        size, used = self.pair_tokens, self.pair_tokens * count
+        begin = torch.randint(self.length - used - count + 1, (rows, 1), generator=random)
+        # one by one the questions stand nearer to their pairs where a pair is two tokens
+        places = torch.arange(count)
+        pairs = begin + size * places + size - 1
+        questions = self.length - count + places
+        return places.expand(rows, -1), pairs, questions.expand(rows, -1)
 
 
 class Needle(Task):
-    """One token among noise that says nothing, asked for by a marker at random places after it."""
+    """One pair among noise, asked for again and again at random places after it."""
 
-    name, counted, kinds, markers = "needle", "needles", 2, 1  # needles, noise
+    name, counted = "needle", "needles"
 
-    QUESTIONS: ClassVar[int] = 8  # of a row, as far as there is room after the needle
+    QUESTIONS: ClassVar[int] = 8  # in a row
 
     def shortest(self, count: int) -> int:
-        return 2 * self.QUESTIONS
+        return self.pair_tokens + self.QUESTIONS
 
-    def sample(self, rows: int, count: int, random: Generator) -> Batch:
-        needle = _symbols(rows, 1, 0, self.symbols, random)
-        input_ids = _symbols(rows, self.length, 1, self.symbols, random)
-        begin = torch.randint(self.length - self.QUESTIONS, (rows, 1), generator=random)
-        # the later of all places in a random order: those after the needle
+    def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        free = self.length - self.shortest(count) + 1
+        needle = self.pair_tokens - 1 + torch.randint(free, (rows, 1), generator=random)
         order = torch.rand(rows, self.length, generator=random)
-        order = order.masked_fill(torch.arange(self.length) <= begin, 2.0)
-        places = order.argsort(1)[:, : self.QUESTIONS]
-        input_ids.scatter_(1, begin, needle).scatter_(1, places, 2 * self.symbols)
-        answers = needle.expand(-1, self.QUESTIONS)
-        return _asked(input_ids, places, answers, begin.expand_as(answers))
+        order = order.masked_fill(torch.arange(self.length) <= needle, 2.0)  # these come last
+        questions = order.argsort(1)[:, : self.QUESTIONS]
+        return torch.zeros(rows, 1, dtype=torch.int64), needle, questions
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        AssociativeRecall(length=64, counts=(2, 4, 8), symbols=16, rows=48, steps=2000),
-        Copying(length=64, counts=(8,), symbols=16, rows=48, steps=2000),
-        Needle(length=256, counts=(1,), symbols=16, rows=16, steps=600),
+        AssociativeRecall(length=64, counts=(4, 8, 16), values=8, rows=48, steps=500),
+        Copying(length=128, counts=(8,), values=8, rows=24, steps=500),
+        Needle(length=256, counts=(1,), values=16, rows=12, steps=500),
     )
 }

@@ -33,11 +33,13 @@ from retnet.terminal import harmless
 from retnet.training import Config, load_config
 from retnet.training.build import build_model, check_model_fits, model_config
 from retnet.training.optimizer import build_optimizer, learning_rate
+from retnet.training.spec import mixer_keys
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what a run computes; results of others are not reused
-SIZES = ("model.hidden_size=64", "model.num_hidden_layers=2", "model.num_heads=2")
+# of models; with aft's own rank its tables of positions leave nothing to the rest of them
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "aft_rank": 16}
 # keys of train that mean something here, beside those that options set
 TRAIN_KEYS = (
     "optimizer", "adamw_learning_rate", "schedule", "decay_fraction", "warmup_steps",
@@ -106,15 +108,16 @@ class Run:
         """All that determines the result, as JSON has it."""
         train = vars(self.config.train)
         names = (*TRAIN_KEYS, "learning_rate", "max_steps", "seed")
+        task = {"name": self.task.name, **asdict(self.task)}
+        del task["steps"]  # of all runs it is max_steps
         found = {
             "version": VERSION,
-            "task": {"name": self.task.name, **asdict(self.task)},
+            "task": task,
             "model": asdict(self.config.model),
             "train": {name: train[name] for name in names},
             "solved": [SOLVED, LAST],
             "test_rows": TEST_ROWS,
         }
-        del found["task"]["steps"]  # max_steps, for every run
         return json.loads(json.dumps(found))
 
     @property
@@ -158,11 +161,12 @@ def planned(
 ) -> Run:
     """A run with this rate and seed; a ``UserError`` where the keys make none."""
     task.check()
-    keys = [
-        *SIZES, f"train.warmup_steps={task.steps // 10}", *overrides, *contender.keys,
-        f"train.learning_rate={rate}", f"train.max_steps={task.steps}", f"train.seed={seed}",
-        f"data.seq_len={task.length}",
-    ]  # fmt: skip
+    means = mixer_keys(contender.mixer)
+    sizes = [f"model.{key}={value}" for key, value in SIZES.items() if key in means]
+    own = [f"train.learning_rate={rate}", f"train.max_steps={task.steps}", f"train.seed={seed}"]
+    own += [f"data.seq_len={task.length}"]
+    warmup = f"train.warmup_steps={task.steps // 10}"
+    keys = [*sizes, warmup, *overrides, *contender.keys, *own]
     config = load_config(None, keys)
     model = model_config(config, task.vocab_size)
     check_model_fits(model)
