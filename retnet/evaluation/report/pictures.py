@@ -317,16 +317,19 @@ def shares(
     mixers: Sequence[str],
     panels: Sequence[tuple[Sequence[Curve], str]],
     y: str,
+    chance: float,
 ) -> bytes:
     """A PNG of panels side by side, from 0 to 1 upwards: the curves, and what x shows.
 
-    The names of the curves, and of their mixers, are the same in all panels.
-    """  # fmt: skip
+    The names of the curves, and of their mixers, are the same in all panels; a line shows what
+    chance gives.
+    """
     figure, axes = _axes(len(panels))
     for axis, (curves, x) in zip(axes, panels, strict=True):
         for name, style, curve in zip(names, styles_of(mixers), curves, strict=True):
             axis.plot(curve.x, curve.y, label=_plain(name), linewidth=1.8, **style)
         _doubling(axis)
+        axis.axhline(chance, color="#7F7F7F", linewidth=1, linestyle=":", label="by chance")
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel(x)
     axes[0].set_ylabel(y)

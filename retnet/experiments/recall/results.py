@@ -1,6 +1,7 @@
 """What the runs of a task come to: who was trained how, a table, a picture, JSON."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,20 +65,16 @@ def table(task: Task, standings: Sequence[Standing], seeds: Sequence[int], tunin
     """Accuracies in percent: over all, by distance, and by count where there are several."""
     counts, distances = columns(task, standings)
     counts = counts if len(counts) > 1 else []
-    head = ["contender", "parameters", "rate", "steps", "all", "sd"]
+    head = ["contender", "rate", "steps", "all", "sd"]
     rows = [[*head, *(f"<={d}" for d in distances), *(f"{c} {task.counted}" for c in counts)]]
     for own in standings:
         whole = [outcome.accuracy for outcome in own.outcomes]
         steps = statistics.mean(outcome.steps for outcome in own.outcomes)
         spread = f"{100 * statistics.stdev(whole):.1f}" if len(whole) > 1 else "-"
-        shown = [
-            own.contender.name,
-            f"{own.outcomes[0].parameters:,}",
-            own.rate + "*" * own.at_edge,
-        ]
-        shown += [f"{steps:,.0f}", f"{100 * own.accuracy:.1f}", spread]
-        shown += [f"{100 * own.share(distance=d):.1f}" for d in distances]
-        shown += [f"{100 * own.share(count=c):.1f}" for c in counts]
+        shown = [own.contender.name, own.rate + "*" * own.at_edge, f"{steps:,.0f}"]
+        shown += [f"{100 * own.accuracy:.1f}", spread]
+        shown += [f"{100 * own.share(distance=d):.0f}" for d in distances]
+        shown += [f"{100 * own.share(count=c):.0f}" for c in counts]
         rows.append(shown)
     return "\n".join([*_about(task, seeds, standings, tuning), *format_table(rows)])
 
@@ -94,13 +91,17 @@ def _about(
             f"learning rate of {', '.join(rates)} by accuracy on other rows, from seed {tuning}"
         )
         chosen += "; *: at an end of these" * any(own.at_edge for own in standings)
-    return [
+    models = sorted(own.outcomes[0].parameters for own in standings)
+    pair = "a token" if task.pair_tokens == 1 else "two tokens"
+    lines = [
         f"{task.name}: right answers in percent, by tokens from what is asked for to the question",
-        f"rows of {task.length} tokens, {sizes} {task.counted}, {task.values} values; "
-        f"at most {task.steps:,} steps of {task.rows} rows, fewer where {100 * SOLVED:g} % of "
-        f"{LAST} steps' answers are right",
-        f"{chosen}; reported on {TEST_ROWS} rows of each number from seeds {named}",
+        f"rows of {task.length} tokens, {sizes} {task.counted}, each {pair}; {task.values} values, "
+        f"so that chance gives {100 / task.values:.1f}",
+        f"models of {models[0]:,} to {models[-1]:,} parameters; at most {task.steps:,} steps of "
+        f"{task.rows} rows, fewer where {100 * SOLVED:g} % of {LAST} steps' answers are right",
+        f"{chosen}; reported on {TEST_ROWS} rows of each number, from seeds {named}",
     ]
+    return [part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent="  ")]
 
 
 def picture(task: Task, standings: Sequence[Standing]) -> bytes:
@@ -117,7 +118,7 @@ def picture(task: Task, standings: Sequence[Standing]) -> bytes:
     panels = [by_distance]
     if len(counts) > 1:
         panels.append((curves(counts, "count"), f"{task.counted} in a row"))
-    return shares(names, mixers, panels, "share of right answers")
+    return shares(names, mixers, panels, "share of right answers", 1 / task.values)
 
 
 def to_json(

@@ -177,7 +177,7 @@ class Copying(Task):
 class Needle(Task):
     """One pair among noise, asked for again and again at random places after it."""
 
-    name, counted = "needle", "needles"
+    name, counted = "needle", "needle"
 
     QUESTIONS: ClassVar[int] = 8  # in a row
 

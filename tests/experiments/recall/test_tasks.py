@@ -108,7 +108,7 @@ def test_a_batch_has_rows_of_each_count() -> None:
         ("mqar", {"length": 15}, "--length (15) has no room for 8 pairs of mqar: it takes 16"),
         ("mqar", {"length": 23, "pair_tokens": 2}, "it takes 24 tokens"),
         ("copy", {"length": 15}, "--length (15) has no room for 8 symbols of copy: it takes 16"),
-        ("needle", {"length": 8}, "--length (8) has no room for 1 needles of needle: it takes 9"),
+        ("needle", {"length": 8}, "--length (8) has no room for 1 needle of needle: it takes 9"),
         ("mqar", {"rows": 2}, "--rows (2) must be at least the 3 numbers of pairs of mqar"),
     ],
 )
