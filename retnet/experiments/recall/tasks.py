@@ -159,14 +159,17 @@ class Copying(Task):
     """A string of symbols, noise, and the string again, symbol by symbol.
 
     The keys are the places in the string. The noise between has any length that a row has room for,
-    and what is left of the row lies before the string, so the distance is one for a whole string.
+    each power of two as often as the others (else nearly all would be long), and what is left of
+    the row lies before the string. So the distance is one for a whole string.
     """
 
     name, counted = "copy", "symbols"
 
     def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
         size, used = self.pair_tokens, self.pair_tokens * count
-        begin = torch.randint(self.length - used - count + 1, (rows, 1), generator=random)
+        lengths = self.length - used - count + 1  # of the noise between, from 0 on
+        noise = (lengths + 1) ** torch.rand(rows, 1, generator=random, dtype=torch.float64)
+        begin = lengths - noise.long().clamp(max=lengths)
         # one by one the questions stand nearer to their pairs where a pair is two tokens
         places = torch.arange(count)
         pairs = begin + size * places + size - 1
@@ -175,7 +178,11 @@ class Copying(Task):
 
 
 class Needle(Task):
-    """One pair among noise, asked for again and again at random places after it."""
+    """One pair in the first half of noise, asked for again and again at random places after it.
+
+    A place is as likely as it is near (the chance falls with 1 / distance), so that each power of
+    two comes up.
+    """
 
     name, counted = "needle", "needle"
 
@@ -185,11 +192,13 @@ class Needle(Task):
         return self.pair_tokens + self.QUESTIONS
 
     def layout(self, rows: int, count: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        free = self.length - self.shortest(count) + 1
+        free = (self.length - self.shortest(count)) // 2 + 1
         needle = self.pair_tokens - 1 + torch.randint(free, (rows, 1), generator=random)
-        order = torch.rand(rows, self.length, generator=random)
-        order = order.masked_fill(torch.arange(self.length) <= needle, 2.0)  # these come last
-        questions = order.argsort(1)[:, : self.QUESTIONS]
+        distances = (torch.arange(self.length) - needle).double()
+        # the first to come of waiting times that are as long as the places are far
+        waits = -torch.rand(rows, self.length, generator=random, dtype=torch.float64).log()
+        waits = (waits * distances).masked_fill(distances <= 0, torch.inf)
+        questions = waits.argsort(1)[:, : self.QUESTIONS]
         return torch.zeros(rows, 1, dtype=torch.int64), needle, questions
 
 

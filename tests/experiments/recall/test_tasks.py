@@ -96,6 +96,16 @@ def test_all_distances_come_up(name: str) -> None:
     assert found == [*range(1, 24)]
 
 
+@pytest.mark.parametrize("name", ["copy", "needle"])
+def test_short_distances_are_as_frequent_as_long_ones(name: str) -> None:
+    """By powers of two: of evenly drawn distances half would be in the last."""
+    task = replace(TASKS[name], length=260, counts=(1,))
+    batch = made(task, 1, 0, rows=4000)
+    found = batch.distances[batch.targets != IGNORE_INDEX].double().log2().floor()
+    shares = [float((found == power).double().mean()) for power in range(1, 8)]
+    assert max(shares) < 4 * min(shares) and max(shares) < 0.25
+
+
 def test_a_batch_has_rows_of_each_count() -> None:
     task = replace(TASKS["mqar"], counts=(2, 4, 8))
     batch = task.batch(10, torch.Generator().manual_seed(0))
