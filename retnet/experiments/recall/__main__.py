@@ -204,7 +204,7 @@ def recall(arguments: argparse.Namespace) -> Iterator[tuple[Task, list[Standing]
     for task in arguments.tasks:
         for contender in arguments.who:
             for rate in rates:
-                planned(task, contender, arguments.overrides, rate, seeds[0], arguments.out)
+                planned(task, contender, arguments.overrides, rate, max(seeds), arguments.out)
     each = len(seeds) + (len(rates) if len(rates) > 1 else 0)
     progress = Progress(len(arguments.tasks) * len(arguments.who) * each)
     for task in arguments.tasks:

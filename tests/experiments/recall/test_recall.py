@@ -56,6 +56,7 @@ def shortest(cells: list[dict[str, int]]) -> float:
 def test_every_contender_and_task_by_default(tmp_path: Path, capsys) -> None:
     """All mixers and the hybrid, one rate each here."""
     sizes = ("--length", "32", "--values", "4", "--steps", "1", "--rows", "6", "--rates", "1e-3")
+    sizes += ("--pairs", "4", "8", "16")
     keys = ("model.hidden_size=16",)
     file = tmp_path / "all.json"
     assert call(tmp_path / "out", *sizes, *keys, "--json", str(file)) == 0
@@ -236,6 +237,7 @@ def test_counts_weigh_the_same() -> None:
         (["--pair-tokens", "3"], "argument --pair-tokens: invalid choice"),
         (["--length", "9"], "has no room for"),
         (["--seeds", "1000"], "--seeds (1000) must be at least 0, and not 1000"),
+        (["--seeds", "0", "99999999999"], "train.seed (99999999999)"),
         (["--seeds", "2", "2"], "--seeds (2) is there twice"),
         (["--rates", "1e-3", "0.001"], "--rates (1e-3 0.001): one is there twice"),
         (["--rates", "fast"], "argument --rates: 'fast' must be a number"),
