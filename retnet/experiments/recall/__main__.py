@@ -41,7 +41,7 @@ from retnet.paths import check_folder
 from retnet.training import key_of
 from retnet.training.tracking import format_seconds
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("retnet.experiments.recall")  # __name__ is that of a script
 
 RATES = ("1e-3", "3e-3", "1e-2")
 TUNING_SEED = 1000

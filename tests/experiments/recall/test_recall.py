@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,9 +44,12 @@ def runs(out: Path) -> dict[str, dict]:
 
 
 def call(out: Path, *options: str) -> int:
-    """With the keys first: an option of several values would take them for its own."""
-    ordered = sorted(options, key=lambda word: "=" not in word or word.startswith("--"))
-    return cli.run(recall.main, [*ordered, "--out", str(out)])
+    return cli.run(recall.main, [*_keys_first(*options), "--out", str(out)])
+
+
+def _keys_first(*options: str) -> list[str]:
+    """An option of several values would take them for its own."""
+    return sorted(options, key=lambda word: "=" not in word or word.startswith("--"))
 
 
 def shortest(cells: list[dict[str, int]]) -> float:
@@ -141,6 +146,17 @@ def test_what_changes_a_run_makes_another(base: Path, capsys, change: tuple[str,
     keys = ("loss", "cells", "steps", "parameters")
     assert [first["result"][k] for k in keys] != [second["result"][k] for k in keys]
     assert "is finished" not in capsys.readouterr().err
+
+
+def test_progress_of_the_command_itself(base: Path, monkeypatch, capsys) -> None:
+    """Run as a script its module has another name, which loggers must not go by."""
+    monkeypatch.delitem(sys.modules, recall.__name__)
+    monkeypatch.setattr(sys, "argv", ["recall", *_keys_first(*BASE), "--out", str(base)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("retnet.experiments.recall", run_name="__main__")
+    assert end.value.code == 0
+    err = capsys.readouterr().err
+    assert "(run 1 of 1) is finished" in err and f"picture in {base / 'mqar.png'}" in err
 
 
 def test_copied_strings_and_variants(tmp_path: Path, capsys) -> None:
