@@ -205,7 +205,7 @@ class Needle(Task):
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        AssociativeRecall(length=128, counts=(8, 16, 32), values=8, rows=24, steps=900),
+        AssociativeRecall(length=128, counts=(4, 8, 16), values=8, rows=24, steps=800),
         Copying(length=256, counts=(8,), values=8, rows=12, steps=800),
         Needle(length=256, counts=(1,), values=16, rows=12, steps=500),
     )
