@@ -36,17 +36,28 @@ class Contender:
     name: str
     keys: tuple[str, ...]
 
+    @property
+    def mixer(self) -> str:
+        """The name of its mixer, which its first key sets."""
+        return self.keys[0].removeprefix("model.mixer=")
+
 
 def add_options(parser: ArgumentParser) -> None:
     """The recipe, its overrides, who takes part, and where the runs go."""
     add = parser.add_argument
     add("recipe", help="YAML file")
     add("overrides", nargs="*", metavar="key=value", help="for all runs")
+    add_contenders(parser)
+
+
+def add_contenders(parser: ArgumentParser, out: str = "runs") -> None:
+    """Who takes part, and where the runs go."""
+    add = parser.add_argument
     add("--mixers", nargs="+", choices=MIXERS, help="(all, or none where there are variants)")
     text = "a contender of that name: a mixer with some keys; may be repeated"
     metavar: Any = ("NAME MIXER", "KEY=VALUE")
     add("--variant", action="append", nargs="+", default=[], metavar=metavar, help=text)
-    add("--out", type=file_path, default=Path("runs"), help="folder of the run folders (runs)")
+    add("--out", type=file_path, default=Path(out), help=f"folder of the run folders ({out})")
 
 
 def contenders(arguments: argparse.Namespace) -> list[Contender]:

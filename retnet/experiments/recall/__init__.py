@@ -1,0 +1,1 @@
+"""Synthetic tasks of memory: recall by distance and number of things."""
