@@ -207,6 +207,6 @@ TASKS: dict[str, Task] = {
     for task in (
         AssociativeRecall(length=128, counts=(4, 8, 16), values=8, rows=24, steps=800),
         Copying(length=256, counts=(8,), values=8, rows=12, steps=800),
-        Needle(length=256, counts=(1,), values=16, rows=12, steps=500),
+        Needle(length=512, counts=(1,), values=16, rows=8, steps=600),
     )
 }

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what a run computes; results of others are not reused
 # of models; with aft's own rank its tables of positions leave nothing to the rest of them
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "aft_rank": 16}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "aft_rank": 8}
 # keys of train that mean something here, beside those that options set
 TRAIN_KEYS = (
     "optimizer", "adamw_learning_rate", "schedule", "decay_fraction", "warmup_steps",
