@@ -124,6 +124,7 @@ def test_messages_that_cannot_be_written_cost_nothing(monkeypatch) -> None:
         assert cli.run(main, []) == 0
 
 
+@pytest.mark.slow
 def test_the_interpreters_end_costs_nothing_either() -> None:
     """It writes what is left in the buffer of standard error, and would say 120.
 

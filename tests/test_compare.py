@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import compare
 from retnet.cli import run
 from retnet.data import DataSpec, prepare_data
-from retnet.evaluation.report import QUICK, THOROUGH
+from retnet.evaluation.report import QUICK, THOROUGH, Reach
 from tests.generation.builders import MIXERS, save_checkpoint
 
 
@@ -249,6 +249,7 @@ def test_models_that_were_trained_in_different_precisions(runs: Path, tmp_path: 
 def test_a_report_with_what_was_asked_for(main, tmp_path: Path, monkeypatch) -> None:
     """Its costs by the contexts that were given, and none where no speed is wanted."""
     reached, real = [], compare.find_out
+    monkeypatch.setattr("retnet.evaluation.report.contents.pictures", lambda findings: [])
     monkeypatch.setattr(compare, "COST_CONTEXTS", (2, 4, 8))
     monkeypatch.setattr(compare, "QUICK_CONTEXTS", (3,))
 
@@ -271,6 +272,8 @@ def test_a_report_with_what_was_asked_for(main, tmp_path: Path, monkeypatch) -> 
 def test_a_report_stops_where_a_table_is_refused(main, tmp_path: Path, monkeypatch) -> None:
     """A context that a model has no memory for."""
     monkeypatch.setattr("retnet.generation.checks.memory_of", lambda device: 500_000)
+    monkeypatch.setattr("retnet.evaluation.report.contents.pictures", lambda findings: [])
+    monkeypatch.setattr(compare, "QUICK", Reach(batches=(1,), lengths=(8,), peaks=False, windows=1))
     code, _, err = main("--contexts", "4", "5000")
     assert code == 2 and "--contexts (5,000) needs" in err
     code, out, _ = main("--contexts", "4", "5000", "--quick", "--report", str(tmp_path / "report"))

@@ -47,6 +47,7 @@ def faults(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Com
 
 
 @needs_glibc
+@pytest.mark.slow
 def test_large_blocks_are_mapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     kept, given_back = (int(faults(how).stdout) for how in ("keep", "leave"))

@@ -42,7 +42,12 @@ def test_a_token_file_that_changed_is_made_again(
 
 
 @pytest.mark.parametrize(
-    ("name", "tokenizer"), [("one.txt", "bytes"), ("one.jsonl", "bytes"), ("one.txt", "bpe")]
+    ("name", "tokenizer"),
+    [
+        ("one.txt", "bytes"),
+        pytest.param("one.jsonl", "bytes", marks=pytest.mark.slow),
+        pytest.param("one.txt", "bpe", marks=pytest.mark.slow),
+    ],
 )
 def test_a_huge_line_is_a_document(
     places: dict[str, Path], tmp_path: Path, name: str, tokenizer: str

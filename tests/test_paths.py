@@ -139,6 +139,7 @@ call(generate, model, "--prompt", "a\\udcff", "--max-new-tokens", "1")
 """
 
 
+@pytest.mark.slow
 def test_a_locale_without_letters_that_are_typed(places: dict[str, Path], tmp_path: Path) -> None:
     """Text is UTF-8 whatever the locale says, and paths are read; a run folder gets one line."""
     recipe = tmp_path / "recipe.yaml"

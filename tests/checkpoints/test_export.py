@@ -36,6 +36,7 @@ save_file(out, "out.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_two_exports_in_a_process_without_the_package(tmp_path: Path) -> None:
     """Bit for bit our logits."""
     expected = {}

@@ -242,6 +242,7 @@ def test_tokens_that_the_tokenizer_does_not_have_are_made_again(
     assert len(builds) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, spec_for: SpecFor) -> None:
     spec = spec_for(write_documents(tmp_path / "a.jsonl", 400), tokenizer="bpe", vocab_size=400)
     code = (

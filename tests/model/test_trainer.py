@@ -65,6 +65,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_trainer_with_accumulation_is_trainer_with_the_large_batch(
     mixer: str, tmp_path, checkpointing: bool
 ) -> None:

@@ -33,6 +33,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_validation_improves_where_dependencies_are_longer_than_the_window(
     far: Path, options, tmp_path: Path
 ) -> None:

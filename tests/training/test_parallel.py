@@ -103,6 +103,7 @@ def test_a_signal_to_one_process_stops_all(options, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_data_is_no_traceback(options, tmp_path: Path) -> None:
     """The main process finds it; the others must not end in the library that they wait in."""
     printed = launch([*options, f"data.source={tmp_path}/no.txt"], code=1)
@@ -165,6 +166,7 @@ def test_world_size_without_torchrun(
         ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP (true) needs a GPU"),
     ],
 )
+@pytest.mark.slow
 def test_an_environment_that_makes_no_processes(
     options, tmp_path: Path, capsys, monkeypatch, variables: dict[str, str], words: str
 ) -> None:

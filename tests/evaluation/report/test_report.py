@@ -292,6 +292,7 @@ def test_pictures_are_the_same_on_every_machine(findings, recwarn) -> None:
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_pictures_in_a_notebooks_shell() -> None:
     """Which names a backend that may not be there."""
     code = "from retnet.evaluation.report.canvas import *\n"

@@ -203,7 +203,7 @@ def test_a_solved_task_ends_and_an_unsolved_one_does_not(tmp_path: Path, monkeyp
 
 def test_a_loss_that_is_not_finite_ends_a_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(training, "_step", lambda *_: (math.inf, 0, 1))
-    assert call(tmp_path, *MQAR, "--rates", "1e-3", "--steps=50") == 0
+    assert call(tmp_path, *MQAR, "--rates", "1e-3") == 0
     (run,) = runs(tmp_path).values()
     assert run["result"]["loss"] is None and run["result"]["steps"] == 1
 
