@@ -18,6 +18,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS, LINES = "osD^vPX*", ("-", "--", ":", "-.")
 
 
+MOST_LENGTHS = 8  # named on an axis
+NEAREST = 1.7  # times one is the next
+
+
 @dataclass(frozen=True)
 class Curve:
     """A model's values; ``end``, if any, says why there are no more."""
@@ -74,10 +78,14 @@ def draw(findings: Findings, axis: Any, curves: Sequence[Curve | None], x: str, 
 
 
 def doubling(axis: Any) -> None:
-    """A logarithmic axis with the lengths themselves on it, at most eight."""
+    """A logarithmic axis with the lengths themselves on it, those that have room."""
     lengths = sorted({float(x) for line in axis.get_lines() for x in line.get_xdata()})
     axis.set_xscale("log", base=2)
-    shown = lengths[:: max(1, -(-len(lengths) // 8))]
+    room = max(NEAREST, (lengths[-1] / lengths[0]) ** (1 / MOST_LENGTHS)) if lengths else 1
+    shown: list[float] = []
+    for length in reversed(lengths):
+        if not shown or shown[-1] >= room * length:
+            shown.append(length)
     axis.set_xticks(shown, [f"{length:,.0f}" for length in shown], fontsize=9)
     axis.minorticks_off()
 
