@@ -35,7 +35,10 @@ LIMIT_S = 20.0  # of one prefill or training step: a model that would take longe
 class Reach:
     """How far is measured what the comparison has not: see ``measure_costs``.
 
-    ``windows`` is how many windows of each length tell losses by context.
+    Attributes:
+        windows: How many windows of each length tell losses by context.
+        beyond: Times the trained length, how far those go.
+        carried: Whether models with a state of constant size also carry it through documents.
     """
 
     batches: Sequence[int] = BATCHES
@@ -43,10 +46,12 @@ class Reach:
     limit_s: float = LIMIT_S
     peaks: bool = True
     windows: int = LONG_WINDOWS
+    beyond: Sequence[int] = BEYOND
+    carried: bool = True
 
 
 THOROUGH = Reach()
-QUICK = Reach(batches=(1, 16), lengths=(256, 1024), peaks=False, windows=16)
+QUICK = Reach(batches=(1, 16), lengths=(256, 1024), peaks=False, beyond=(2, 4), carried=False)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Findings:
 
     Attributes:
         profiles: None where the models' tokens differ, so that positions and kinds do too.
-        carried: Bits per byte with a state carried through each document; None where it grows.
+        carried: Bits per byte with a state carried through each document; None where it grows, or
+            was not asked for.
         histories: None where the run folder is not there.
         trained: Tokens of the windows that it was trained on; None where that is not told.
         windows: 1 / (1 - decay) of each head in tokens; empty where decays are not fixed.
@@ -99,7 +105,7 @@ def find_out(
         profiles = [
             profile(
                 one.model, one.tokenizer, documents, context=context,
-                contexts=lengths_of(trained[0] or context), at_most=reach.windows,
+                contexts=lengths_of(trained[0] or context, reach.beyond), at_most=reach.windows,
                 eos=comparison.eos, scores=model.scores, progress=f"profile of {name}",
             )
             for name, one, model in zip(names, checkpoints, comparison.models, strict=True)
@@ -107,6 +113,8 @@ def find_out(
         logger.info("losses by position, context and kind of target are known")
     carried = [
         _carried(one, documents, context, comparison.eos, f"state of {name} carried")
+        if reach.carried
+        else None
         for name, one in zip(names, checkpoints, strict=True)
     ]
     costs = [Costs([], [], [])] * len(checkpoints)
@@ -129,12 +137,12 @@ def find_out(
     )
 
 
-def lengths_of(trained: int) -> list[int]:
+def lengths_of(trained: int, beyond: Sequence[int] = BEYOND) -> list[int]:
     """The contexts by which losses are told: the paper's, or parts, and multiples beyond."""
     within = [context for context in PAPER_CONTEXTS if context < trained]
     within = within or [trained // 4, trained // 2]
     return sorted({*(context for context in within if context >= 2), trained,
-                   *(times * trained for times in BEYOND)})  # fmt: skip
+                   *(times * trained for times in beyond)})  # fmt: skip
 
 
 def _carried(

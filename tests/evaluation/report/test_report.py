@@ -210,8 +210,10 @@ def test_everything_is_found_out(tmp_path: Path) -> None:
     assert found.histories[0].validation == {2: 4.5}
     assert [[e.context for e in one.by_context] for one in found.costs] == [[4, 8]] * 2
     assert [[e.rows for e in one.by_batch] for one in found.costs] == [[1, 2]] * 2
-    few = find_out(checkpoints, comparison, replace(reach, windows=1)).profiles[0].by_context
-    assert few[4].targets < found.profiles[0].by_context[4].targets
+    less = replace(reach, windows=1, beyond=(2,), carried=False)
+    few = find_out(checkpoints, comparison, less)
+    assert few.profiles[0].by_context.keys() == {4, 8, 16, 32} and few.carried == [None, None]
+    assert few.profiles[0].by_context[4].targets < found.profiles[0].by_context[4].targets
     one, other = (replace(model, speed=[]) for model in comparison.models)
     other = replace(other, same_tokenizer=False)
     again = find_out(checkpoints, replace(comparison, models=[one, other]))
