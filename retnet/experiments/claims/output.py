@@ -17,14 +17,15 @@ NOT_MEASURED = "not measured"
 RULE = (
     "A limit is kept where the whole interval lies on its side, missed where all of it lies on the "
     "other, else not decided. A claim held where every limit is kept, did not hold where every "
-    "limit is missed, and held in part otherwise. Figures without a limit stand beside."
+    "limit is missed, is not decided where none is, and held in part otherwise. Figures without a "
+    "limit stand beside."
 )
 INTERVALS = (
     "Intervals are of 95 %. Those of times are of the median over the rounds, by ranks; "
     "everything runs in turn in each round, and ratios are taken within it. A range is "
     "from the smallest to the largest."
 )
-WORDS = {Outcome.HELD: "kept", Outcome.PART: "not decided", Outcome.NOT: "missed", None: ""}
+WORDS = {Outcome.HELD: "kept", Outcome.OPEN: "not decided", Outcome.NOT: "missed", None: ""}
 
 
 @dataclass(frozen=True)

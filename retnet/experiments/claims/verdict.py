@@ -2,8 +2,8 @@
 
 A limit is kept where the whole interval lies on its side, and missed where the whole interval lies
 on the other; where the interval contains it, or there is none, the measurement does not decide. A
-claim held where all of its limits are kept, did not hold where all are missed, and held in part
-otherwise.
+claim held where all of its limits are kept, did not hold where all are missed, is not decided where
+none is, and held in part otherwise.
 """
 
 import math
@@ -22,6 +22,7 @@ class Outcome(StrEnum):
     HELD = "held"
     PART = "held in part"
     NOT = "did not hold"
+    OPEN = "not decided"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Limit:
         if math.isnan(figure.value) or math.nan in (figure.low, figure.high):
             return Outcome.NOT
         if figure.low is None or figure.high is None:
-            return Outcome.PART
+            return Outcome.OPEN
         sign = 1 if self.at_most else -1
         best, last = sorted((sign * figure.low, sign * figure.high))
         if last <= sign * self.number:
             return Outcome.HELD
-        return Outcome.NOT if best > sign * self.number else Outcome.PART
+        return Outcome.NOT if best > sign * self.number else Outcome.OPEN
 
 
 def at_most(number: float) -> Limit:

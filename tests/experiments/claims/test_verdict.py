@@ -29,15 +29,15 @@ def between(low: float, high: float) -> Figure:
     ("limit", "figure", "outcome"),
     [
         (at_most(1.1), between(0.9, 1.1), Outcome.HELD),
-        (at_most(1.1), between(1.0, 1.2), Outcome.PART),
+        (at_most(1.1), between(1.0, 1.2), Outcome.OPEN),
         (at_most(1.1), between(1.11, 1.2), Outcome.NOT),
         (at_least(8.4), between(8.4, 9.0), Outcome.HELD),
-        (at_least(8.4), between(8.0, 9.0), Outcome.PART),
+        (at_least(8.4), between(8.0, 9.0), Outcome.OPEN),
         (at_least(8.4), between(1.0, 8.3), Outcome.NOT),
         (at_most(0), between(-2.0, -1.0), Outcome.HELD),
         (at_most(0), exact(0), Outcome.HELD),
         (at_most(1.0), exact(1.01), Outcome.NOT),
-        (at_most(1.0), Figure(0.5, None, None, "one seed"), Outcome.PART),
+        (at_most(1.0), Figure(0.5, None, None, "one seed"), Outcome.OPEN),
         (at_most(1.0), Figure(math.nan, math.nan, math.nan, "made up"), Outcome.NOT),
         (at_least(1.0), Figure(2.0, 1.5, math.nan, "made up"), Outcome.NOT),
     ],
@@ -51,8 +51,9 @@ def test_a_claim_held_where_all_limits_are_kept() -> None:
     unsure, beside = Finding("", between(0, 2), limit=at_most(1)), Finding("", exact(9))
     assert verdict([kept, kept, beside]) is Outcome.HELD
     assert verdict([missed, beside, missed]) is Outcome.NOT
-    for findings in ([kept, missed], [kept, unsure], [missed, unsure], [unsure]):
+    for findings in ([kept, missed], [kept, unsure], [missed, unsure]):
         assert verdict(findings) is Outcome.PART
+    assert verdict([unsure, beside]) is Outcome.OPEN
     with pytest.raises(ValueError, match="no finding has a limit"):
         verdict([beside])
 
