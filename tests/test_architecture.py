@@ -137,3 +137,11 @@ def test_only_its_own_rooms_know_a_mixer(module: str) -> None:
 def test_the_rule_finds_what_breaks_it() -> None:
     assert "import of RetNetConfig" in speaks_of_mixers("retnet")
     assert "import of CausalAttention" in speaks_of_mixers("retnet.model.mixers")
+
+
+def test_what_commands_log_is_heard() -> None:
+    """The name of a module that runs as a command is __main__, and nobody listens to that."""
+    for path in MODULES.values():
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__"' in text:
+            assert "getLogger(__name__)" not in text, path

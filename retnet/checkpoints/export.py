@@ -38,7 +38,7 @@ from retnet.model.models import PUBLIC, configuration
 from retnet.paths import kind_of
 from retnet.terminal import shown
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("retnet.checkpoints.export")  # __name__ is __main__ in a command
 
 MODEL = Path(retnet.model.__file__).parent
 MODELS = "models"  # the module with the public classes, below that

@@ -26,7 +26,7 @@ from retnet.evaluation.loading import load_contender
 from retnet.machine import use_fast_products
 from retnet.model.causal_lm import DecoderForCausalLM
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("retnet.evaluation.memory")  # __name__ is __main__ in a command
 
 STATUS = Path("/proc/self/status")
 PACKAGES = Path(__file__).parents[2]  # the folder that this package lies in

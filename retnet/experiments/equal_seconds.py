@@ -38,7 +38,7 @@ from retnet.experiments.contenders import (
 from retnet.experiments.tune import add_tuned, check_output, tuned_for
 from retnet.training import load_config
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("retnet.experiments.equal_seconds")  # __name__ is __main__ in a command
 
 PACE_STEPS = 24  # of which the first third is left out: a model's first steps are its slowest
 OWN_KEYS = ("train.max_steps", "train.eval_every", "train.save_every")

@@ -39,7 +39,7 @@ from retnet.files import read_json
 from retnet.paths import expand
 from retnet.training import key_of, load_config
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("retnet.experiments.tune")  # __name__ is __main__ in a command
 
 FRACTION = 0.1  # of the training side that trials are judged on
 SEED = 1  # of all trials

@@ -43,7 +43,8 @@ def _quality(first: ModelResult, model: ModelResult) -> Iterator[str]:
         return
     value_, low, high = percent(model.nats_difference)
     sides = "worse" if value_ > 0 else "better"
-    clear = "" if model.nats_difference.is_clear else ", so that it may be neither"
+    unclear = model.nats_difference.low is not None and not model.nats_difference.is_clear
+    clear = ", so that it may be neither" if unclear else ""
     yield (
         f"{model.name} is {abs(value_):.1f} % {sides} in perplexity than {first.name}"
         f"{_interval(low, high, ' %', 1)}{clear}."

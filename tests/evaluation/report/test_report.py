@@ -123,6 +123,10 @@ def test_sentences(findings) -> None:
     assert summary(better)[0] == (
         "b is 9.5 % better in perplexity than a (95 % interval over documents -18.1 % to -4.9 %)."
     )
+    gap = replace(gap, low=None, high=None)  # of one document
+    alone = [models[0], replace(clear, nats_difference=gap)]
+    alone = replace(findings, comparison=replace(findings.comparison, models=alone))
+    assert summary(alone)[0] == "b is 9.5 % better in perplexity than a."
     assert found[1] == (
         "After 2,048 tokens a makes a token in 1.00 ms and keeps 0.30 MB, b in 21.48 ms with "
         "2.05 MB: 21.5 times the time and 6.8 times the memory."
