@@ -95,5 +95,8 @@ def windows(findings: Findings) -> Iterator[Picture]:
     axis.set_ylim(len(names) - 0.5, -0.5)
     doubling(axis)
     axis.set_xlabel("tokens that a head looks back, 1 / (1 - decay)")
-    caption = "A marker for each head whose decay is fixed; attention and learned decays have none."
+    caption = (
+        "A marker for each head whose decay is fixed; attention, learned decays and heads without "
+        "decay have none."
+    )
     yield Picture("windows", "How far heads look back", caption, to_png(figure))
