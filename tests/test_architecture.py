@@ -137,3 +137,18 @@ def test_only_its_own_rooms_know_a_mixer(module: str) -> None:
 def test_the_rule_finds_what_breaks_it() -> None:
     assert "import of RetNetConfig" in speaks_of_mixers("retnet")
     assert "import of CausalAttention" in speaks_of_mixers("retnet.model.mixers")
+
+
+def test_results_are_printed_in_one_place() -> None:
+    """A bare ``print`` ends in a traceback where the disk is full, and ``| head`` leaves."""
+    places = {"terminal.py", "generation/console.py", "evaluation/memory.py"}  # the last: to itself
+    for path in MODULES.values():
+        bare = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+            and not any(keyword.arg == "file" for keyword in node.keywords)
+        ]
+        assert not bare or str(path.relative_to("retnet")) in places, f"{path}: lines {bare}"

@@ -36,7 +36,7 @@ from retnet.errors import UserError, os_errors
 from retnet.files import read_json, replacing, write_json, write_text
 from retnet.model.models import PUBLIC, configuration
 from retnet.paths import kind_of
-from retnet.terminal import shown
+from retnet.terminal import write_out
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", type=file_path, help="to write; must not be there yet")
     arguments = parser.parse_args(argv)
     source = export_checkpoint(arguments.checkpoint, arguments.folder)
-    print(shown(f"{source} with the model's code: {arguments.folder}", sys.stdout))
+    write_out(f"{source} with the model's code: {arguments.folder}")
 
 
 if __name__ == "__main__":
