@@ -115,9 +115,11 @@ def _named_start(checkpoint: Path, run: Path, max_steps: int) -> Start:
         )
     own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
     if not own and _holds_run(run):
+        inside = run.resolve() in checkpoint.resolve().parents
+        whose = f"is none of its {CHECKPOINTS}/" if inside else "is of another"
         raise UserError(
-            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
-            "another: go on with the run there by train.resume=auto, or set another train.out_dir"
+            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) {whose}: "
+            "go on with the run there by train.resume=auto, or set another train.out_dir"
         )
     _check_length(checkpoint, max_steps)
     return Start(checkpoint)

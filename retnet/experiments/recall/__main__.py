@@ -32,6 +32,7 @@ from retnet.experiments.contenders import (
     check_not_taken,
     check_seeds,
     contenders,
+    in_options,
 )
 from retnet.experiments.recall.results import Standing, Trial, best, picture, table, to_json
 from retnet.experiments.recall.tasks import TASKS, Task
@@ -205,7 +206,10 @@ def recall(arguments: argparse.Namespace) -> Iterator[tuple[Task, list[Standing]
     for task in arguments.tasks:
         for contender in arguments.who:
             for rate in rates:
-                planned(task, contender, arguments.overrides, rate, max(seeds), arguments.out)
+                try:
+                    planned(task, contender, arguments.overrides, rate, max(seeds), arguments.out)
+                except UserError as error:  # of a key that was given as an option
+                    raise UserError(in_options(str(error), TAKEN)) from error
     each = len(seeds) + (len(rates) if len(rates) > 1 else 0)
     progress = Progress(len(arguments.tasks) * len(arguments.who) * each)
     for task in arguments.tasks:
