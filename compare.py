@@ -29,8 +29,8 @@ try:  # the imports take seconds
         write_report,
     )
     from retnet.evaluation.report import COST_CONTEXTS, LIMIT_S, QUICK, QUICK_CONTEXTS, THOROUGH
-    from retnet.generation import add_loading_options, loading_arguments, text_output
-    from retnet.terminal import deliver
+    from retnet.generation import add_loading_options, loading_arguments
+    from retnet.terminal import deliver, write_out
 except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)
@@ -133,8 +133,7 @@ def contexts_of(arguments: argparse.Namespace) -> Sequence[int]:
 
 
 def print_table(comparison: Comparison) -> None:
-    with text_output():
-        print(format_comparison(comparison))
+    write_out(format_comparison(comparison))
 
 
 if __name__ == "__main__":

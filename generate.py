@@ -34,8 +34,8 @@ try:  # the imports take seconds
         print_samples,
         read_prompt,
         stream_text,
-        text_output,
     )
+    from retnet.terminal import text_output
 except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
     print("interrupted", file=sys.stderr)

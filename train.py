@@ -8,7 +8,7 @@ from collections.abc import Sequence
 try:  # the imports take seconds
     from retnet.cli import ArgumentParser, run
     from retnet.errors import UserError
-    from retnet.generation import text_output
+    from retnet.terminal import write_out
     from retnet.training import describe_keys, key_of, load_config, to_yaml, train
 except KeyboardInterrupt:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come again while this ends
@@ -33,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [*arguments.overrides, *unknown]
     config = load_config(arguments.config, overrides)
     if arguments.print_config:
-        with text_output():
-            print(to_yaml(config), end="")
+        write_out(to_yaml(config), end="")
         return 0
     return train(config, [*map(key_of, overrides)])
 

@@ -17,7 +17,7 @@ from retnet.errors import UserError, is_of_compiler, is_out_of_memory
 from retnet.interrupts import interrupted_once
 from retnet.machine import use_fast_products
 from retnet.paths import expand
-from retnet.terminal import Messages, PlainHandler, shown
+from retnet.terminal import Messages, PlainHandler, shown, write_out
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -54,6 +54,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.given: set[str] = set()  # the options so far
         for name in (None, "store"):
             self.register("action", name, _Once)
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which says nothing where standard output takes no more."""
+        if file is None:
+            write_out(self.format_help(), end="")
+        else:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         lacking = re.match(r"argument (\S+/)?(--\S+): expected one argument$", message)

@@ -1,11 +1,13 @@
 """What is sent to standard output and error: harmless on a terminal, and costing no result."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from retnet.errors import UserError
@@ -14,7 +16,9 @@ from retnet.errors import UserError
 # the order of the text around it.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-
+# What writing to a full disk, a lost terminal or a descriptor for reading only raises.
+# And a pipe that is full, where whoever opened it has set it not to wait.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EAGAIN)
 LINE_BREAKS = re.compile("[\n\x85\u2028\u2029]")  # a carriage return ends no line of a file
 
 
@@ -87,3 +91,64 @@ class PlainHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(shown(in_one_line(self.format(record)), sys.stderr), file=sys.stderr)
+
+
+@contextmanager
+def text_output() -> Iterator[None]:
+    """Let the block print any character; when the reader goes away, leave the block quietly.
+
+    A terminal is shown what it would obey; files and pipes get the text as it is. A ``UserError``
+    where standard output is closed or takes no more: its disk is full, for example.
+    """
+    if sys.stdout is None:
+        raise UserError("standard output is closed: leave it open, or send it to a file")
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    stream = sys.stdout
+    try:
+        if stream.isatty():
+            with contextlib.redirect_stdout(_Terminal(stream)) as shown:
+                yield
+                shown.end()
+        else:
+            yield
+        stream.flush()
+    except (BrokenPipeError, ConnectionResetError):
+        discard(stream)
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        discard(stream)
+        raise UserError(
+            f"standard output cannot be written ({error.strerror}): free space there, or send it "
+            "elsewhere"
+        ) from error
+
+
+class _Terminal:
+    """A terminal that obeys nothing in what is written to it but the ends of lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._waiting = ""  # a carriage return, which before a newline is part of it
+
+    def write(self, text: str) -> int:
+        whole = self._waiting + text
+        self._waiting = "\r" if whole.endswith("\r") else ""
+        whole = whole.removesuffix("\r").replace("\r\n", "\n")
+        self._stream.write(harmless(whole))
+        return len(text)
+
+    def end(self) -> None:
+        """Show what waits."""
+        self._stream.write(harmless(self._waiting))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def write_out(text: str, end: str = "\n") -> None:
+    """Print a result; a ``UserError`` where standard output takes no more (``text_output``)."""
+    with text_output():
+        print(text, end=end)

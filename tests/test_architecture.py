@@ -145,3 +145,18 @@ def test_what_commands_log_is_heard() -> None:
         text = path.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in text:
             assert "getLogger(__name__)" not in text, path
+
+
+def test_results_are_printed_in_one_place() -> None:
+    """A bare ``print`` ends in a traceback where the disk is full, and ``| head`` leaves."""
+    places = {"terminal.py", "generation/console.py", "evaluation/memory.py"}  # the last: to itself
+    for path in MODULES.values():
+        bare = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+            and not any(keyword.arg == "file" for keyword in node.keywords)
+        ]
+        assert not bare or str(path.relative_to("retnet")) in places, f"{path}: lines {bare}"

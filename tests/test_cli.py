@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import train
 from retnet import cli, terminal
 from retnet.errors import UserError
+from retnet.experiments import tune
+from retnet.experiments.claims import __main__ as claims
 
 
 class Terminal(io.StringIO):
@@ -122,6 +125,26 @@ def test_messages_that_cannot_be_written_cost_nothing(monkeypatch) -> None:
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr("sys.stderr", full)
         assert cli.run(main, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (train.main, "--help"),
+        (train.main, "configs/tiny.yaml --print-config"),
+        (tune.main, "-h"),
+        (claims.main, "--list"),
+    ],
+)
+def test_a_disk_that_is_full(monkeypatch, capsys, main, argv: str) -> None:
+    """argparse said nothing, and a table of hours ended in a traceback."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert cli.run(main, argv.split()) == 2
+    assert capsys.readouterr().err == (
+        "error: standard output cannot be written (No space left on device): free space there, or "
+        "send it elsewhere\n"
+    )
 
 
 @pytest.mark.slow

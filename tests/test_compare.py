@@ -210,7 +210,11 @@ def test_text_replaces_the_validation_data(main, tmp_path: Path) -> None:
         (("second", "retention"), [], "--text FILE"),
         (MIXERS, ["--carry-state"], "--carry-state needs a recurrent model"),
         (MIXERS, ["--context", "9999"], "--context (9999) is longer than the text"),
-        (MIXERS, ["--context", "8", "--stride", "9"], "stride (9) must be from 1 to context (8)"),
+        (
+            MIXERS,
+            ["--context", "8", "--stride", "9"],
+            "--stride (9) must be from 1 to --context (8)",
+        ),
         (MIXERS, ["--context", "0"], "--context"),
         (MIXERS, ["--contexts", "8", "--no-speed"], "not allowed with"),
         (MIXERS, ["--text", "/nowhere/x.txt"], "--text (/nowhere/x.txt) does not exist"),

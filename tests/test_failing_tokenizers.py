@@ -51,3 +51,22 @@ def test_each_command_names_it(
         assert reason in last
         assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "m"]
+
+
+def test_one_that_leaves_all_of_a_text_out(places: dict[str, Path], tmp_path: Path, capsys) -> None:
+    """It answered to no prompt at all, and needed 0.02 bits a byte."""
+    model = Path(shutil.copytree(places["runs"] / "retention/final", tmp_path / "m"))
+    file = model / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.model = models.BPE(vocab={}, merges=[])
+    backend.save(str(file))
+    (tmp_path / "a.txt").write_text("Once upon a time.")
+    for entry, arguments in (
+        ("generate", f"{model} --prompt Once"),
+        ("compare", f"{model} {model} --no-speed --text {tmp_path}/a.txt"),
+    ):
+        assert cli.run(MAINS[entry], arguments.split()) == 2
+        out, err = capsys.readouterr()
+        assert err.splitlines()[-1].startswith(f"error: tokenizer ({model}) makes no token of the ")
+        assert not out
+    assert cli.run(MAINS["generate"], [str(model), "--max-new-tokens", "1"]) == 0, "no prompt"

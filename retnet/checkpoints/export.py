@@ -36,7 +36,7 @@ from retnet.errors import UserError, os_errors
 from retnet.files import read_json, replacing, write_json, write_text
 from retnet.model.models import PUBLIC, configuration
 from retnet.paths import kind_of
-from retnet.terminal import shown
+from retnet.terminal import write_out
 
 logger = logging.getLogger("retnet.checkpoints.export")  # __name__ is __main__ in a command
 
@@ -55,11 +55,16 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
     """Write a new folder with what ``find_checkpoint`` finds and the code of its model.
 
     Returns the checkpoint's folder; a ``UserError`` where there is none, its model has no public
-    class, or ``folder`` is there already or can't be written.
+    class, or ``folder`` is there already, lies in the checkpoint or can't be written.
     """
     source = find_checkpoint(checkpoint)
     if kind_of(folder, "folder") is not None:
         raise UserError(f"folder ({folder}) exists: name one that does not, or remove it")
+    if source.resolve() in folder.resolve().parents:
+        raise UserError(
+            f"folder ({folder}) lies in the checkpoint ({source}), which is replaced and removed "
+            "as a whole: name one elsewhere"
+        )
     check_weights_unchanged(source)
     config = read_json(source / CONFIG, COPY_AGAIN)
     config["auto_map"] = _auto_map(source, config.get("model_type"))
@@ -156,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folder", type=file_path, help="to write; must not be there yet")
     arguments = parser.parse_args(argv)
     source = export_checkpoint(arguments.checkpoint, arguments.folder)
-    print(shown(f"{source} with the model's code: {arguments.folder}", sys.stdout))
+    write_out(f"{source} with the model's code: {arguments.folder}")
 
 
 if __name__ == "__main__":

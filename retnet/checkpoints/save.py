@@ -133,7 +133,9 @@ def load_checkpoint_state(
         stored = read_file(folder / OPTIMIZER)
     own = _flatten_moments(moments)
     _check_same_optimizer(own, stored, folder / OPTIMIZER)
-    check_same_model(own, stored, what, fix)  # tied weights have one
+    if own.keys() == stored.keys():  # else another model, of tied weights for instance
+        what, fix = f"{folder / OPTIMIZER}", COPY_AGAIN
+    check_same_model(own, stored, what, fix)
     check_finite(stored, f"{folder / OPTIMIZER}")
     for name, tensor in stored.items():
         if name.endswith(NOT_SIGNED) and (tensor < 0).any():  # whose root would be no number

@@ -217,6 +217,14 @@ def naming(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
         ) from error
 
 
+def no_token(tokenizer: PreTrainedTokenizerBase, what: str) -> UserError:
+    """The error for a tokenizer that knows nothing of a text and leaves it out without a word."""
+    return UserError(
+        f"tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) makes no token of "
+        f"{what}: repair its tokenizer.json, or use another one"
+    )
+
+
 def in_groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
     """Texts together while they are short: what is held at a time bounds the memory."""
     group: list[str] = []
@@ -284,6 +292,9 @@ def _load(given: str | Path, key: str) -> PreTrainedTokenizerBase:
         raise UserError(f"{what} is not a folder: name the folder that holds tokenizer.json")
     if kind == "folder":
         check_tokenizer_files(folder, f"name another folder than {what}")
+        inside = sorted(str(file.parent) for file in folder.glob("*/tokenizer.json"))
+        if inside and not any(folder.glob("*token*")):
+            raise UserError(f"{what} has no tokenizer.json: name {' or '.join(inside[:4])} in it")
     try:
         return _from_pretrained(str(folder) if kind else name, local_files_only=True)
     except Exception as error:  # missing, damaged and unknown files each raise another kind

@@ -167,7 +167,7 @@ def check_windows(
 ) -> int:
     """The stride that these options mean for this model; a ``UserError`` where they do not fit."""
     if context < 1:
-        raise UserError(f"context ({context}) must be at least 1: give the tokens of a window")
+        raise UserError(f"--context ({context}) must be at least 1: give the tokens of a window")
     longest, kind = model.config.longest, type(getattr(model, "inner", model)).__name__
     if carry_state and isinstance(model, ForeignModel):
         raise UserError(
@@ -191,12 +191,12 @@ def check_windows(
                 "out, or compare models whose state has a constant size"
             )
         if stride is not None:
-            raise UserError(f"stride ({stride}) has no effect with --carry-state: leave it out")
+            raise UserError(f"--stride ({stride}) has no effect with --carry-state: leave it out")
         return context
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(
-            f"stride ({stride}) must be from 1 to context ({context}), or targets would be "
+            f"--stride ({stride}) must be from 1 to --context ({context}), or targets would be "
             "skipped: make it smaller"
         )
     return stride

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retnet.data import encode_documents
-from retnet.data.tokenizer import naming, tokenizer_hash
+from retnet.data.tokenizer import naming, no_token, tokenizer_hash
 from retnet.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,15 @@ def tokens_of(
     Special tokens that a text spells are ordinary text, and none is added but the ends.
 
     Raises:
-        UserError: The tokenizer has no ``<eos>`` to end with, fails, or gives ids that the model
-            does not have.
+        UserError: The tokenizer has no ``<eos>`` to end with, fails, leaves all of the text out, or
+            gives ids that the model does not have.
     """
     if eos:
         check_end(tokenizer, f"tokenizer ({tokenizer.name_or_path})")
     tokens = [torch.from_numpy(ids) for ids in _encoded(tokenizer, documents, eos)]
+    ends = (tokenizer.bos_token_id is not None) + eos
+    if all(len(ids) <= ends for ids in tokens) and any(text.strip() for text in documents):
+        raise no_token(tokenizer, "the text")  # which would cost nothing
     largest = max((int(ids.max()) for ids in tokens if len(ids)), default=0)
     if largest >= model.config.vocab_size:
         raise UserError(

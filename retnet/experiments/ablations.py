@@ -37,6 +37,7 @@ from retnet.experiments.contenders import (
 )
 from retnet.experiments.intervals import intervals, score_all, titles
 from retnet.experiments.repeat import repeat
+from retnet.terminal import deliver, write_out
 from retnet.training import Config, key_of, load_config
 from retnet.training.build import model_config
 
@@ -231,12 +232,13 @@ def main(argv: Sequence[str]) -> None:
         trials, chosen = tune.tune(recipe, who, grid, **common, out=arguments.out)
         tuned = {best.contender: tune.keys_of(best.values) for best in chosen}
         facts |= tune.to_json(trials, chosen)
-        print("\n".join([*tune.table(trials, chosen), ""]))
+        write_out("\n".join([*tune.table(trials, chosen), ""]))
     common = {"seeds": arguments.seeds, "overrides": overrides, "tuned": tuned}
     rows, columns = ablations(recipe, who, **common, out=arguments.out)
-    print("\n".join([*table(rows, columns), "", *conclusions(rows, how)]))
+    outputs = [lambda: write_out("\n".join([*table(rows, columns), "", *conclusions(rows, how)]))]
     if arguments.json:
-        write_json(arguments.json, to_json(rows, tuning=how, **facts))
+        outputs.append(lambda: write_json(arguments.json, to_json(rows, tuning=how, **facts)))
+    deliver(*outputs)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from retnet.errors import UserError, memory_errors
 from retnet.files import read_json
 from retnet.model.mixers import MIXERS
 from retnet.training import Config, check_run, key_of, load_config, train
+from retnet.training.limits import MAX_SEED
 from retnet.training.precision import settled_precision
 from retnet.training.resume import TEXT_HASHES
 from retnet.training.run_folder import CONFIG
@@ -205,10 +206,19 @@ def run_all(runs: Sequence[Run]) -> list[float]:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise a ``UserError`` where one is there twice."""
+    """Raise a ``UserError`` where one is there twice, or none that a run can have."""
     for seed in seeds:
+        if not 0 <= seed < MAX_SEED:
+            raise UserError(f"--seeds ({seed}) must be at least 0, and below 2^32 ({MAX_SEED})")
         if seeds.count(seed) > 1:
             raise UserError(f"--seeds ({seed}) is there twice: the same run, and no spread")
+
+
+def in_options(message: str, taken: Mapping[str, str]) -> str:
+    """An error's message with the options that keys were given by (by key) in their place."""
+    for key, option in taken.items():
+        message = message.replace(f"{key} (", f"{option} (")
+    return message
 
 
 def check_not_taken(what: str, settings: Sequence[str], taken: Mapping[str, str]) -> None:

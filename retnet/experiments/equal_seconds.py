@@ -36,6 +36,7 @@ from retnet.experiments.contenders import (
     planned,
 )
 from retnet.experiments.tune import add_tuned, check_output, tuned_for
+from retnet.terminal import deliver, write_out
 from retnet.training import load_config
 
 logger = logging.getLogger("retnet.experiments.equal_seconds")  # __name__ is __main__ in a command
@@ -165,9 +166,11 @@ def main(argv: Sequence[str]) -> None:
         tuned=tuned_for(who, arguments, taken),
         out=arguments.out,
     )
-    print("\n".join(table(outcomes)))
+    outputs = [lambda: write_out("\n".join(table(outcomes)))]
     if arguments.json:
-        write_json(arguments.json, {"runs": [asdict(outcome) for outcome in outcomes]})
+        runs = [asdict(outcome) for outcome in outcomes]
+        outputs.append(lambda: write_json(arguments.json, {"runs": runs}))
+    deliver(*outputs)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from retnet.experiments.contenders import (
 )
 from retnet.experiments.intervals import differences
 from retnet.experiments.tune import add_tuned, tuned_for
+from retnet.terminal import write_out
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,10 @@ def main(argv: Sequence[str]) -> None:
         tuned=tuned,
         out=arguments.out,
     )
-    print(f"{'validation loss, nats/token':<44} {'mean':>8} {'sd':>8}   seeds {arguments.seeds}")
-    for row in rows:
-        print(row)
+    title = f"{'validation loss, nats/token':<44} {'mean':>8} {'sd':>8}   seeds {arguments.seeds}"
+    write_out("\n".join([title, *map(str, rows)]))
     if len(rows) > 1:
-        print("\n".join(["", *differences([(row.setting, row.runs) for row in rows])]))
+        write_out("\n".join(["", *differences([(row.setting, row.runs) for row in rows])]))
 
 
 if __name__ == "__main__":

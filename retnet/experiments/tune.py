@@ -37,6 +37,7 @@ from retnet.experiments.contenders import (
 )
 from retnet.files import read_json
 from retnet.paths import expand
+from retnet.terminal import deliver, write_out
 from retnet.training import key_of, load_config
 
 logger = logging.getLogger("retnet.experiments.tune")  # __name__ is __main__ in a command
@@ -287,11 +288,12 @@ def main(argv: Sequence[str]) -> None:
         seed=arguments.seed,
         out=arguments.out,
     )
-    print("\n".join(table(trials, chosen)))
+    outputs = [lambda: write_out("\n".join(table(trials, chosen)))]
     if arguments.json:
         facts = {"recipe": arguments.recipe, "overrides": arguments.overrides}
         facts |= {"tuning_fraction": arguments.tuning_fraction, "seed": arguments.seed}
-        write_json(arguments.json, to_json(trials, chosen, **facts))
+        outputs.append(lambda: write_json(arguments.json, to_json(trials, chosen, **facts)))
+    deliver(*outputs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.readers import BOM
-from retnet.data.tokenizer import encode_text
+from retnet.data.tokenizer import encode_text, no_token
 from retnet.errors import UserError, os_errors
 
 MOST_BYTES = 1 << 28  # of a prompt: a device may never end
@@ -21,9 +21,11 @@ MOST_BYTES = 1 << 28  # of a prompt: a device may never end
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     """The ids [1, T] of ``<bos>`` and the text, in which special tokens are ordinary text.
 
-    A ``UserError`` where the tokenizer fails on it.
+    A ``UserError`` where the tokenizer fails on it, or leaves all of it out.
     """
     ids = torch.from_numpy(encode_text(tokenizer, text).astype(np.int64))
+    if not len(ids) and text.strip():
+        raise no_token(tokenizer, "the prompt")
     return torch.cat((torch.tensor([tokenizer.bos_token_id]), ids))[None]
 
 

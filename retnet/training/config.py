@@ -76,6 +76,14 @@ def to_yaml(config: Config) -> str:
     return write_yaml(dataclasses.asdict(config))
 
 
+def is_recorded(file: Path) -> bool:
+    """Whether a configuration is one that ``to_yaml`` wrote, and not a recipe by hand."""
+    try:
+        return to_yaml(load_config(file, recorded=True)) == file.read_text(encoding="utf-8")
+    except UserError:
+        return False
+
+
 def key_of(override: str) -> str:
     """The key of a ``section.key=value`` argument."""
     return override.partition("=")[0]

@@ -5,12 +5,21 @@ from collections.abc import Collection
 from pathlib import Path
 
 from retnet.checkpoints import load_checkpoint_state
-from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, list_checkpoints
+from retnet.checkpoints.format import (
+    BEST,
+    CHECKPOINTS,
+    DATA_RECORD,
+    FINAL,
+    METRICS,
+    list_checkpoints,
+)
+from retnet.checkpoints.format import CONFIG as CHECKPOINT_CONFIG
 from retnet.checkpoints.verify import checkpoint_damage
 from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.paths import expand, kind_of
-from retnet.training.config import load_config
+from retnet.training.config import is_recorded, load_config
+from retnet.training.health import DIVERGED
 from retnet.training.loop import Trainer
 from retnet.training.precision import precision_before_it_was_recorded
 from retnet.training.run_folder import CONFIG, Start, step_of
@@ -31,6 +40,8 @@ def plan_start(config: Config, by_hand: Collection[str]) -> Start:
     A ``UserError`` where the folder is of another configuration, or not to be gone on with.
     """
     run, resume = config.train.run_folder, config.train.resume
+    if not list_checkpoints(run) and not (run / FINAL).exists():
+        _check_nothing_of_others(run)
     if resume == "auto":
         return _automatic_start(config, run, by_hand)
     if resume != "never":
@@ -46,6 +57,26 @@ def plan_start(config: Config, by_hand: Collection[str]) -> Start:
 def _holds_run(run: Path) -> bool:
     """Whether something of a run is there; one that died before its first save has only best/."""
     return bool(list_checkpoints(run)) or (run / FINAL).exists() or (run / BEST).exists()
+
+
+def _check_nothing_of_others(run: Path) -> None:
+    """Raise a ``UserError`` where something that no run wrote would be written over.
+
+    A run writes its configuration first: without it, the other files are not a run's either.
+    """
+    file, best = run / CONFIG, run / BEST
+    if file.is_file():
+        foreign = [] if is_recorded(file) else [file]
+    else:
+        named = (run / METRICS, run / DIVERGED)
+        foreign = [path for path in named if path.is_file() and path.stat().st_size]
+    if best.is_dir() and any(best.iterdir()) and not (best / CHECKPOINT_CONFIG).exists():
+        foreign.append(best)
+    if foreign:
+        raise UserError(
+            f"train.out_dir ({run}) holds no run, and {foreign[0]}, which a run would write over: "
+            "move that away, or set another train.out_dir"
+        )
 
 
 def _automatic_start(config: Config, run: Path, by_hand: Collection[str]) -> Start:
@@ -84,9 +115,11 @@ def _named_start(checkpoint: Path, run: Path, max_steps: int) -> Start:
         )
     own = checkpoint.resolve().parent == (run / CHECKPOINTS).resolve()
     if not own and _holds_run(run):
+        inside = run.resolve() in checkpoint.resolve().parents
+        whose = f"is none of its {CHECKPOINTS}/" if inside else "is of another"
         raise UserError(
-            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) is of "
-            "another: go on with the run there by train.resume=auto, or set another train.out_dir"
+            f"train.out_dir ({run}) already holds a run, and train.resume ({checkpoint}) {whose}: "
+            "go on with the run there by train.resume=auto, or set another train.out_dir"
         )
     _check_length(checkpoint, max_steps)
     return Start(checkpoint)

@@ -98,6 +98,15 @@ def test_mistakes(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_not_into_the_checkpoint_itself(tmp_path: Path) -> None:
+    """A run's next final/ takes the place of this one, with all that is in it."""
+    checkpoint = save_checkpoint(tmp_path / "final")
+    before = {file.name for file in checkpoint.iterdir()}
+    with pytest.raises(UserError, match=r"x\) lies in the checkpoint .*: name one elsewhere$"):
+        export_checkpoint(checkpoint, checkpoint / "a/x")
+    assert {file.name for file in checkpoint.iterdir()} == before
+
+
 def test_what_a_stranger_put_beside_the_model_stays_behind(tmp_path: Path, caplog) -> None:
     """Code, names of code, and files of this machine that links lead to."""
     checkpoint = save_checkpoint(tmp_path / "final")

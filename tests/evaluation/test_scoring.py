@@ -123,7 +123,7 @@ def test_memory_is_bounded_by_the_batch(monkeypatch) -> None:
     ("options", "message"),
     [
         ({"context": 0}, r"context \(0\)"),
-        ({"context": 4, "stride": 5}, r"stride \(5\) must be from 1 to context \(4\)"),
+        ({"context": 4, "stride": 5}, r"--stride \(5\) must be from 1 to --context \(4\)"),
         ({"context": 4, "stride": 0}, r"stride \(0\)"),
         ({"context": 4, "stride": 2, "carry_state": True}, r"stride \(2\) has no effect"),
     ],

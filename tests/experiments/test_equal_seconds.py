@@ -1,5 +1,6 @@
 """Losses after the same number of seconds."""
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -49,6 +50,11 @@ def test_every_budget_has_a_run_of_its_own(arguments, tmp_path: Path, capsys) ->
     assert cli.run(equal_seconds.main, [*given, *options]) == 0  # finished runs are only read
     again = capsys.readouterr()
     assert again.out.splitlines()[1:] == rows and again.err.count("is finished") == 6
+
+    (tmp_path / "o.json").unlink()
+    with Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
+        assert cli.run(equal_seconds.main, [*given, *options]) == 2
+    assert json.loads((tmp_path / "o.json").read_text())["runs"] == runs, "it does not get lost"
 
 
 def test_a_line_for_each_contender_and_budget() -> None:

@@ -137,6 +137,8 @@ def test_one_seed_and_other_tokenizers_or_texts(arguments, tmp_path, capsys) -> 
          "model.num_features (8) has no meaning with model.mixer=linear"),
         (["--mixers", "retention", "--vary", "model.value_size=16,17"], "model.value_size (17)"),
         (["--seeds", "\u0661_\u0662"], "argument --seeds: '\u0661_\u0662' must be a whole number"),
+        (["--seeds", "0", "-1"], "--seeds (-1) must be at least 0, and below 2^32 (4294967296)"),
+        (["--seeds", "4294967296"], "--seeds (4294967296) must be at least 0, and below 2^32"),
         (["--seeds", "9" * 30], "argument --seeds: '" + "9" * 30 + "' must be a whole number"),
         # what would have no effect
         (["train.seed=7"], "argument (train.seed=7) has no effect, since --seeds sets that key"),

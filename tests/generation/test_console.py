@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from retnet.errors import UserError
-from retnet.generation import print_samples, text_output
+from retnet.generation import print_samples
+from retnet.terminal import text_output
 
 
 def test_one_sample_is_prompt_and_text_and_a_newline(capsys) -> None:

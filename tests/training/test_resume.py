@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from retnet.checkpoints import write_manifest
 from retnet.training import loop
@@ -149,6 +150,26 @@ def test_into_another_folder_and_stopped_auto_goes_on(
     shutil.rmtree(tmp_path / "b/checkpoints")
     assert run(options, **named) == 2  # also a folder of which only the end was kept
     assert "already holds a run" in error_line(capsys)
+
+
+def test_the_end_of_the_run_itself(options, finished: Path, capsys) -> None:
+    """It was said to be of another run."""
+    assert run(options, train__resume=finished / "final", train__max_steps=8) == 2
+    line = error_line(capsys)
+    assert f"train.resume ({finished / 'final'}) is none of its checkpoints/: go on with" in line
+
+
+def test_moments_of_other_shapes(options, finished: Path, capsys) -> None:
+    """The model is the same: there is nothing to take over from a config.yaml."""
+    shutil.rmtree(finished / "final")
+    shutil.rmtree(finished / "checkpoints/step_4")
+    file = finished / "checkpoints/step_6/optimizer.safetensors"
+    save_file({name: value[None].clone() for name, value in load_file(file).items()}, file)
+    (file.parent / "manifest.json").unlink()
+    write_manifest(file.parent)
+    assert run(options) == 2
+    line = error_line(capsys)
+    assert line.startswith(f"error: {file} is another model: ") and "copy the" in line
 
 
 def test_a_best_alone_is_a_run_too(options, finished: Path, tmp_path: Path, capsys) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.test_mistakes import tree
 from tests.training.test_faults import bound_by_permissions, flip_a_bit
 from tests.training.test_resume import error_line, step_in
-from tests.training.test_train import metrics, run, weights
+from tests.training.test_train import TINY, metrics, run, weights
 
 
 def is_refused(folder: Path, options: list[str], capsys, words: str, **changes: object) -> None:
@@ -201,3 +201,38 @@ def test_metrics_that_may_only_be_read(options, finished: Path, capsys) -> None:
         assert run(options, train__max_steps=7) == 2
     assert error_line(capsys).startswith(f"error: {file} cannot be written (Permission denied)")
     assert tree(finished) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "named"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", None),
+        ("config.yaml", "model:\n  hidden_size: 8\ndata:\n  seq_len: 8\ntrain:\n  seed: 1\n"),
+        ("config.yaml", "trainer:\n  epochs: 3\n"),
+        ("metrics.jsonl", '{"epoch": 1, "accuracy": 0.5}\n'),
+        ("diverged.json", "[1]"),
+        ("best/chapter.txt", "years of work"),
+    ],
+)
+def test_what_others_keep_under_a_runs_names(
+    options, finished: Path, tmp_path: Path, capsys, resume: str, name: str, content: str | None
+) -> None:
+    """A recipe named config.yaml beside its results lost its comments, another tool its metrics."""
+    file = tmp_path / "mine" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(Path(TINY).read_text() if content is None else content)
+    if resume == "named":
+        resume = str(finished / "checkpoints/step_4")
+    options = [text for text in options if not text.startswith("train.out_dir=")]
+    changes = {"train__resume": resume, "train__out_dir": tmp_path / "mine"}
+    taken = f"train.out_dir ({tmp_path / 'mine'}) holds no run, and {tmp_path / 'mine'}"
+    is_refused(tmp_path / "mine", options, capsys, taken, **changes)
+
+
+def test_empty_files_are_no_loss(options, tmp_path: Path) -> None:
+    """A run that was killed at its very start has left one; so has ``touch``."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
+    assert run(options) == 0
+    assert len(metrics(tmp_path / "run")) == 6

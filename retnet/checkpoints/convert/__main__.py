@@ -17,7 +17,7 @@ from torch import Tensor
 from retnet.checkpoints.convert.rwkv import from_rwkv
 from retnet.checkpoints.convert.target import check_target, find_tokenizer, write_checkpoint
 from retnet.cli import ArgumentParser, file_path, run
-from retnet.terminal import shown
+from retnet.terminal import shown, write_out
 
 FORMATS: dict[str, tuple[Callable[[Path], tuple[Any, dict[str, Tensor]]], str]] = {
     "from-rwkv": (from_rwkv, "an RWKV-4 of RWKV-LM or transformers"),
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     config, weights = FORMATS[arguments.format][0](source)
     tokenizer = find_tokenizer(source, arguments.tokenizer, config.vocab_size)
     write_checkpoint(target, config, weights, tokenizer)
-    print(shown(f"{source} converted: {target}", sys.stdout))
+    write_out(f"{source} converted: {target}")
     if tokenizer is None:
         print(
             shown(

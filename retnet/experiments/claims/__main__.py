@@ -42,7 +42,7 @@ from retnet.experiments.claims.trials import RECIPE, Trials
 from retnet.experiments.tune import check_output
 from retnet.generation import loading_arguments
 from retnet.generation.options import DTYPES
-from retnet.terminal import deliver
+from retnet.terminal import deliver, write_out
 
 logger = logging.getLogger("retnet.experiments.claims")  # __name__ is __main__
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word] or None
     if arguments.list:
-        print("\n".join(map(_listed, chosen(names, train=True))))
+        write_out("\n".join(map(_listed, chosen(names, train=True))))
         return
     claims = chosen(names, train=arguments.train)
     trials = _trials(arguments, claims)
@@ -95,7 +95,10 @@ def main(argv: Sequence[str]) -> None:
             problems.append(f"claim ({claim.name}) was not measured: {error}")
             continue
         results[claim.name] = found
-        print(to_text(found), end="\n\n", flush=True)
+        try:
+            write_out(to_text(found), end="\n\n")
+        except UserError as error:
+            problems.append(str(error))
     command = shlex.join(["python", "-m", "retnet.experiments.claims", *argv])
     about = replace(_about(command, claims, setup, trials), load=load)
     if results:

@@ -32,12 +32,14 @@ from retnet.experiments.contenders import (
     check_not_taken,
     check_seeds,
     contenders,
+    in_options,
 )
 from retnet.experiments.recall.results import Standing, Trial, best, picture, table, to_json
 from retnet.experiments.recall.tasks import TASKS, Task
 from retnet.experiments.recall.training import TRAIN_KEYS, Outcome, Run, planned
 from retnet.files import write_bytes
 from retnet.paths import check_folder
+from retnet.terminal import write_out
 from retnet.training import key_of
 from retnet.training.tracking import format_seconds
 
@@ -204,7 +206,10 @@ def recall(arguments: argparse.Namespace) -> Iterator[tuple[Task, list[Standing]
     for task in arguments.tasks:
         for contender in arguments.who:
             for rate in rates:
-                planned(task, contender, arguments.overrides, rate, max(seeds), arguments.out)
+                try:
+                    planned(task, contender, arguments.overrides, rate, max(seeds), arguments.out)
+                except UserError as error:  # of a key that was given as an option
+                    raise UserError(in_options(str(error), TAKEN)) from error
     each = len(seeds) + (len(rates) if len(rates) > 1 else 0)
     progress = Progress(len(arguments.tasks) * len(arguments.who) * each)
     for task in arguments.tasks:
@@ -214,9 +219,13 @@ def recall(arguments: argparse.Namespace) -> Iterator[tuple[Task, list[Standing]
 def main(argv: Sequence[str]) -> None:
     """Parse, train, print a table for each task to stdout."""
     arguments = read_arguments(argv)
-    results = []
+    results, problems = [], []
     for task, standings in recall(arguments):
-        print(table(task, standings, arguments.seeds, TUNING_SEED), end="\n\n", flush=True)
+        text = table(task, standings, arguments.seeds, TUNING_SEED)
+        try:
+            write_out(text, end="\n\n")
+        except UserError as error:  # the other results are not lost
+            problems.append(str(error))
         file = arguments.out / f"{task.name}.png"
         with os_errors(f"--out ({arguments.out}) cannot be written", "name another folder"):
             write_bytes(file, picture(task, standings))
@@ -224,6 +233,8 @@ def main(argv: Sequence[str]) -> None:
         results.append(to_json(task, standings, arguments.seeds, TUNING_SEED))
     if arguments.json:
         write_json(arguments.json, {"command": [*argv], "tasks": results})
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 if __name__ == "__main__":
