@@ -207,6 +207,7 @@ def test_a_million_tokens_through_the_program(tmp_path: Path, monkeypatch, capsy
     assert max(readings) < 1.01 * readings[0]
 
 
+@pytest.mark.slow
 def test_the_program_ends_quietly_when_its_reader_goes_away(runs: Path) -> None:
     """The one test in a process of its own: what happens at the interpreter's end counts too."""
     program = subprocess.Popen(

@@ -55,6 +55,7 @@ def test_large_blocks_are_mapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_glibc
+@pytest.mark.slow
 def test_the_users_own_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     refused = faults("keep")

@@ -234,7 +234,9 @@ def test_an_allocation_that_fails_is_one_line(capsys, error: Exception) -> None:
         cli.run(fails, [])
 
 
-@pytest.mark.parametrize(("entry", "arguments"), [("compare", ""), ("generate", G)])
+@pytest.mark.parametrize(
+    ("entry", "arguments"), [pytest.param("compare", "", marks=pytest.mark.slow), ("generate", G)]
+)
 def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> None:
     """What the interpreter does at its end counts too. train.py's is in tests/training."""
     command = [

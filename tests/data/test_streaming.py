@@ -130,6 +130,7 @@ prepare_data(DataSpec(source=sys.argv[1], tokenizer="bpe", vocab_size=300, seq_l
 """
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_is_taken_up_again(
     corpus: Path, spec_for: SpecFor, small_steps: None, monkeypatch, caplog
 ) -> None:

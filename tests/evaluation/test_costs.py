@@ -68,6 +68,7 @@ def test_in_a_process_of_its_own(tmp_path, monkeypatch) -> None:
     ("content", "words"),
     [("{", "failed (retnet.errors.UserError: "), (None, "failed (signal 9)")],
 )
+@pytest.mark.slow
 def test_a_process_that_fails_costs_its_figures_alone(
     tmp_path, monkeypatch, caplog, content: str | None, words: str
 ) -> None:

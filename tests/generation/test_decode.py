@@ -140,6 +140,7 @@ def test_no_tokens_asked_for_gives_none(mixer: str) -> None:
     assert list(generate(tiny_model(mixer), prompts(1), max_new_tokens=0)) == []
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced whole, and once: the number of tokens seen does not recompile anything."""
     traced = []

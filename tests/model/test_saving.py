@@ -23,6 +23,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_exact_in_a_fresh_process(tmp_path) -> None:
     folders = []
     for mixer in ("retention", "attention"):

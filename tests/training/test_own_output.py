@@ -31,6 +31,7 @@ def as_data_set(folder: Path) -> None:
     ("source", "out_dir"),
     [(".", "runs/tiny"), (".", "."), ("./**/*.[tj]*", "runs/tiny"), ("data set", "runs/tiny")],
 )
+@pytest.mark.slow
 def test_a_run_below_its_source_goes_on_and_can_be_compared(
     options, corpus: Path, tmp_path: Path, monkeypatch, capsys, source: str, out_dir: str
 ) -> None:

@@ -300,6 +300,7 @@ def test_compile_computes_the_same(options, tmp_path: Path) -> None:
         assert one["train/loss"] == pytest.approx(two["train/loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_as_a_process(options) -> None:
     """--help and an error, by exit code and stream."""
     command = [sys.executable, "train.py", TINY, "model.hiden_size=3"]
