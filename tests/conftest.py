@@ -1,6 +1,7 @@
 """Fixtures of tests that look at more than one package."""
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,3 +32,10 @@ def _torchs_own_products() -> Iterator[None]:
     setting.fp32_precision = AT_THE_START  # a fixture of several tests may have run one
     yield
     setting.fp32_precision = AT_THE_START
+
+
+@pytest.fixture(autouse=True)
+def _pythons_own_ctrl_c() -> Iterator[None]:
+    """Entry points decide about Ctrl-C for their process: no test hands that on."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
