@@ -230,6 +230,21 @@ def test_what_others_keep_under_a_runs_names(
     is_refused(tmp_path / "mine", options, capsys, taken, **changes)
 
 
+def test_a_run_of_an_older_version_that_saved_nothing(options, tmp_path: Path) -> None:
+    """Its configuration lacks the keys of since then, and is a run's all the same."""
+    assert run(options, train__max_steps=2) == 0
+    file = tmp_path / "run/config.yaml"
+    lines = file.read_text().splitlines()
+    new = ("adamw_learning_rate:", "decay_fraction:", "tuning_fraction:")
+    older = [line for line in lines if not line.strip().startswith(new)]
+    assert len(older) == len(lines) - len(new)
+    for name in ("final", "best", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
+    file.write_text("\n".join(older) + "\n")
+    assert run(options, train__max_steps=2) == 0
+    assert (tmp_path / "run/final").is_dir()
+
+
 def test_empty_files_are_no_loss(options, tmp_path: Path) -> None:
     """A run that was killed at its very start has left one; so has ``touch``."""
     (tmp_path / "run").mkdir()
