@@ -102,21 +102,24 @@ def _full(config: Config) -> Any:
     return full
 
 
+def time_mix(recipe: str, overrides: Sequence[str]) -> Contender:
+    """RWKV's time mix alone, as the paper has it: with the RetNet's feed-forward network."""
+    ffn = _feed_forward(recipe, overrides, FULL)
+    return Contender("rwkv-time-mix", ("model.mixer=rwkv", f"model.ffn={ffn}"))
+
+
+def _feed_forward(recipe: str, overrides: Sequence[str], mixer: str) -> str:
+    found: str = load_config(recipe, [*overrides, f"model.mixer={mixer}"]).model.ffn
+    return found
+
+
 def family(arguments: argparse.Namespace) -> list[Contender]:
-    """The others that take part.
-
-    With RWKV also its time mix alone, as the paper has it: with the RetNet's feed-forward network.
-    """
-
-    def feed_forward(mixer: str) -> str:
-        keys = [*arguments.overrides, f"model.mixer={mixer}"]
-        found: str = load_config(arguments.recipe, keys).model.ffn
-        return found
-
+    """The others that take part, with RWKV also its time mix where that is another model."""
+    recipe, overrides = arguments.recipe, arguments.overrides
     found = contenders(arguments)
-    names = [one.name for one in found]
-    if "rwkv" in names and feed_forward("rwkv") != (full := feed_forward(FULL)):
-        found.append(Contender("rwkv-time-mix", ("model.mixer=rwkv", f"model.ffn={full}")))
+    if any(one.name == "rwkv" for one in found):
+        own, full = (_feed_forward(recipe, overrides, mixer) for mixer in ("rwkv", FULL))
+        found += [] if own == full else [time_mix(recipe, overrides)]
     return [one for one in found if one != Contender(FULL, (f"model.mixer={FULL}",))]
 
 

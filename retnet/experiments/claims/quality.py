@@ -13,7 +13,7 @@ from retnet.evaluation import Difference, paired_bootstrap, t_interval, validati
 from retnet.evaluation.bootstrap import FEW_SEEDS
 from retnet.evaluation.profile import by_context, perplexities
 from retnet.experiments.claims.claim import PAPER, Claim
-from retnet.experiments.claims.rivals import ATTENTION, OURS, RELATIVES, Rival, ablations
+from retnet.experiments.claims.rivals import ATTENTION, OURS, Rival, ablations, relatives_of
 from retnet.experiments.claims.trials import Trials
 from retnet.experiments.claims.verdict import Figure, Finding, Limit, at_least, at_most
 from retnet.experiments.contenders import Contender
@@ -48,7 +48,7 @@ def both(trials: Trials) -> list[Contender]:
 
 
 def family(trials: Trials) -> list[Rival]:
-    return [OURS, *RELATIVES]
+    return [OURS, *relatives_of(trials.recipe, trials.overrides)]
 
 
 def ablated(trials: Trials) -> list[Rival]:

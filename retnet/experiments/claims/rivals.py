@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retnet.experiments.ablation_table import FULL, PAPER
-from retnet.experiments.ablations import ablated
+from retnet.experiments.ablations import ablated, time_mix
 from retnet.experiments.contenders import Contender
 
 TRANSFORMER = "attention"
@@ -25,13 +25,18 @@ class Rival:
         return self.contender.name
 
 
-def _rival(name: str, mixer: str, *keys: str) -> Rival:
-    return Rival(Contender(name, (f"model.mixer={mixer}", *keys)), PAPER[name])
+def _rival(name: str, mixer: str) -> Rival:
+    return Rival(Contender(name, (f"model.mixer={mixer}",)), PAPER[name])
 
 
 OURS = _rival(FULL, FULL)
 ATTENTION = Contender(TRANSFORMER, (f"model.mixer={TRANSFORMER}",))
-RELATIVES = (_rival("rwkv-time-mix", "rwkv", "model.ffn=gelu"), _rival("linear", "linear"))
+
+
+def relatives_of(recipe: str, overrides: Sequence[str]) -> list[Rival]:
+    """Other mixers with the RetNet's feed-forward network, in the paper's order."""
+    time_mixing = time_mix(recipe, overrides)
+    return [Rival(time_mixing, PAPER[time_mixing.name]), _rival("linear", "linear")]
 
 
 def ablations(recipe: str, overrides: Sequence[str]) -> list[Rival]:

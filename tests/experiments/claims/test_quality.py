@@ -14,7 +14,7 @@ from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.scoring import DocumentScores
 from retnet.experiments.claims import __main__ as command
 from retnet.experiments.claims import quality
-from retnet.experiments.claims.rivals import ablations
+from retnet.experiments.claims.rivals import ablations, relatives_of
 from retnet.experiments.claims.trials import Trials
 from retnet.experiments.claims.verdict import Outcome, verdict
 from retnet.experiments.contenders import Contender
@@ -127,6 +127,13 @@ def test_ablations_are_models_of_one_size() -> None:
         model = load_config("configs/tiny.yaml", rival.contender.keys).model
         assert model.mixer == "retention"
     assert load_config("configs/tiny.yaml", who[2].contender.keys).model.num_heads == 16
+
+
+@pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
+def test_the_time_mix_has_the_recipes_feed_forward_network(ffn: str) -> None:
+    time_mix, linear = relatives_of("configs/tiny.yaml", [f"model.ffn={ffn}"])
+    assert f"model.ffn={ffn}" in time_mix.contender.keys and time_mix.published == 30.92
+    assert linear.contender.keys == ("model.mixer=linear",)
 
 
 @pytest.mark.parametrize(
