@@ -13,8 +13,7 @@ from torch import Tensor
 from retnet.model import MIXERS
 from retnet.model.loss import causal_lm_loss
 from retnet.model.ops.precision import wide_dtype
-from tests.model.conftest import EACH, PAD, VOCAB, make_model, random_ids
-from tests.model.test_decoder import (
+from tests.model.batches import (
     MODELS,
     TOLERANCE,
     batches,
@@ -23,6 +22,7 @@ from tests.model.test_decoder import (
     logits,
     modes_of,
 )
+from tests.model.conftest import EACH, PAD, VOCAB, make_model, random_ids
 
 CHUNK = MODELS["retention"].config.chunk_size
 each = pytest.mark.parametrize("mixer", EACH)

@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 from retnet.generation import decode_one, make_step, prefill
+from tests.model.batches import TOLERANCE, logits
 from tests.model.conftest import make_model, random_ids
-from tests.model.test_decoder import TOLERANCE, logits
 
 LONGEST = 12
 MODELS = {

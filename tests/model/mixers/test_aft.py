@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from retnet import AFTConfig, AFTForCausalLM
 from retnet.generation import decode_one, make_step, prefill
 from retnet.model.ops.aft import aft_recurrent
+from tests.model.batches import TOLERANCE, batches, cut, kept_rows, logits
 from tests.model.conftest import ROW_BYTES, make_model, random_ids
-from tests.model.test_decoder import TOLERANCE, batches, cut, kept_rows, logits
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "local": {"aft_window": 3},
