@@ -128,6 +128,13 @@ def is_run(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in found)
 
 
+def check_outside_of_runs(folder: Path, option: str, fix: str) -> None:
+    """Raise a ``UserError`` where the folder that an option names is in a run or checkpoint."""
+    for above in (folder, *folder.absolute().parents):
+        if is_run(above) or ((above / CONFIG).is_file() and any(above.glob("*.safetensors"))):
+            raise UserError(f"{option} ({folder}) lies in a run or checkpoint ({above}): {fix}")
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first; a ``UserError`` where they can't be looked for."""
     parent = run / CHECKPOINTS

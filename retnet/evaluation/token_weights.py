@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from retnet.data import encode_documents
+from retnet.evaluation.tokens import tokens_of
 from retnet.generation import evaluation_mode
 from retnet.model.causal_lm import DecoderForCausalLM
 
@@ -37,9 +37,13 @@ def token_weights(
     It is the first document of ``TOKENS`` tokens, or else the longest. None where no layer has
     weights, as in an AFT or RWKV.
     """
-    every = encode_documents(tokenizer, documents)
-    long = (ids for ids in every if len(ids) > TOKENS)
-    ids = torch.from_numpy(next(long, max(every, key=len))[:TOKENS])[None].to(model.device)
+    ids = torch.empty(0, dtype=torch.int64)
+    for text in documents:  # one by one: the first is mostly long enough
+        (own,) = tokens_of(model, tokenizer, [text])
+        ids = own if len(own) > len(ids) else ids
+        if len(ids) > TOKENS:
+            break
+    ids = ids[None, :TOKENS].to(model.device)
     found: dict[int, Any] = {}
 
     def look(part: Any, given: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retnet import files
-from retnet.checkpoints.format import CONFIG, is_run
+from retnet.checkpoints.format import check_outside_of_runs
 from retnet.data.listing import REPORT_NAMES
 from retnet.errors import UserError, os_errors
 from retnet.evaluation.report.contents import page_of
@@ -39,9 +39,7 @@ def check_report_folder(folder: Path, json: Path | None = None) -> None:
     beside = json is not None and os.path.realpath(json.parent) == os.path.realpath(folder)
     if json is not None and beside and json.name in REPORT_NAMES:
         raise UserError(f"--json ({json}) is a file of the report: give it another name")
-    for above in (folder, *folder.absolute().parents):
-        if is_run(above) or ((above / CONFIG).is_file() and any(above.glob("*.safetensors"))):
-            raise UserError(f"--report ({folder}) lies in a run or checkpoint ({above}): {OTHER}")
+    check_outside_of_runs(folder, "--report", OTHER)
     with os_errors(f"--report ({folder}) cannot be written", OTHER):
         if folder.is_dir() and any(folder.iterdir()) and not _holds_report(folder):
             raise UserError(f"--report ({folder}) has other files in it: {OTHER}")

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
-import torch
 
 from retnet.checkpoints import load_checkpoint
-from retnet.data import encode_documents
 from retnet.errors import UserError
 from retnet.evaluation import Difference, paired_bootstrap, t_interval, validation_text
 from retnet.evaluation.bootstrap import FEW_SEEDS
 from retnet.evaluation.profile import by_context, perplexities
+from retnet.evaluation.tokens import tokens_of
 from retnet.experiments.claims.claim import PAPER, Claim
 from retnet.experiments.claims.rivals import ATTENTION, OURS, Rival, ablations, relatives_of
 from retnet.experiments.claims.trials import Trials
@@ -122,9 +121,9 @@ def _beyond(contender: Contender, row: Row, limit: Limit | None) -> list[Finding
     for run in row.runs:
         checkpoint = load_checkpoint(run)
         trained = checkpoint.model.config.max_position_embeddings
-        documents = encode_documents(checkpoint.tokenizer, validation_text([checkpoint]).documents)
+        documents = validation_text([checkpoint]).documents
         contexts = (trained, *(multiple * trained for multiple in MULTIPLES))
-        tokens = [torch.from_numpy(ids) for ids in documents]
+        tokens = tokens_of(checkpoint.model, checkpoint.tokenizer, documents)
         found.append(perplexities(by_context(checkpoint.model, tokens, contexts)))
     if len(found[0]) < 2:
         raise UserError(

@@ -19,11 +19,10 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from retnet import cli
-from retnet.checkpoints.format import CONFIG, is_run
+from retnet.checkpoints.format import check_outside_of_runs
 from retnet.errors import UserError, os_errors
 from retnet.evaluation import check_writable, write_json
 from retnet.experiments.contenders import (
@@ -187,17 +186,10 @@ def _check(arguments: argparse.Namespace) -> None:
                 )
             if key == "init_from":
                 raise UserError(f"{what} ({text}) has no effect: models begin anew, leave it out")
-    _check_out(arguments.out)
+    check_folder(arguments.out, "--out")
+    check_outside_of_runs(arguments.out, "--out", "name another")
     if arguments.json:
         check_writable(arguments.json)
-
-
-def _check_out(out: Path) -> None:
-    """Raise a ``UserError`` where results would lie among the files of a checkpoint."""
-    check_folder(out, "--out")
-    for above in (out, *out.absolute().parents):
-        if is_run(above) or ((above / CONFIG).is_file() and any(above.glob("*.safetensors"))):
-            raise UserError(f"--out ({out}) lies in a run or checkpoint ({above}): name another")
 
 
 def recall(arguments: argparse.Namespace) -> Iterator[tuple[Task, list[Standing]]]:

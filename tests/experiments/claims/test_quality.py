@@ -219,9 +219,9 @@ def test_small_runs(given: list[str], trained: Trials, tmp_path: Path, capsys) -
 
 
 def test_documents_that_are_too_short(trained: Trials, monkeypatch) -> None:
-    encode = quality.encode_documents
-    short = lambda tokenizer, texts: [ids[:20] for ids in encode(tokenizer, texts)]  # noqa: E731
-    monkeypatch.setattr(quality, "encode_documents", short)
+    encode = quality.tokens_of
+    short = lambda *given: [ids[:20] for ids in encode(*given)]  # noqa: E731
+    monkeypatch.setattr(quality, "tokens_of", short)
     with pytest.raises(UserError, match=r"are no longer than 2 times data.seq_len \(16\)"):
         quality.extrapolation(trained)
 
