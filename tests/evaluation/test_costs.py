@@ -55,6 +55,7 @@ def test_peaks_rise_from_the_same_ground(monkeypatch) -> None:
     assert peaks(tiny_model("retention"), (4, 8, 16)) == [30, 70, 70]
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path, monkeypatch) -> None:
     """From any folder: this package need not be installed, and what lies there is none of ours."""
     path = save_checkpoint(tmp_path / "model", "retention")

@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -14,7 +16,7 @@ from retnet.machine import computes_in_bfloat16
 from tests.training.conftest import as_options
 from tests.training.test_train import TINY, metrics, run
 
-STEPS = 50
+STEPS = 20
 
 
 def launch(arguments: list[str], *, code: int = 0, program: tuple[str, ...] = ("train.py",)) -> str:
@@ -30,6 +32,29 @@ def launch(arguments: list[str], *, code: int = 0, program: tuple[str, ...] = ("
     )
     assert result.returncode == code, result.stderr
     return result.stderr
+
+
+def fork_two(arguments: list[str], printed: Path) -> str:
+    """As ``launch``, without torchrun and the seconds that three interpreters need to start."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = [os.fork() or _one_of_two(rank, port, arguments, printed) for rank in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], printed.read_text()
+    return printed.read_text()
+
+
+def _one_of_two(rank: int, port: int, arguments: list[str], printed: Path) -> NoReturn:
+    variables = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    code = 3
+    try:
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+        with printed.open("a") as sys.stderr:
+            code = run(arguments)
+    finally:  # never pytest's own code
+        os._exit(code)
 
 
 def exit_codes(printed: str) -> set[str]:
@@ -50,8 +75,8 @@ def test_processes_and_accumulation_give_the_same_losses(
     options, tmp_path: Path, carry: str
 ) -> None:
     """And a run saved with one goes on with another: 1 x 8, 2 processes x 4, 2 rows x 4 times."""
-    keys = {"model.dropout": 0, "train.max_steps": STEPS, "train.eval_every": 25,
-            "train.save_every": 25, "train.carry_state": carry}  # fmt: skip
+    keys = {"model.dropout": 0, "train.max_steps": STEPS, "train.eval_every": STEPS // 2,
+            "train.save_every": STEPS // 2, "train.carry_state": carry}  # fmt: skip
     common = [*options, *as_options(keys)]
     layouts = {"one": (8, 1), "two": (4, 1), "accumulated": (2, 4)}
 
@@ -62,16 +87,18 @@ def test_processes_and_accumulation_give_the_same_losses(
         return [*common, *as_options(own)]
 
     def first_half(layout: str, name: str) -> Path:
-        """A run folder as it was after 25 steps."""
+        """A run folder as it was after half of the steps."""
         folder = tmp_path / name
         shutil.copytree(tmp_path / layout, folder)
         shutil.rmtree(folder / "final")
-        shutil.rmtree(folder / "checkpoints/step_50")
+        shutil.rmtree(folder / f"checkpoints/step_{STEPS}")
         return folder
 
     assert run(arguments("one", tmp_path / "one")) == 0
     assert run(arguments("accumulated", tmp_path / "accumulated")) == 0
-    assert "fp32, 2 processes" in launch(arguments("two", tmp_path / "two"))
+    two = arguments("two", tmp_path / "two")
+    printed = launch(two) if carry == "true" else fork_two(two, tmp_path / "printed")
+    assert "fp32, 2 processes" in printed
     names = ["accumulated", "two"]
     for before, layout in (("two", "accumulated"), ("accumulated", "one"), ("one", "two")):
         names.append(f"{before} then {layout}")
@@ -88,6 +115,7 @@ def test_processes_and_accumulation_give_the_same_losses(
     assert ends[0] == pytest.approx(ends[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(options, tmp_path: Path) -> None:
     """After the same step, which is saved; then the run goes on in one process.
 
