@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import compare
-import train
 from retnet import cli
 from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, METRICS
+from retnet.commands import compare, train
 from retnet.data.listing import files_below
 from retnet.training.health import DIVERGED
 from retnet.training.run_folder import CONFIG, LOCK, SET_ASIDE

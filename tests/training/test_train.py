@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
+from retnet.commands import train
 from retnet.data import TrainingBatches
 from retnet.training import loop
 from retnet.training.config import load_config
