@@ -232,14 +232,6 @@ def test_a_run_goes_on_without_what_it_began_from(
     assert not (tmp_path / "new").exists()
 
 
-def test_trackers_write_local_files(options, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert run([*options, "train.trackers=[tensorboard,wandb]"]) == 0
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert "wandb sync" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
