@@ -71,6 +71,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def program(script: str) -> str:
+    """The name of a script for its --help: ``train.py``, or ``retnet-train`` where installed."""
+    installed = f"retnet-{Path(script).stem}"
+    return installed if Path(sys.argv[0]).stem == installed else script
+
+
 def whole_number(text: str) -> int:
     """An argparse type: an integer that tensors' sizes can hold."""
     # int() reads other scripts' digits and underscores too, but no more than 4,300 of them

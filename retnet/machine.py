@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+_STATUS = Path("/proc/self/status")
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -27,6 +29,28 @@ def memory_of(device: torch.device) -> int | None:
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def largest_resident_size() -> int:
+    """Bytes of this process so far.
+
+    Linux's ru_maxrss counts the process that started this one too, which may be larger than this
+    one ever gets; VmHWM does not.
+    """
+    if _STATUS.exists():
+        line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # which not every system has
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that this process used at most; on the CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return largest_resident_size()
 
 
 def keep_freed_memory() -> bool:

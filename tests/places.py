@@ -7,10 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-import compare
-import generate
-import train
 from retnet.checkpoints import write_manifest
+from retnet.commands import compare, generate, train
 from retnet.data import DataSpec, prepare_data
 from tests.evaluation.foreign import save_foreign
 from tests.generation.builders import MIXERS, save_checkpoint

@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import compare
-import generate
-import train
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
+from retnet.commands import compare, generate, train
 from retnet.generation import decode_one, make_step, prefill
 from retnet.model.configuration import DecoderConfig, option
 from retnet.model.mixers import MIXERS

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import train
 from retnet import cli, terminal
+from retnet.commands import train
 from retnet.errors import UserError
 from retnet.experiments import tune
 from retnet.experiments.claims import __main__ as claims

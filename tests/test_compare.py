@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import compare
 from retnet.cli import run
+from retnet.commands import compare
 from retnet.data import DataSpec, prepare_data
 from retnet.evaluation.report import QUICK, THOROUGH, Reach
 from tests.generation.builders import MIXERS, save_checkpoint

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import generate
 from retnet.cli import run
+from retnet.commands import generate
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint
 from tests.model.conftest import ROW_BYTES
 

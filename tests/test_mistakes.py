@@ -53,7 +53,7 @@ CONFIGURATION = [
     (RUN + " train.adamw_learning_rate=1e-3", "(0.001) has no meaning with train.optimizer=adamw"),
     (RUN + " train.decay_fraction=0.5", "(0.5) has no meaning with train.schedule=cosine"),
     (RUN + " train.schedule=wsd train.decay_fraction=0", "train.decay_fraction (0.0) is a share"),
-    (RUN + " train.trackers=[mlflow]", "train.trackers (mlflow) must be any of wandb, tensorboard"),
+    (RUN + " train.trackers=[comet_ml]", "train.trackers (comet_ml) must be any of wandb, "),
     (RUN + " train.trackers=wandb", "train.trackers (wandb) must be a list, as [a, b]"),
     (RUN + " train.trackers={{a:1}}", "train.trackers (a mapping) must be a list, as [a, b]"),
     (RUN + " train.weight_decay=inf", "train.weight_decay (inf) times train.learning_rate (0.004)"),

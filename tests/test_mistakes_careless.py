@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import generate
-import train
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
+from retnet.commands import generate, train
 from tests.places import RUN, C, G
 from tests.test_mistakes import is_answered, tree
 

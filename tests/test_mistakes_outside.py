@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch._inductor.exc import CppCompileError
 
-import generate
-import train
 from retnet import cli
+from retnet.commands import generate, train
 from tests.places import MAINS, RUN, C, G
 from tests.test_mistakes import tree
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import compare
-import generate
 from retnet import RetNetConfig, RetNetForCausalLM
+from retnet.commands import compare, generate
 from retnet.data import load_tokenizer
 from retnet.training import load_config
 

@@ -1,5 +1,6 @@
 """Which versions of the libraries were tried, said in one way everywhere."""
 
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def listed(file: str) -> dict[str, SpecifierSet]:
     lines = (ROOT / file).read_text().splitlines()
-    found = (Requirement(line) for line in lines if line and not line.startswith("#"))
+    found = (Requirement(line) for line in lines if line and line[0] not in "#-")
     return {requirement.name: requirement.specifier for requirement in found}
 
 
@@ -25,10 +26,19 @@ def test_requirements_are_the_tried_ranges() -> None:
 
 
 def test_the_constraints_are_within_them() -> None:
-    required = listed("requirements.txt")
+    required = listed("requirements.txt") | listed("requirements-dev.txt")
     for name, pinned in listed("constraints.txt").items():
         (exact,) = pinned
         assert exact.operator == "==" and exact.version in required[name]
+
+
+def test_an_extra_is_what_the_tests_run_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tried = listed("requirements-dev.txt")
+    extras = [Requirement(line) for of in project["optional-dependencies"].values() for line in of]
+    shared = [extra for extra in extras if extra.name in tried]
+    assert {extra.name for extra in shared} >= {"peft", "wandb", "tensorboard"}
+    assert all(extra.specifier == tried[extra.name] for extra in shared)
 
 
 def test_what_is_installed_is_no_reason_to_warn() -> None:

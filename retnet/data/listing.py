@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Of a run folder, which may lie in a folder of text or be one: what training writes there.
 RUN_NAMES = ("config.yaml", "metrics.jsonl", "diverged.json", "checkpoints", "best", "final",
-             "set-aside-*", "wandb", "retnet")  # fmt: skip
+             "set-aside-*", "wandb", "retnet", "trackio", "mlflow", ".aim")  # fmt: skip
 # The files of a report on a comparison, which may lie in a folder with others.
 REPORT_NAMES = ("report.json", "report.md", "report.html")
 ANYTHING = ("*",)

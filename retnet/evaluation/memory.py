@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,26 +22,12 @@ from pathlib import Path
 import torch
 
 from retnet.evaluation.loading import load_contender
-from retnet.machine import use_fast_products
+from retnet.machine import largest_resident_size, use_fast_products
 from retnet.model.causal_lm import DecoderForCausalLM
 
 logger = logging.getLogger("retnet.evaluation.memory")  # __name__ is __main__ in a command
 
-STATUS = Path("/proc/self/status")
 PACKAGES = Path(__file__).parents[2]  # the folder that this package lies in
-
-
-def largest_resident_size() -> int:
-    """Bytes of this process so far.
-
-    Linux's ru_maxrss counts the process that started this one too, which may be larger than this
-    one ever gets; VmHWM does not.
-    """
-    if STATUS.exists():
-        line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:

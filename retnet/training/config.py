@@ -17,6 +17,7 @@ from retnet.errors import UserError, memory_errors
 from retnet.paths import expand, kind_of
 from retnet.training.limits import problems
 from retnet.training.optimizer import settled_optimizer
+from retnet.training.recipes import find_recipe, recipe_names
 from retnet.training.spec import Config, TrainSpec, config_schema, flatten, settled
 from retnet.training.values import fit, read_argument, read_yaml, shown, write_yaml
 
@@ -31,14 +32,15 @@ def load_config(
     """Read and check a configuration.
 
     Args:
-        path: A YAML file with the sections model, data and train; None for the defaults.
+        path: A YAML file with the sections model, data and train, or where there is no such file
+            a recipe's name; None for the defaults.
         overrides: ``section.key=value``, the last word.
         recorded: The file is one that a run wrote, and there is nothing to say about it.
 
     Raises:
         UserError: Names the key or file, its value and the fix.
     """
-    file = None if path is None else expand(path, "configuration")
+    file = None if path is None else _recipe_or_file(path)
     in_file = {} if file is None else _read_file(file)
     if recorded and (lost := _keys().keys() - {key.partition(".")[0] for key in in_file}):
         raise UserError(f"configuration ({path}) lacks the sections {', '.join(sorted(lost))}")
@@ -115,11 +117,22 @@ def _with_shorter_warmup(train: TrainSpec) -> TrainSpec:
     return replace(train, warmup_steps=steps)
 
 
+def _recipe_or_file(path: str | Path) -> Path:
+    """The file of a path; where none is, and it is a recipe's name, that recipe's."""
+    file = expand(path, "configuration")
+    recipe = None if kind_of(file, "configuration") == "file" else find_recipe(file)
+    if recipe is None:
+        return file
+    logger.info(f"configuration ({path}) is no file here: it is the recipe {recipe}")
+    return recipe
+
+
 def _read_file(path: Path) -> Values:
     if kind_of(path, "configuration") != "file":
-        near = sorted(str(p) for p in Path("configs").glob("*.yaml"))
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise UserError(f"configuration ({path}) is not a file: give the path of a YAML file{hint}")
+        raise UserError(
+            f"configuration ({path}) is not a file: give the path of a YAML file, or a recipe's "
+            f"name: {', '.join(recipe_names())}"
+        )
     try:
         with memory_errors(path):
             text = path.read_text(encoding="utf-8")

@@ -8,10 +8,9 @@ import torch
 from retnet.errors import UserError
 from retnet.machine import memory_of
 from retnet.model.mixers import MIXERS
-from retnet.training.spec import Config, TrainSpec, flatten, is_bounded, mixer_keys
+from retnet.training.spec import TRACKERS, Config, TrainSpec, flatten, is_bounded, mixer_keys
 
 MAX_SEED = 2**32  # of NumPy's legacy generator, which libraries may use
-TRACKERS = ("wandb", "tensorboard")
 INT64 = 2**63 - 1
 MOST = {"model.num_hidden_layers": 10_000, "train.gradient_accumulation_steps": 1_000_000}
 LEAST_RATE = 1e-20  # a smaller one is none to float32, and ratios of rates leave its range

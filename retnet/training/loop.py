@@ -25,14 +25,16 @@ from retnet.checkpoints.save import prune_checkpoints
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
 from retnet.errors import UserError
 from retnet.files import write_json
+from retnet.machine import peak_memory
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.training.carry import CarriedState
 from retnet.training.health import DIVERGED, DivergedError, SpikeWatch, check_first_loss
 from retnet.training.optimizer import learning_rate
 from retnet.training.signals import StopRequest
 from retnet.training.spec import Config
+from retnet.training.trackers import log_text
 from retnet.training.tracking import Console, MetricsFile
-from retnet.training.validation import sample_lines, validate
+from retnet.training.validation import draw_sample, validate
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Trainer:
             "perf/tokens_per_s": self.batches.global_batch * self.config.data.seq_len / seconds,
             "perf/seconds": self.progress.seconds,
             "perf/data_wait_share": waited / seconds,
+            "perf/peak_memory_bytes": peak_memory(self.accelerator.device),
         }
 
     def _backward(self, batch: dict[str, Tensor], micro_step: int, targets: Tensor) -> Tensor:
@@ -222,8 +225,11 @@ class Trainer:
                 f"{values['val/perplexity']:.2f}, {values['val/bits_per_byte']:.4f} bits per byte "
                 f"({targets:,} tokens)"
             )
-            for line in sample_lines(model, tokenizer, self.spec, self.accelerator):
-                self._console.say(line)
+            sample = draw_sample(model, tokenizer, self.spec, self.accelerator)
+            for line in sample.splitlines():
+                self._console.say(f"  | {line}")
+            with self._writing():
+                log_text(self.accelerator, "val/sample", sample, self.progress.step)
         if not math.isfinite(loss):  # after the last step no other loss would tell
             raise DivergedError(
                 f"step {self.progress.step}: validation loss {loss}; its weights are not saved. "
@@ -255,8 +261,9 @@ class Trainer:
                 self._metrics.write(values)
             self._console.step(values)
         if self.spec.trackers:
+            step = int(values.pop("step"))  # which they have of their own
             with self._writing():
-                self.accelerator.log(values, step=int(values["step"]))
+                self.accelerator.log(values, step=step)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

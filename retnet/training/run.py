@@ -35,14 +35,9 @@ from retnet.training.resume import go_on, plan_start
 from retnet.training.run_folder import RunLock, Start, open_run_folder
 from retnet.training.signals import stop_on_signals
 from retnet.training.spec import Config, flatten
-from retnet.training.summary import describe_run
-from retnet.training.tracking import (
-    check_metrics,
-    check_trackers,
-    end_training,
-    format_seconds,
-    start_trackers,
-)
+from retnet.training.summary import describe_heads, describe_run
+from retnet.training.trackers import check_trackers, end_training, start_trackers
+from retnet.training.tracking import check_metrics, format_seconds
 from retnet.training.validation import check_sample
 
 logger = logging.getLogger(__name__)
@@ -98,7 +93,7 @@ def train(config: Config, by_hand: Collection[str] | None = None) -> int:
         trainer = _set_up(config, accelerator, start)
         # what may fail comes before anything is written that a new run's folder would keep
         _decided_by_main(accelerator, lambda: check_metrics(config.train.run_folder))
-        _decided_by_main(accelerator, lambda: start_trackers(accelerator, config))
+        _decided_by_main(accelerator, lambda: _start_trackers(trainer))
         if not _decided_by_main(accelerator, lambda: open_run_folder(config, start)):
             trainer.progress.forget_best()  # the next evaluation writes best/ again
         return _run(trainer)
@@ -137,6 +132,12 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     for line in describe_run(trainer):
         logger.info(line)
     return trainer
+
+
+def _start_trackers(trainer: Trainer) -> None:
+    model = trainer.bare_model
+    facts = {"parameters": model.num_parameters(), "heads": "; ".join(describe_heads(model.config))}
+    start_trackers(trainer.accelerator, trainer.config, facts, trainer.progress.step)
 
 
 def _check_weights(config: Config, start: Start) -> None:

@@ -33,7 +33,7 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
          CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder",
-         "retnet": "folder", "wandb": "folder"}  # fmt: skip
+         **dict.fromkeys(("retnet", "wandb", "trackio", "mlflow", ".aim"), "folder")}  # fmt: skip
 SET_ASIDE = "set-aside-"
 ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 

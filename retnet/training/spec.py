@@ -31,6 +31,10 @@ RESUMABLE_KEYS = (
 )  # fmt: skip
 
 
+# trackers.py says what each needs
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "aim")
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -151,7 +155,7 @@ class TrainSpec:
     sample_tokens: int = _option(64, "length of that sample; 0: none")
     trackers: list[str] = field(
         default_factory=list,
-        metadata={"help": "beside console and metrics.jsonl: any of wandb, tensorboard"},
+        metadata={"help": f"beside console and metrics.jsonl: any of {', '.join(TRACKERS)}"},
     )
 
     @property

@@ -93,9 +93,7 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         f"{per_step * spec.max_steps:,} tokens, {batches.epoch(spec.max_steps):.2f} times the "
         "corpus"
     )
-    layers = range(config.num_hidden_layers)
-    for kind, own in {config.mixer_of(i): config.config_of(i) for i in layers}.items():
-        yield from kind.describe(own)
+    yield from describe_heads(config)
     device, processes = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
@@ -104,6 +102,13 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         f"{torch.get_num_threads()} CPU threads each"
     )
     yield f"run folder  {spec.out_dir}"
+
+
+def describe_heads(config: DecoderConfig) -> Iterator[str]:
+    """What the heads of a model's mixers do, as their windows, where there is something to say."""
+    layers = range(config.num_hidden_layers)
+    for kind, own in {config.mixer_of(i): config.config_of(i) for i in layers}.items():
+        yield from kind.describe(own)
 
 
 def _size(count: float) -> str:

@@ -1,11 +1,10 @@
-"""Where a run's numbers go: metrics.jsonl and the console always, other trackers when asked for.
+"""Where a run's numbers always go: metrics.jsonl and the console. (``trackers.py`` has others.)
 
 metrics.jsonl has one line for each optimizer step, in order; an evaluation's figures stand in the
-line of its step. Nothing here prompts or waits for a network.
+line of its step.
 """
 
 import errno
-import importlib.util
 import json
 import logging
 import os
@@ -15,21 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from retnet.checkpoints.format import METRICS
 from retnet.errors import UserError, memory_errors, os_errors
 from retnet.files import write_text
 from retnet.terminal import shown
-from retnet.training.spec import Config, flatten
 
 logger = logging.getLogger(__name__)
 
-WANDB_FILES_ONLY = ("offline", "dryrun", "disabled")
-WANDB_MODES = ("online", "run", "shared", *WANDB_FILES_ONLY)
 MOST_LOSS = torch.finfo(torch.float32).max  # a run's are of that type, and finite
-NETWORK_WAIT_S = 20  # for wandb, where WANDB_MODE asks for the network
 
 
 class MetricsFile:
@@ -168,65 +162,3 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def check_trackers(config: Config) -> None:
-    """Raise a ``UserError`` when a tracker of ``train.trackers`` can't be had; never prompts."""
-    for tracker in config.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"train.trackers ({tracker}) is not installed: pip install {tracker}")
-    if "wandb" not in config.train.trackers:
-        return
-    mode = os.environ.get("WANDB_MODE", "offline")
-    if mode not in WANDB_MODES:
-        raise UserError(
-            f"WANDB_MODE ({mode}) must be one of {', '.join(WANDB_MODES)}: unset it to write the "
-            "run to files"
-        )
-    if mode not in WANDB_FILES_ONLY:
-        import wandb
-
-        if not wandb.login(prompt=False, verify=False):
-            raise UserError(
-                f"WANDB_MODE ({mode}) needs an account for train.trackers (wandb): run wandb "
-                "login, or unset it to write the run to files"
-            )
-
-
-def start_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Start the trackers of ``train.trackers``; they write into the run folder.
-
-    wandb is offline unless the environment variable WANDB_MODE says otherwise: a run neither
-    needs an account nor waits for a network. A ``UserError`` where one can't be started.
-    """
-    trackers, run = config.train.trackers, config.train.run_folder
-    if not trackers:
-        return
-    mode = os.environ.get("WANDB_MODE", "offline")
-    wandb: dict[str, Any] = {"mode": mode, "dir": str(run), "name": run.name}
-    if mode not in WANDB_FILES_ONLY:
-        wandb["settings"] = {"init_timeout": NETWORK_WAIT_S}
-    keys = {
-        key: str(value) if isinstance(value, list) else value  # TensorBoard knows no lists
-        for key, value in flatten(config).items()
-        if value is not None
-    }
-    try:
-        accelerator.init_trackers("retnet", keys, init_kwargs={"wandb": wandb})
-    except Exception as error:  # each library has its own kinds
-        accelerator.trackers.clear()  # half started, they can't be ended either
-        raise UserError(
-            f"train.trackers ({', '.join(trackers)}) can't be started "
-            f"({str(error) or type(error).__name__}): leave them out, or look at {run} and, for "
-            f"wandb, at WANDB_MODE ({mode})"
-        ) from error
-    if "wandb" in trackers and mode == "offline":
-        logger.info(f"wandb is offline; to upload the run later: wandb sync {run}/wandb/*run-*")
-
-
-def end_training(accelerator: Accelerator) -> None:
-    """Close trackers and process group; a tracker that can't be closed does not hide an error."""
-    try:
-        accelerator.end_training()
-    except OSError as error:
-        logger.warning(f"train.trackers can't be closed ({error.strerror or error})")

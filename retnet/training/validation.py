@@ -1,6 +1,5 @@
 """What a run measures of itself between steps: validation loss and a sample."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -74,17 +73,15 @@ def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSp
     check_text_fits(model, prompt + new, 1, what)
 
 
-def sample_lines(
+def draw_sample(
     model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec, accelerator: Accelerator
-) -> Iterator[str]:
-    """The lines of a sample text, for the console."""
+) -> str:
+    """A sample text, its prompt included; empty where none is asked for."""
     if not spec.sample_tokens:
-        return
+        return ""
     prompt, sampling = spec.sample_prompt, Sampling(seed=spec.seed)
     length = encode_prompt(tokenizer, prompt).shape[1]
     new = fit_length(model, length, spec.sample_tokens, quiet=True)
     # its lengths vary: compiling it would cost more than it gives
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        text = sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)
-    for line in (prompt + text).splitlines():
-        yield f"  | {line}"
+        return prompt + sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)

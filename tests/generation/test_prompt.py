@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import generate
 import retnet.data.tokenizer as tokenizer_module
+from retnet.commands import generate
 from retnet.data import byte_tokenizer as data_byte_tokenizer
 from retnet.errors import UserError
 from retnet.generation import encode_prompt, read_prompt

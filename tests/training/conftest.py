@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import train
 from retnet import cli
+from retnet.commands import train
 
 WORDS = ["state", "head", "decays", "every", "token", "adds", "its", "key", "and", "value"]
 

@@ -4,8 +4,8 @@ import sys
 
 from torch.distributed.tensor import DTensor
 
-import train
 from retnet import cli
+from retnet.commands import train
 from retnet.training import loop
 from retnet.training.signals import StopRequest
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import train
 from retnet import cli
 from retnet.checkpoints import save
+from retnet.commands import train
 from retnet.data import prepare
 from retnet.files import OURS, REPLACED, UNFINISHED
 from retnet.training import loop, validation

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-import train
 from retnet import cli
+from retnet.commands import train
 from retnet.training import loop
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
 from retnet import RetNetConfig, RetNetForCausalLM, cli
 from retnet.checkpoints import write_manifest
+from retnet.commands import train
 from retnet.data import CarriedValidationBatches
 from retnet.training.validation import sum_losses
 from tests.data.corpora import tokens_of

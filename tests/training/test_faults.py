@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import compare
-import generate
 from retnet import cli
 from retnet.checkpoints import save
+from retnet.commands import compare, generate
 from retnet.training import loop
 from tests.permissions import bound_by_permissions
 from tests.training.conftest import as_options

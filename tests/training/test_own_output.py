@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import compare
-import train
 from retnet import cli
 from retnet.checkpoints.format import BEST, CHECKPOINTS, DATA_RECORD, FINAL, METRICS
+from retnet.commands import compare, train
 from retnet.data.listing import files_below
 from retnet.training.health import DIVERGED
 from retnet.training.run_folder import CONFIG, LOCK, SET_ASIDE
@@ -64,7 +63,8 @@ def test_all_names_of_a_run_are_known(tmp_path: Path) -> None:
     mine = ["sub/notes.txt", "notes.md"]
     names = [CONFIG, LOCK, METRICS, DIVERGED]
     names += [f"{folder}/x.txt" for folder in (CHECKPOINTS, BEST, FINAL, f"{SET_ASIDE}final")]
-    for name in [*mine, *names, "wandb/x.txt", "retnet/x.txt"]:
+    names += [f"{folder}/x.txt" for folder in ("wandb", "retnet", "trackio", "mlflow", ".aim")]
+    for name in [*mine, *names]:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("x")
     found = files_below(tmp_path, "data.source", lambda path: True)

@@ -48,7 +48,7 @@ def test_wandb_that_can_not_be_started(options, capsys, monkeypatch) -> None:
 
 def test_a_full_disk_in_a_tracker(options, tmp_path: Path, capsys) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, TensorBoardTracker, "log", 5, no_space)
+        fail_at(patch, TensorBoardTracker, "log", 7, no_space)  # in step 5, with two samples
         fail_at(patch, TensorBoardTracker, "finish", 1, no_space)
         assert run([*options, "train.trackers=[tensorboard]"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
+from retnet.commands import train
 from retnet.data import TrainingBatches
 from retnet.training import loop
 from retnet.training.config import load_config
@@ -230,14 +230,6 @@ def test_a_run_goes_on_without_what_it_began_from(
     assert run(second, train__out_dir=tmp_path / "new") == 2
     assert f"checkpoint ({tmp_path / 'first'}) does not exist" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-
-
-def test_trackers_write_local_files(options, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert run([*options, "train.trackers=[tensorboard,wandb]"]) == 0
-    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert "wandb sync" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

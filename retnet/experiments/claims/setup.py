@@ -24,26 +24,25 @@ from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.configuration import DecoderConfig
 from retnet.training import load_config
 from retnet.training.build import build_model, check_model_fits, model_config
+from retnet.training.recipes import find_recipe, recipe_names
 
 SIZE = "tiny"
 CONTEXT = 8192  # of the paper's figures
 LEAST_CONTEXT = 64
 ROUNDS = 9
 ROWS = 8  # the paper's largest batch
-CONFIGS = Path("configs")
 
 Prepare = Callable[[], Callable[[], object]]  # what ``interleaved`` takes
 
 
 def recipe_of(size: str) -> str:
     """The recipe of ``--size``: a YAML file, or the name of one in configs/."""
-    named = CONFIGS / f"{size}.yaml"
-    if Path(size).name == size and not Path(size).exists() and named.is_file():
-        return str(named)
-    if Path(size).suffix == "":
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml"))) or "none here"
+    if Path(size).suffix or Path(size).is_file():
+        return size
+    if Path(size).name != size or find_recipe(size) is None:
+        names = ", ".join(recipe_names())
         raise UserError(f"--size ({size}) must be a recipe of configs/ ({names}) or a YAML file")
-    return size
+    return f"configs/{size}.yaml"
 
 
 @contextmanager

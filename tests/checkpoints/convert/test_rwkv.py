@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import generate
 from retnet import cli
 from retnet.checkpoints.convert.__main__ import main
 from retnet.checkpoints.convert.rwkv import TRANSFORMERS, from_rwkv
+from retnet.commands import generate
 from retnet.model import RWKVForCausalLM
 
 REFERENCE = Path("tests/model/reference")

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-import train
 from retnet import PerformerConfig, PerformerForCausalLM, cli
 from retnet.checkpoints import load_checkpoint
+from retnet.commands import train
 from retnet.model.ops.random_features import favor_projection
 from retnet.training.optimizer import build_optimizer
 from retnet.training.spec import TrainSpec

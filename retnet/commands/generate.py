@@ -1,0 +1,126 @@
+"""Continue a text with a trained model: ``python generate.py runs/tiny-retention --prompt "def "``.
+
+Standard output gets the prompt followed by its continuation, as it is made, and a final newline if
+the text has none. With --num-samples above 1 every sample comes under a line "----- sample 1 of 3
+-----"; they are made together, so the first streams and the others follow when it is done. One line
+about tokens, speed and memory goes to standard error at the end.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from retnet.checkpoints import load_checkpoint
+from retnet.cli import (
+    EXIT_INTERRUPTED,
+    ArgumentParser,
+    file_path,
+    number,
+    positive_int,
+    program,
+    whole_number,
+)
+from retnet.errors import UserError
+from retnet.generation import (
+    Sampling,
+    Usage,
+    add_loading_options,
+    check_finite,
+    decode_utf8,
+    loading_arguments,
+    print_samples,
+    read_prompt,
+    stream_text,
+)
+from retnet.terminal import text_output
+
+MAX_NEW_TOKENS = 200
+
+
+def build_parser() -> ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(program("generate.py"), description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint folder, or a run folder (its final, best or newest)")
+    add("stdin", nargs="?", type=dash, metavar="-", help="read the prompt from standard input")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="the text to continue; without one it starts from <bos>")
+    prompt.add_argument(
+        "--prompt-file", type=file_path, help="a UTF-8 file to continue; - is stdin"
+    )
+    most = f"the most to make ({MAX_NEW_TOKENS}, or what the model has room for)"
+    add("--max-new-tokens", type=positive_int, help=most)
+    temperature = f"above 0, lower is more cautious ({Sampling.temperature})"
+    add("--temperature", type=number, help=temperature)
+    add("--top-k", type=whole_number, help="keep the k most likely tokens (all)")
+    add("--top-p", type=number, help=f"keep the likely ones up to this sum ({Sampling.top_p})")
+    add("--repetition-penalty", type=number, help="above 1: repeat less (1)")
+    add("--greedy", action="store_true", help="always take the most likely token")
+    add("--seed", type=whole_number, help="sample i draws with seed + i - 1 (0)")
+    add("--num-samples", type=positive_int, default=1, help="continuations, made as one batch (1)")
+    add("--stop", action="append", default=[], help="end before this text; may be repeated")
+    add("--compile", action="store_true", help="compile the step first: for thousands of tokens")
+    add_loading_options(parser)
+    return parser
+
+
+def dash(text: str) -> str:
+    """An argparse type: what may follow the checkpoint."""
+    if text != "-":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is one argument too many: there is one checkpoint, and the text to continue "
+            "is given as --prompt 'TEXT', in quotes as a whole, or as - on standard input"
+        )
+    return text
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """How to choose tokens; options that would have no effect are errors."""
+    names = ("temperature", "top_k", "top_p", "seed", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.greedy:
+        useless = [f"--{name.replace('_', '-')}" for name in names[:-1] if name in given]
+        useless += ["--num-samples"] if arguments.num_samples > 1 else []
+        if useless:
+            raise UserError(f"{useless[0]} has no effect with --greedy: leave one of them out")
+    return Sampling(greedy=arguments.greedy, **given)
+
+
+def prompt_of(arguments: argparse.Namespace) -> str:
+    if arguments.stdin and (arguments.prompt is not None or arguments.prompt_file):
+        raise UserError("- (the prompt on stdin) and --prompt or --prompt-file: give one of them")
+    if arguments.stdin or arguments.prompt_file == Path("-"):
+        return read_prompt(None)
+    if arguments.prompt_file:
+        return read_prompt(arguments.prompt_file)
+    typed = arguments.prompt or ""  # with escapes for bytes that are no UTF-8
+    return decode_utf8(typed.encode("utf-8", "surrogateescape"), "--prompt")
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = build_parser().parse_intermixed_args(argv)
+    sampling, prompt, usage = sampling_of(arguments), prompt_of(arguments), Usage()
+    checkpoint = load_checkpoint(arguments.checkpoint, **loading_arguments(arguments))
+    check_finite(checkpoint)
+    pieces = stream_text(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        prompt,
+        max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
+        by_hand=arguments.max_new_tokens is not None,
+        sampling=sampling,
+        num_samples=arguments.num_samples,
+        stop=arguments.stop,
+        usage=usage,
+        compile=arguments.compile,
+    )
+    code = 0
+    with text_output():
+        try:
+            print_samples(prompt, pieces, arguments.num_samples)
+        except KeyboardInterrupt:
+            print(flush=True)
+            code = EXIT_INTERRUPTED
+        print(usage.summary(), file=sys.stderr)
+    return code
