@@ -135,7 +135,8 @@ def computes_in_bfloat16() -> bool:
         limit.upper() in WITHOUT_BFLOAT16 for limit in limits
     ):
         return False
-    abilities = torch.cpu.get_capabilities()
+    # torch 2.9 can't tell
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(bool(has) for name, has in abilities.items() if name.endswith("bf16"))
 
 

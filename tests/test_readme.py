@@ -44,6 +44,19 @@ def test_command(command: str) -> None:
         pytest.fail(f"nobody checks {command}")
 
 
+PAGES = [page for page in sorted(Path("docs").glob("*.md")) if " train.py " in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_runs_that_the_pages_name_can_be(page: Path) -> None:
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    [^\n]* train\.py (configs/[^\n]*)", text, flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        recipe, *keys = shlex.split(line, comments=True)
+        assert load_config(recipe, keys)
+
+
 def test_python_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The example runs as it stands, on a small checkpoint in the place of the demo's."""
     (example,) = [text for kind, text in BLOCKS if kind == "python"]

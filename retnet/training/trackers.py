@@ -41,7 +41,7 @@ class Tracker:
         """accelerate's keywords for it, of a run that goes on after ``step`` steps (0: is new)."""
         return {}
 
-    def store(self, tracker: Any, facts: dict[str, Any], step: int) -> None:
+    def store(self, tracker: Any, facts: dict[str, Any]) -> None:
         """Keep the configuration."""
         tracker.store_init_configuration(facts)
 
@@ -83,9 +83,10 @@ class Wandb(Tracker):
         options: dict[str, Any] = {"mode": self.mode, "dir": str(run), "name": run.name}
         if self.mode not in WANDB_FILES_ONLY:
             options["settings"] = {"init_timeout": NETWORK_WAIT_S}
-        before = sorted((run / "wandb").glob("*run-*-*")) if step else []
-        if before:  # they are named by their time, then the id
-            options["id"] = before[-1].name.rpartition("-")[2]
+        # offline or not, they are named by their time, then the id
+        names = [path.name.partition("run-")[2] for path in (run / "wandb").glob("*run-*-*")]
+        if step and names:
+            options["id"] = max(names).rpartition("-")[2]
             if self.mode not in WANDB_FILES_ONLY:
                 options["resume"] = "allow"
         return options
@@ -118,7 +119,8 @@ class Trackio(Tracker):
         finally:
             del os.environ["TRACKIO_DIR"]
         resume = "allow" if step else "never"
-        return {"name": run.name, "resume": resume, "embed": False, "auto_log_cpu": False}
+        options = {"name": run.name, "resume": resume, "embed": False}
+        return options | {"auto_log_cpu": False, "auto_log_gpu": False}
 
     def end(self) -> None:
         from trackio import context_vars
@@ -148,9 +150,9 @@ class MLflow(Tracker):
             options |= {"run_id": before[0].info.run_id} if before else {}
         return options
 
-    def store(self, tracker: Any, facts: dict[str, Any], step: int) -> None:
-        if not step:  # what stands there can't be changed, and more steps are a change
-            super().store(tracker, facts, step)
+    def store(self, tracker: Any, facts: dict[str, Any]) -> None:
+        if not tracker.tracker.data.params:  # they can't be changed, and more steps are a change
+            super().store(tracker, facts)
 
     def text(self, tracker: Any, name: str, text: str, step: int) -> None:
         import mlflow
@@ -235,7 +237,7 @@ def start_trackers(
             options = {name: TRACKERS[name].options(run, step) for name in names}
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             for tracker, own in _started(accelerator):
-                own.store(tracker, keys | facts, step)
+                own.store(tracker, keys | facts)
     except Exception as error:  # each library has its own kinds
         accelerator.trackers.clear()  # half started, they can't be ended either
         raise UserError(
