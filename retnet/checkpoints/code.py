@@ -4,7 +4,6 @@ transformers copies flat relative imports only (``from .a import b``), so the mo
 one: the file of ``mixers.retention`` is mixers_retention.py, and the imports are rewritten.
 """
 
-import ast
 import functools
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from retnet.model.models import PUBLIC, configuration
 MODEL = Path(retnet.model.__file__).parent
 MODELS = "models"  # the module with the public classes, below that
 SUFFIX = ".py"
+# as transformers looks for them, which knows no other way
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+(?P<dots>\.+)(?P<name>[\w.]*)\s+import", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,14 @@ def flat_code(module: str) -> Iterator[tuple[str, str]]:
         file = MODEL.joinpath(*name.split(".")).with_suffix(SUFFIX)
         package = name if not file.exists() else name.rpartition(".")[0]
         source = file if file.exists() else file.with_suffix("") / "__init__.py"
-        text = source.read_text(encoding="utf-8")
-        lines = text.splitlines(keepends=True)
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.module, f"{name} line {node.lineno}: import from a module by its name"
-                base = package.split(".") if package else []
-                target = ".".join([*base[: len(base) - node.level + 1], node.module])
-                waiting.append(target)
-                own = re.escape("." * node.level + node.module)
-                new = f"from .{target.replace('.', '_')} import"
-                line = node.lineno - 1
-                lines[line] = re.sub(rf"from {own} import", new, lines[line], count=1)
-        yield name.replace(".", "_"), "".join(lines)
+        text, last = [], 0
+        whole = source.read_text(encoding="utf-8")
+        for found in RELATIVE_IMPORT.finditer(whole):
+            level, own = len(found["dots"]), found["name"]
+            assert own, f"{name}: {found[0]}: import from a module by its name"
+            base = package.split(".") if package else []
+            target = ".".join([*base[: len(base) - level + 1], own])
+            waiting.append(target)
+            text += [whole[last : found.start("dots")], ".", target.replace(".", "_")]
+            last = found.end("name")
+        yield name.replace(".", "_"), "".join([*text, whole[last:]])
