@@ -87,16 +87,9 @@ def _check_card(card: Path | None) -> None:
 def push(folder: Path, files: Sequence[Path], name: str, *, private: bool) -> str:
     """Upload files of a folder to a repository, which is made where there is none.
 
-    Returns its address; a ``UserError`` where there is no account, or the Hub does not answer or
-    refuses it.
+    Returns the address of the commit; a ``UserError`` where the Hub does not answer or refuses it.
     """
-    what = f"NAME ({name})"
-    if get_token() is None:
-        raise UserError(
-            f"{what} needs an account on the Hub and there is no token: run hf auth login, or set "
-            "HF_TOKEN; --dry-run lists what would go without"
-        )
-    api = HfApi()
+    what, api = f"NAME ({name})", HfApi()
     make = api.create_repo
     repository = _asked(
         what, lambda: answered(lambda: make(name, private=private or None, exist_ok=True))
@@ -165,6 +158,11 @@ def main(argv: Sequence[str]) -> None:
             f"NAME ({name}) can't be a repository's: write USER/NAME, of letters, digits, - _ and "
             "single dots"
         ) from error
+    if not arguments.dry_run and get_token() is None:
+        raise UserError(
+            f"NAME ({name}) needs an account on the Hub, and there is no token: run hf auth login, "
+            "or set HF_TOKEN; --dry-run lists what would go without"
+        )
     folder = _find(arguments.checkpoint)
     files, stay = files_to_push(folder)
     lines = [f"{file.stat().st_size:>15,}  {in_one_line(file.name)}" for file in files]

@@ -32,7 +32,7 @@ ALWAYS_THERE = (CONFIG, WEIGHTS, TOKENIZER, DATA_RECORD, TRAINING_STATE)
 
 def write_manifest(folder: Path) -> None:
     """Record every file of a folder as it is now; the model card is there to be edited."""
-    paths = [path for path in sorted(folder.iterdir()) if path.name != CARD]
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in (CARD, MANIFEST)]
     content: dict[str, Any] = {"files": {path.name: _describe(path) for path in paths}}
     if (folder / CARD).is_file():
         content[CARD_SHA256] = sha256(folder / CARD).hex()
