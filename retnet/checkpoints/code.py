@@ -18,6 +18,7 @@ from retnet.model.models import PUBLIC, configuration
 MODEL = Path(retnet.model.__file__).parent
 MODELS = "models"  # the module with the public classes, below that
 SUFFIX = ".py"
+NOTICE = "# SPDX-License-Identifier: MIT, Copyright (c) 2026 The RetNet developers\n"
 # as transformers looks for them, which knows no other way
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+(?P<dots>\.+)(?P<name>[\w.]*)\s+import", re.MULTILINE)
 
@@ -56,7 +57,7 @@ def model_code(model_type: object) -> ModelCode | None:
 
 @functools.cache
 def _files() -> dict[str, str]:
-    return {f"{name}{SUFFIX}": text for name, text in flat_code(MODELS)}
+    return {f"{name}{SUFFIX}": NOTICE + text for name, text in flat_code(MODELS)}
 
 
 def flat_code(module: str) -> Iterator[tuple[str, str]]:

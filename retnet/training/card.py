@@ -56,7 +56,8 @@ It depends on the tokenizer. Bits per byte does not: all nats, in bits, divided 
 text. Both count the end of each document as a token, and no target across documents."""
 
 PLAIN = """\
-With transformers alone. `trust_remote_code=True` runs the code in this folder, so read it first:
+With transformers alone. `trust_remote_code=True` runs the code in this folder (of the RetNet
+developers, MIT License), so read it first:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -94,7 +94,11 @@ def test_an_export_of_an_export(tmp_path: Path, caplog) -> None:
     assert find_damage(tmp_path / "a") is None
     (tmp_path / "a/models.py").write_text("of another time")
     export_checkpoint(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b/models.py").read_text() == dict(flat_code("models"))["models"]
+    notice, text = (tmp_path / "b/models.py").read_text().split("\n", 1)
+    assert text == dict(flat_code("models"))["models"]
+    license_text = Path("LICENSE").read_text()
+    for words in ("MIT", "Copyright (c) 2026 The RetNet developers"):
+        assert words in notice and words in license_text
     assert (tmp_path / "b/README.md").read_text() == "edited"
     assert not caplog.messages
 
