@@ -4,14 +4,15 @@ import json
 import logging
 import shutil
 import socket
+import threading
+from base64 import b64decode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import HfApi, constants
 
 from retnet import cli
 from retnet.checkpoints import write_manifest
@@ -42,25 +43,44 @@ def final(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch) -> SimpleNamespace:
-    """Records what the Hub is asked for; which files of a folder go is the library's own rule."""
-    asked = SimpleNamespace(made=[], sent={}, error=None)
+def hub(monkeypatch) -> Iterator[SimpleNamespace]:
+    """A server that answers as the Hub does, of what huggingface_hub asks in an upload."""
+    asked = SimpleNamespace(made=[], sent={}, status=200)
 
-    def create_repo(self, repo_id: str, **options):
-        if asked.error is not None:
-            raise asked.error
-        asked.made.append((repo_id, options))
-        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            assert self.headers["authorization"] == "Bearer hf_abc"
+            status, answer = 200, {"errors": [], "warnings": []}  # of /api/validate-yaml
+            if self.path == "/api/repos/create":
+                status, answer = asked.status, {"url": f"{constants.ENDPOINT}/me/model"}
+                asked.made.append(json.loads(body))
+            elif self.path == "/api/models/me/model/preupload/main":
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                mode = {"uploadMode": "regular", "shouldIgnore": False}
+                answer = {"files": [{"path": path} | mode for path in paths]}
+            elif self.path == "/api/models/me/model/commit/main":
+                for entry in map(json.loads, body.splitlines()):
+                    if entry["key"] == "file":
+                        content = b64decode(entry["value"]["content"])
+                        asked.sent[entry["value"]["path"]] = content
+                answer = {"commitUrl": f"{constants.ENDPOINT}/me/model/commit/1", "commitOid": "1"}
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
-    def upload_folder(self, *, repo_id: str, folder_path, allow_patterns, commit_message: str):
-        names = [x.relative_to(folder_path).as_posix() for x in folder_path.rglob("*")]
-        asked.sent[repo_id] = set(filter_repo_objects(names, allow_patterns=allow_patterns))
-        return SimpleNamespace(commit_url="https://huggingface.co/me/model/commit/1")
+        def log_message(self, *_: object) -> None:
+            pass
 
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    return asked
+    yield asked
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -102,9 +122,11 @@ def test_a_dry_run_needs_neither_network_nor_account(
 def test_what_is_listed_is_what_goes(final: Path, hub, private: bool, capsys) -> None:
     assert cli.run(main, [str(final), "model", *["--private"] * private]) == 0
     printed = capsys.readouterr()
-    assert hub.sent == {"me/model": set(listed(printed.out))}
-    assert hub.made == [("model", {"private": True if private else None, "exist_ok": True})]
-    assert printed.out.endswith("https://huggingface.co/me/model/commit/1\n") and not printed.err
+    assert hub.sent.keys() == listed(printed.out).keys() >= PARTS
+    assert all((final / name).read_bytes() == content for name, content in hub.sent.items())
+    (made,) = hub.made
+    assert made["name"] == "model" and ("private" in str(made)) is private
+    assert printed.out.endswith("/me/model/commit/1\n") and not printed.err
 
 
 def test_a_name_that_is_a_pattern_sends_no_other_file(final: Path, hub) -> None:
@@ -119,9 +141,7 @@ def test_a_name_that_is_a_pattern_sends_no_other_file(final: Path, hub) -> None:
     write_manifest(final)
     (final / "ab.safetensors").write_text("a secret")
     assert cli.run(main, [str(final), "me/model"]) == 0
-    assert (
-        "a[bc].safetensors" in hub.sent["me/model"] and "ab.safetensors" not in hub.sent["me/model"]
-    )
+    assert "a[bc].safetensors" in hub.sent and "ab.safetensors" not in hub.sent
 
 
 def test_lines_on_what_is_lacking(saved: Path, tmp_path: Path, nothing_answers, caplog) -> None:
@@ -191,20 +211,27 @@ def test_other_mistakes(final: Path, hub, tmp_path: Path, capsys, monkeypatch) -
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("trouble", "words"),
     [
-        (httpx.ConnectError("no route"), "the Hub cannot be reached (ConnectError: no route): con"),
-        (OfflineModeIsEnabled("offline"), "the Hub cannot be reached (OfflineModeIsEnabled: offl"),
-        (TimeoutError(), "the Hub cannot be reached (TimeoutError): connect to the network"),
-        (401, "the Hub refuses it (not yours): correct the name, or log in with a token that may"),
-        (503, "the Hub cannot be reached (HfHubHTTPError: not yours"),
+        ("nobody", "the Hub cannot be reached (ConnectError: "),
+        ("silence", "the Hub cannot be reached (TimeoutError): connect to the network"),
+        ("offline", "the Hub cannot be reached (OfflineModeIsEnabled: "),
+        (401, "the Hub refuses it ("),
+        (503, "the Hub cannot be reached (HfHubHTTPError: "),
     ],
 )
-def test_a_hub_that_gives_nothing(final: Path, hub, capsys, error, words: str) -> None:
-    if isinstance(error, int):
-        response = httpx.Response(error, request=httpx.Request("POST", "https://hub"))
-        error = HfHubHTTPError("not yours\nmore", response=response)
-    hub.error = error
+def test_a_hub_that_gives_nothing(
+    final: Path, hub, monkeypatch, capsys, trouble: str | int, words: str
+) -> None:
+    if isinstance(trouble, int):
+        hub.status = trouble
+    elif trouble == "nobody":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    elif trouble == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr("retnet.data.network.DEADLINE_S", 0.1)
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: threading.Event().wait(2))
     assert cli.run(main, [str(final), "me/model"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: NAME (me/model): ") and words in line, line
