@@ -44,6 +44,8 @@ CONFIGURATION = [
     (RUN + " train.learning_rate", "must be section.key=value"),
     (RUN + " train.schedule=step", "(step) must be one of cosine, linear, wsd, constant"),
     (RUN + " train.precision=fp16", "(fp16) must be one of auto, fp32, bf16"),
+    (RUN + " train.export_code=best", "train.export_code (best) must be one of final, all, none"),
+    (RUN + " train.export_code=null", "train.export_code (null) must be one of final, all, none"),
     (RUN + " train.precision=float32", "(float32) must be one of auto, fp32, bf16"),
     (RUN + " train.optimizer=adam", "train.optimizer (adam) must be one of adamw, muon"),
     (RUN + " train.optimizer=muon train.learning_rate=20", "train.learning_rate (20.0) must be ab"),

@@ -9,7 +9,9 @@ generate, and to load with transformers:
     training_state.json    ``Progress``: the step, the best validation loss
     optimizer.safetensors  the optimizer's moments, by parameter name (not in best/ and final/)
     carried.safetensors    the states that the next windows begin with (train.carry_state only)
-    manifest.json          sizes and checksums of the above
+    manifest.json          sizes and checksums of the above, and of the model's code
+    *.py                   that code, for transformers without this package (train.export_code)
+    README.md              the model card, in final/: yours to edit, so not in the manifest
 
 Others' checkpoints may have their weights in several files, named by model.safetensors.index.json,
 and lack what only training needs. Nothing is pickled. In a run folder there are
@@ -41,11 +43,13 @@ OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_config.json"  # of peft
+CARD = "README.md"  # of the model, as the Hub shows it
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
 FINAL = "final"
 METRICS = "metrics.jsonl"
+SET_ASIDE = "set-aside-"  # how the names of checkpoints begin that are not gone on from
 PARTS_OF_A_RUN = (CHECKPOINTS, BEST, FINAL)
 MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written

@@ -131,7 +131,7 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
 
 
 def _build(config: Any) -> Any:
-    if isinstance(config, DecoderConfig) and not hasattr(config, "auto_map"):
+    if isinstance(config, DecoderConfig) and not config.auto_map:
         return model_class(config.mixer_class.name)(config)
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 

@@ -5,6 +5,7 @@ tensors for a plain, a DDP and a sharded model.
 """
 
 import logging
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retnet.checkpoints.code import ModelCode
 from retnet.checkpoints.format import (
+    CARD,
     CARRIED,
     CHECKPOINTS,
     COPY_AGAIN,
     DATA_RECORD,
     OPTIMIZER,
+    SET_ASIDE,
     TRAINING_STATE,
     WEIGHTS,
     Progress,
@@ -32,10 +36,10 @@ from retnet.checkpoints.format import (
     read_progress,
 )
 from retnet.checkpoints.match import TAKE_OVER, check_finite, check_same_model
-from retnet.checkpoints.verify import write_manifest
+from retnet.checkpoints.verify import edited_card, write_manifest
 from retnet.checkpoints.weights import read_file, read_weights
 from retnet.errors import UserError
-from retnet.files import remove_folder, replacing, tidy, write_json
+from retnet.files import remove_folder, replacing, tidy, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ def save_checkpoint(
     snapshot: Snapshot,
     *,
     carried: dict[str, Tensor] | None = None,
+    code: ModelCode | None = None,
+    card: str | None = None,
     main_process: bool = True,
 ) -> None:
     """Write a checkpoint; every process must call this, the main one writes.
@@ -71,6 +77,8 @@ def save_checkpoint(
         model: The model that is trained, perhaps wrapped; ``bare_model`` is the one inside.
         optimizer: None leaves out the optimizer's state: enough to generate, not to go on.
         carried: States carried from window to window, where there are any.
+        code: Of the model, to be loaded without this package.
+        card: The model card; one in the folder that somebody has edited stays instead.
     """
     weights = states.get_model_state_dict(model, options=WHOLE)
     moments = None
@@ -82,6 +90,8 @@ def save_checkpoint(
         folder.parent.mkdir(exist_ok=True)
     with replacing(folder) as new, _failed_writes():
         bare_model.save_pretrained(new, state_dict=weights)
+        if code is not None:
+            code.write(new)
         snapshot.tokenizer.save_pretrained(new)
         write_json(new / DATA_RECORD, snapshot.data_record)
         write_json(new / TRAINING_STATE, asdict(progress))
@@ -89,10 +99,23 @@ def save_checkpoint(
             save_file(_flatten_moments(moments), new / OPTIMIZER)
             if carried is not None:
                 save_file(carried, new / CARRIED)
+        if card is not None:
+            write_text(new / CARD, card)
         write_manifest(new)
+        if card is not None:
+            _keep_edited_card(folder, new)
         ordinary = stat.S_IMODE((new / DATA_RECORD).stat().st_mode)
         for file in new.iterdir():
             file.chmod(ordinary)  # safetensors writes files that only their owner can read
+
+
+def _keep_edited_card(folder: Path, new: Path) -> None:
+    """Take over the model card of the checkpoint that is replaced, if somebody has edited it."""
+    for before in (folder, folder.with_name(SET_ASIDE + folder.name)):
+        if (card := edited_card(before)) is not None:
+            shutil.copyfile(card, new / CARD)
+            logger.info(f"{card} was edited and is kept: its figures may be of the steps before")
+            return
 
 
 @contextmanager

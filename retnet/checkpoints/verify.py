@@ -7,6 +7,7 @@ from typing import Any
 
 from retnet.checkpoints.format import (
     ADAPTER,
+    CARD,
     CONFIG,
     COPY_AGAIN,
     DATA_RECORD,
@@ -21,16 +22,32 @@ from retnet.checkpoints.weights import is_path, weight_files
 from retnet.data.record import entry
 from retnet.errors import UserError
 from retnet.files import read_json, sha256, unreadable, write_json
+from retnet.paths import kind_of
 
 logger = logging.getLogger(__name__)
 
+CARD_SHA256 = "card_sha256"  # of the model card as it was written, to know one that was edited
 ALWAYS_THERE = (CONFIG, WEIGHTS, TOKENIZER, DATA_RECORD, TRAINING_STATE)
 
 
 def write_manifest(folder: Path) -> None:
-    """Record every file of a folder as it is now."""
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST, {"files": files})
+    """Record every file of a folder as it is now; the model card is there to be edited."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in (CARD, MANIFEST)]
+    content: dict[str, Any] = {"files": {path.name: _describe(path) for path in paths}}
+    if (folder / CARD).is_file():
+        content[CARD_SHA256] = sha256(folder / CARD).hex()
+    write_json(folder / MANIFEST, content)
+
+
+def edited_card(folder: Path) -> Path | None:
+    """The model card of a checkpoint where it is not what was written with it."""
+    if kind_of(folder / CARD, CARD) != "file":
+        return None
+    try:
+        written = read_json(folder / MANIFEST, COPY_AGAIN).get(CARD_SHA256)
+    except UserError:
+        written = None  # whose it is can't be told
+    return None if sha256(folder / CARD).hex() == written else folder / CARD
 
 
 def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None:
@@ -45,7 +62,7 @@ def find_damage(folder: Path, only: Collection[str] | None = None) -> str | None
         described = {
             name: (entry(written, "bytes", int), entry(written, "sha256", str))
             for name, written in _described(folder).items()
-            if only is None or name in only
+            if name != CARD and (only is None or name in only)
         }
         if any(is_path(name) for name in described):
             raise ValueError("a name leads out of the folder")
@@ -109,6 +126,14 @@ def check_weights_unchanged(folder: Path) -> None:
             f"checkpoint ({folder}) is damaged, {damage}: copy it again, or remove {MANIFEST} if "
             "you changed the weights yourself"
         )
+
+
+def described_files(folder: Path) -> Collection[str]:
+    """The names in a folder's manifest; none where it has none that can be read."""
+    try:
+        return _described(folder).keys()
+    except (UserError, KeyError, AttributeError):
+        return ()
 
 
 def _described(folder: Path) -> dict[str, Any]:

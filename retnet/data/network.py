@@ -50,7 +50,7 @@ def hub_revision(name: str, kind: Kind, what: str) -> str:
     near = difflib.get_close_matches(name.lower(), WORDS[kind], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     try:
-        revision = _in_thread(lambda: ask(name, timeout=TIMEOUT_S).sha).result(DEADLINE_S)
+        revision = answered(lambda: ask(name, timeout=TIMEOUT_S).sha)
     except Exception as error:  # every transport has its own; all mean the same here
         if isinstance(error, HfHubHTTPError) and not is_network_failure(error):
             raise UserError(
@@ -88,6 +88,11 @@ def while_reachable(call: Callable[[], T], name: str, kind: Kind, what: str) -> 
                     "in again if it refuses"
                 ) from error
     return result.result()
+
+
+def answered(call: Callable[[], T]) -> T:
+    """The result of one request to the Hub; a ``TimeoutError`` where it takes too long."""
+    return _in_thread(call).result(DEADLINE_S)
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:

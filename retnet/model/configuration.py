@@ -58,6 +58,7 @@ class DecoderConfig(PretrainedConfig):
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it of every configuration
 
     vocab_size: int = 4096
     hidden_size: int = option(256, "width d of the residual stream")
@@ -90,6 +91,8 @@ class DecoderConfig(PretrainedConfig):
             problems += self.settle_intermediate_size()
         if problems:
             raise ValueError("; ".join(problems))
+        if self._auto_class is None:  # this code is installed, and not the checkpoint's own
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
     def mixer_of(self, layer_idx: int) -> Any:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from retnet.checkpoints import Progress, Snapshot, save_checkpoint
+from retnet.checkpoints.code import model_code
 from retnet.checkpoints.format import BEST, CHECKPOINTS, FINAL, list_checkpoints, step_folder
 from retnet.checkpoints.save import prune_checkpoints
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches
@@ -27,6 +28,7 @@ from retnet.errors import UserError
 from retnet.files import write_json
 from retnet.machine import peak_memory
 from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.training.card import Trained, model_card
 from retnet.training.carry import CarriedState
 from retnet.training.health import DIVERGED, DivergedError, SpikeWatch, check_first_loss
 from retnet.training.optimizer import learning_rate
@@ -55,6 +57,8 @@ class Trainer:
         self.spec = self.config.train
         self.run_folder = self.spec.run_folder
         self.snapshot = Snapshot(self.data.tokenizer, self.data.record)
+        exported = self.spec.export_code != "none"
+        self.code = model_code(self.bare_model.config.model_type) if exported else None
         self._metrics: MetricsFile | None = None
         self._console: Console | None = None
 
@@ -247,13 +251,24 @@ class Trainer:
         main_process = self.accelerator.is_main_process
         optimizer = self.optimizer.optimizer if resumable else None
         state = self.model, self.bare_model, optimizer, self.progress, self.snapshot
+        last = folder.name == FINAL
+        code = self.code if last or self.spec.export_code == "all" else None
         with self._writing():
             if self._metrics is not None:
                 self._metrics.sync()
-            save_checkpoint(folder, *state, carried=carried, main_process=main_process)
+            save_checkpoint(
+                folder, *state, carried=carried, code=code, main_process=main_process,
+                card=self._card(self._metrics) if last and self._metrics is not None else None,
+            )  # fmt: skip
             if main_process and folder.parent.name == CHECKPOINTS:
                 prune_checkpoints(self.run_folder, self.spec.keep)
         self.accelerator.wait_for_everyone()
+
+    def _card(self, metrics: MetricsFile) -> str:
+        step, rows = self.progress.step, self.batches.global_batch
+        trained = Trained(step, rows, self.batches.epoch(step), metrics.evaluation)
+        exported = self.code is not None
+        return model_card(self.config, self.bare_model, self.data, trained, code=exported)
 
     def _log(self, values: dict[str, float]) -> None:
         if self._metrics is not None and self._console is not None:

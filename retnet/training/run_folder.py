@@ -13,6 +13,7 @@ from retnet.checkpoints.format import (
     FINAL,
     METRICS,
     PARTS_OF_A_RUN,
+    SET_ASIDE,
     is_run,
     list_checkpoints,
     read_progress,
@@ -34,7 +35,6 @@ LOCK = ".lock"
 KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
          CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder",
          **dict.fromkeys(("retnet", "wandb", "trackio", "mlflow", ".aim"), "folder")}  # fmt: skip
-SET_ASIDE = "set-aside-"
 ATTEMPTS = 100  # at a folder that others, who had nothing to write there, remove meanwhile
 
 

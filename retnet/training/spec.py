@@ -24,7 +24,7 @@ NOT_OF_THE_MODEL = ("mixer", "init_from")
 # keys that may differ when a run goes on: they do not change what was computed so far
 RESUMABLE_KEYS = (
     "train.max_steps", "train.resume", "train.eval_every", "train.eval_max_tokens",
-    "train.save_every", "train.keep", "train.log_every", "train.sample_prompt",
+    "train.save_every", "train.keep", "train.export_code", "train.log_every", "train.sample_prompt",
     "train.sample_tokens", "train.trackers", "train.out_dir", "train.device", "train.compile",
     "train.batch_size", "train.gradient_accumulation_steps", "train.gradient_checkpointing",
     "data.cache_dir", "model.chunk_size",
@@ -150,6 +150,9 @@ class TrainSpec:
     eval_max_tokens: int | None = _option(None, "validation tokens to use; null: all")
     save_every: int = _option(250, "steps between checkpoints")
     keep: int = _option(2, "newest checkpoints to keep (the best one is kept beside them)")
+    export_code: Literal["final", "all", "none"] = _option(
+        "final", "checkpoints with the model's code, for transformers without this package"
+    )
     log_every: int = _option(10, "steps between progress lines when not on a terminal")
     sample_prompt: str = _option("", "prompt of the sample text at each evaluation")
     sample_tokens: int = _option(64, "length of that sample; 0: none")

@@ -102,6 +102,11 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         f"{torch.get_num_threads()} CPU threads each"
     )
     yield f"run folder  {spec.out_dir}"
+    if spec.export_code != "none" and trainer.code is None:
+        yield (
+            f"checkpoints need this package: mixer {trainer.config.model.mixer} has no class in "
+            f"retnet/model/models.py, so train.export_code ({spec.export_code}) has no effect"
+        )
 
 
 def describe_heads(config: DecoderConfig) -> Iterator[str]:

@@ -23,19 +23,23 @@ from retnet.terminal import shown
 
 logger = logging.getLogger(__name__)
 
+EVALUATED = "val/loss"  # stands in the lines of steps with an evaluation
 MOST_LOSS = torch.finfo(torch.float32).max  # a run's are of that type, and finite
 
 
 class MetricsFile:
     """The run's metrics.jsonl, opened to go on after ``step`` completed steps.
 
-    ``losses`` are those of training in the steps that are in the file already.
+    ``losses`` are those of training in the steps that are in the file already, ``evaluation`` the
+    line of the last step with figures of the validation text.
     """
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS
         kept = _lines_until(self.path, step)
-        self.losses = [json.loads(line)["train/loss"] for line in kept]
+        rows: list[dict[str, Any]] = [*map(json.loads, kept)]
+        self.losses = [row["train/loss"] for row in rows]
+        self.evaluation = next((row for row in reversed(rows) if EVALUATED in row), None)
         write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
 
@@ -45,6 +49,8 @@ class MetricsFile:
         if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._check_place()
+        if EVALUATED in values:
+            self.evaluation = values
 
     def _check_place(self) -> None:
         """Raise where the file is gone, or another run's is in its place.

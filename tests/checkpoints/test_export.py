@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from retnet.checkpoints import load_checkpoint
-from retnet.checkpoints.export import export_checkpoint, flat_code, main
+from retnet.checkpoints.code import flat_code
+from retnet.checkpoints.export import export_checkpoint, main
+from retnet.checkpoints.verify import find_damage
 from retnet.errors import UserError
 from tests.generation.builders import save_checkpoint
 
@@ -81,6 +83,24 @@ def test_what_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 def test_all_imports_are_flat() -> None:
     for name, text in flat_code("models"):
         assert "." not in name and "from .." not in text and "from .mixers." not in text
+
+
+def test_an_export_of_an_export(tmp_path: Path, caplog) -> None:
+    """Its code is today's, and what it had is no news; its card may have been edited."""
+    checkpoint = save_checkpoint(tmp_path / "final")
+    (checkpoint / "README.md").write_text("first")
+    export_checkpoint(checkpoint, tmp_path / "a")
+    (tmp_path / "a/README.md").write_text("edited")
+    assert find_damage(tmp_path / "a") is None
+    (tmp_path / "a/models.py").write_text("of another time")
+    export_checkpoint(tmp_path / "a", tmp_path / "b")
+    notice, text = (tmp_path / "b/models.py").read_text().split("\n", 1)
+    assert text == dict(flat_code("models"))["models"]
+    license_text = Path("LICENSE").read_text()
+    for words in ("MIT", "Copyright (c) 2026 The RetNet developers"):
+        assert words in notice and words in license_text
+    assert (tmp_path / "b/README.md").read_text() == "edited"
+    assert not caplog.messages
 
 
 def test_mistakes(tmp_path: Path) -> None:

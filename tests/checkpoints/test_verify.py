@@ -8,7 +8,7 @@ import pytest
 
 from retnet.checkpoints import check_weights_unchanged, load_checkpoint, write_manifest
 from retnet.checkpoints.format import TRAINING_STATE, read_progress
-from retnet.checkpoints.verify import ALWAYS_THERE, checkpoint_damage, find_damage
+from retnet.checkpoints.verify import ALWAYS_THERE, checkpoint_damage, edited_card, find_damage
 from retnet.errors import UserError
 from tests.checkpoints.folders import shard
 
@@ -144,3 +144,20 @@ def test_a_record_before_the_first_evaluation(whole: Path) -> None:
     assert vars(read_progress(whole)) == early | {"precision": None}  # of before it was recorded
     (whole / TRAINING_STATE).write_text(json.dumps(early | {"precision": "bf16"}))
     assert read_progress(whole).precision == "bf16"
+
+
+def test_a_card_is_there_to_be_edited(whole: Path) -> None:
+    card = whole / "README.md"
+    assert edited_card(whole) is None
+    card.write_text("written")
+    assert edited_card(whole) == card  # a checkpoint of before there were any: somebody's own
+    write_manifest(whole)
+    assert edited_card(whole) is None
+    card.write_text("edited")
+    assert edited_card(whole) == card
+    assert checkpoint_damage(whole, resumable=False) is None
+    files = json.loads((whole / "manifest.json").read_text())["files"]
+    manifest({"files": files | {"README.md": {"bytes": 1, "sha256": "0"}}})(whole)
+    assert find_damage(whole) is None  # exports of before described it
+    (whole / "manifest.json").unlink()
+    assert edited_card(whole) == card
