@@ -150,6 +150,17 @@ def _harness_model(checkpoint: Checkpoint, window: int, batch_size: int) -> Any:
                 ids = [tokenizer.bos_token_id, *ids]
             return ids[-left_truncate_len:] if left_truncate_len else ids
 
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            **_: Any,
+        ) -> tuple[Any, Any]:
+            ids = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+            rows = tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
+            return rows["input_ids"], rows["attention_mask"]
+
         def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
             with tqdm(desc="scoring windows", total=0, disable=None) as self.whole:
                 try:

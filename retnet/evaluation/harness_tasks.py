@@ -40,7 +40,7 @@ MASK = "[MASK]"
 # Words that begin a candidate in capitals, and are small within a sentence.
 SMALL = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"}
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-# and the answer of the highest likelihood per byte: long ones are less likely
+# and the answer of the highest likelihood per character: long ones are less likely
 BOTH = [*ACCURACY, {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]
 PERPLEXITIES = [
     {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")

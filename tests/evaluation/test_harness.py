@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
 from retnet.evaluation import harness, harness_tasks
 from retnet.evaluation.scoring import score_documents
+from retnet.generation import Sampling, sample_text
 from tests.evaluation.test_harness_tasks import PAIRS, WSC
 from tests.generation.builders import BOS, save_checkpoint
 
@@ -112,6 +114,35 @@ def test_the_options_have_their_effect(tiny: Path, tasks: Path, tmp_path: Path) 
     assert whole["results"]["text_local"][bits] != short["results"]["text_local"][bits]
     ones = found("--batch-size", 1)["results"]["text_local"][bits]
     assert ones == pytest.approx(whole["results"]["text_local"][bits], rel=1e-6)
+
+
+@needs_it
+@pytest.mark.slow
+def test_a_task_of_texts_that_are_made(tiny: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny)
+    questions = ["ab", "c", "abc"]
+    options = Sampling(greedy=True)
+    answers = [
+        sample_text(
+            checkpoint.model, checkpoint.tokenizer, text, max_new_tokens=4, sampling=options
+        )
+        for text in questions
+    ]
+    rows = [{"q": q, "a": a} for q, a in zip(questions, answers, strict=True)]
+    rows[2]["a"] = "nothing of the kind"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kwargs = {"until": ["\n\n"], "max_gen_toks": 4, "do_sample": False}
+    task = {
+        "task": "made", "dataset_path": "json", "test_split": "test", "doc_to_text": "q",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "generate_until", "doc_to_target": "a", "generation_kwargs": kwargs,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(task))
+    file = tmp_path / "found.json"
+    assert run(tiny, "--tasks", "made", "--include", tmp_path, "--json", file) == 0
+    found = json.loads(file.read_text())["results"]["made"]
+    assert found["exact_match,none"] == pytest.approx(2 / 3)
 
 
 @needs_it
