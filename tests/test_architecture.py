@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"errors"},
     "model": set(),
     **{name: LEAVES | set(PACKAGES[:i]) for i, name in enumerate(PACKAGES) if i},
+    "serve": LEAVES | set(PACKAGES),
 }
 MODULES = {
     ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,0 +1,1 @@
+"""A checkpoint behind the HTTP API of OpenAI, for the clients that people have."""
