@@ -44,9 +44,9 @@ MODEL = Path(retnet.model.__file__).parent
 MODELS = "models"  # the module with the public classes, below that
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What is taken along beside the weights: who publishes an export knows what is in it.
-PARTS = (CONFIG, "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json",
-         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", DATA_RECORD,
-         "README.md", "LICENSE")  # fmt: skip
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+PARTS = (CONFIG, "generation_config.json", *TOKENIZER_FILES, DATA_RECORD, "README.md", "LICENSE")
 NOT_NAMED = (OPTIMIZER, TRAINING_STATE, MANIFEST, CARRIED)  # for training, or written anew
 CACHE = "blobs"  # where the links of huggingface_hub's own folders lead
 

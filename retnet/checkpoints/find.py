@@ -12,6 +12,7 @@ from retnet.checkpoints.format import (
     in_order,
     only_an_adapter,
 )
+from retnet.checkpoints.recognise import recognise
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 
@@ -48,6 +49,8 @@ def find_checkpoint(path: str | Path) -> Path:
             break
     if kind_of(path / ADAPTER, "checkpoint") == "file":
         raise UserError(only_an_adapter(path))
+    if (found := recognise(path)) is not None:
+        raise UserError(f"checkpoint ({path}) is {found.name}: {found.advice(path)}")
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 
 
