@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
-from retnet.checkpoints.recognise import recognise
 from retnet.checkpoints.weights import NUMBERS
 from retnet.cli import MOST, SHOWN, shortened
 from retnet.errors import UserError

@@ -3,6 +3,7 @@
 import difflib
 from pathlib import Path
 
+from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import (
     ADAPTER,
     BEST,
@@ -12,7 +13,6 @@ from retnet.checkpoints.format import (
     in_order,
     only_an_adapter,
 )
-from retnet.checkpoints.recognise import recognise
 from retnet.errors import UserError
 from retnet.paths import expand, kind_of
 

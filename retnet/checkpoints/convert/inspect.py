@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from retnet.checkpoints.configuration import read_config
+from retnet.checkpoints.convert.recognise import Format, by_names, recognise
 from retnet.checkpoints.convert.sources import PICKLES, read_tensors
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, TOKENIZER, TRAINING_STATE, read_progress
 from retnet.checkpoints.load import check_loads
-from retnet.checkpoints.recognise import Format, by_names, recognise
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import file_heads
 from retnet.data.tokenizer import panics_as_errors

@@ -167,6 +167,7 @@ def write_weights(
         dtypes |= {name: x.dtype for name, x in shard.items()}
         save_file(shard, folder / _name(len(files), 0), metadata={"format": "pt"})
         total += size
+        shard.clear()
     names = [_name(i, len(files)) if len(files) > 1 else WEIGHTS for i in range(1, len(files) + 1)]
     for i, name in enumerate(names, start=1):
         (folder / _name(i, 0)).rename(folder / name)

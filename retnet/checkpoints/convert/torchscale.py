@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retnet.checkpoints.convert.recognise import SYNCDOTH, TORCHSCALE, by_names
 from retnet.checkpoints.convert.sources import read_tensors
 from retnet.checkpoints.convert.target import Converted, check_weights
 from retnet.checkpoints.format import CONFIG
-from retnet.checkpoints.recognise import SYNCDOTH, TORCHSCALE, by_names
 from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.model.models import RetNetConfig

@@ -74,7 +74,7 @@ def recognise(folder: Path, stored: Mapping[str, Any] | None = None) -> Format |
     ``stored``: what its config.json holds, if that was read.
     """
     names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(filter(Path.is_file, folder.glob("*.safetensors"))):  # no pipe
         try:
             names |= file_heads(file).keys()
         except (SafetensorError, UserError, OSError):
