@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
 from retnet.checkpoints.weights import NUMBERS
 from retnet.cli import MOST, SHOWN, shortened
@@ -25,7 +26,6 @@ from retnet.model.models import configuration, model_class
 
 logger = logging.getLogger(__name__)
 
-FLA_MODEL_TYPE = "retnet"  # flash-linear-attention's
 CORRECT = "correct it, or copy the checkpoint again"
 # What says where a file comes from, and nothing about the model.
 NOTES = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype",
@@ -116,10 +116,10 @@ def _check_own_code(
 ) -> None:
     """Raise a ``UserError`` where a model that is not known brings no code, or none to be run."""
     model_type = stored.get("model_type")
-    if model_type == FLA_MODEL_TYPE:
+    own_code = trust_remote_code and "auto_map" in stored
+    if not own_code and (found := recognise(file.parent, stored)) is not None:
         raise UserError(
-            f"{file}: model_type ({model_type}) is flash-linear-attention's format: it needs a "
-            "converter to ours, its weights have other names"
+            f"{file}: model_type ({model_type}) is {found.name}: {found.advice(file.parent)}"
         )
     if "auto_map" not in stored:
         raise UserError(

@@ -39,9 +39,9 @@ logger = logging.getLogger("retnet.checkpoints.export")  # __name__ is __main__ 
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What is taken along beside the weights: who publishes an export knows what is in it.
-PARTS = (CONFIG, "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json",
-         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", DATA_RECORD,
-         CARD, "LICENSE")  # fmt: skip
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+PARTS = (CONFIG, "generation_config.json", *TOKENIZER_FILES, DATA_RECORD, CARD, "LICENSE")
 NOT_NAMED = (OPTIMIZER, TRAINING_STATE, MANIFEST, CARRIED)  # for training, or written anew
 CACHE = "blobs"  # where the links of huggingface_hub's own folders lead
 

@@ -3,6 +3,7 @@
 import difflib
 from pathlib import Path
 
+from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import (
     ADAPTER,
     BEST,
@@ -48,6 +49,8 @@ def find_checkpoint(path: str | Path) -> Path:
             break
     if kind_of(path / ADAPTER, "checkpoint") == "file":
         raise UserError(only_an_adapter(path))
+    if (found := recognise(path)) is not None:
+        raise UserError(f"checkpoint ({path}) is {found.name}: {found.advice(path)}")
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")
 
 

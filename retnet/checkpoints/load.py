@@ -97,12 +97,8 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
 
     First without memory, so that what does not fit is found before anything is allocated.
     """
-    try:
-        check_size(folder, config)
-        with torch.device("meta"):
-            model = _build(config)
-        stored = stored_shapes(folder)
-        _check_fits(folder, model, stored)
+    with _problems(folder):
+        model = _empty(folder, config)
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
@@ -111,6 +107,34 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
         _check_tied(folder, model, weights)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
+    if not hasattr(model, "new_cache"):
+        raise UserError(
+            f"checkpoint ({folder}) holds a {type(model).__name__}, which has no new_cache(): "
+            "use a model made from retnet.model"
+        )
+    return model
+
+
+def check_loads(folder: Path, config: Any) -> None:
+    """Raise a ``UserError`` where the weights do not fit, as ``load_checkpoint`` would."""
+    with _problems(folder):
+        _empty(folder, config)
+
+
+def _empty(folder: Path, config: Any) -> Any:
+    """The model without memory, which the stored weights fit."""
+    check_size(folder, config)
+    with torch.device("meta"):
+        model = _build(config)
+    _check_fits(folder, model, stored_shapes(folder))
+    return model
+
+
+@contextmanager
+def _problems(folder: Path) -> Iterator[None]:
+    """A ``UserError`` for what a folder's configuration or weights bring about."""
+    try:
+        yield
     except UserError:
         raise
     except SafetensorError as error:
@@ -122,12 +146,6 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise UserError(f"{folder / CONFIG}: {kind}{error}: {CORRECT}") from error
-    if not hasattr(model, "new_cache"):
-        raise UserError(
-            f"checkpoint ({folder}) holds a {type(model).__name__}, which has no new_cache(): "
-            "use a model made from retnet.model"
-        )
-    return model
 
 
 def _build(config: Any) -> Any:

@@ -71,11 +71,20 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name in weight_files(folder):
-        with _opened(folder / name) as file:
-            names = file.keys()
-            _check_new(folder / name, names, shapes)
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
+        heads = file_heads(folder / name)
+        _check_new(folder / name, heads, shapes)
+        shapes |= {key: shape for key, (shape, _) in heads.items()}
     return shapes
+
+
+def file_heads(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The names of a file's tensors, with shape and type (as safetensors names it: BF16).
+
+    Errors as of ``stored_shapes``.
+    """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (tuple(x.get_shape()), x.get_dtype()) for key, x in slices.items()}
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

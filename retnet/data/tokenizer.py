@@ -6,6 +6,7 @@ prompt; documents are encoded by ``encode_documents``, which adds both ends itse
 """
 
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -76,13 +77,16 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _finish(backend)
 
 
-def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, key: str = "data.tokenizer", *, room: float = math.inf
+) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder (a ``Path`` is always one) or Hub name.
 
     ``key`` is what messages call it.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries. A ``UserError`` where there is none, or it is not a fast one.
+    lacks as new entries, up to ``room`` in all. A ``UserError`` where there is none, or it is not a
+    fast one.
     """
     if name == BPE:
         raise UserError(
@@ -98,7 +102,8 @@ def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedT
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
         current = getattr(tokenizer, f"{kind}_token")
         lacking = not current or getattr(tokenizer, f"{kind}_token_id") is None  # "" is none
-        if lacking or (kind == "pad" and current == tokenizer.eos_token):
+        fits = text in tokenizer.get_vocab() or max_token_id(tokenizer) + 1 < room
+        if fits and (lacking or (kind == "pad" and current == tokenizer.eos_token)):
             tokenizer.add_special_tokens({f"{kind}_token": text})
     return tokenizer
 

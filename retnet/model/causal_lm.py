@@ -75,7 +75,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel):
                 document.
             past_key_values: Memory of the earlier calls, from the output of one or ``new_cache``;
                 updated in place.
-            inputs_embeds: [B, T, d] in place of ``input_ids``.
+            inputs_embeds: [B, T, d] in place of ``input_ids``; the embedding's own numbers, before
+                ``scale_embedding``.
             labels: int64 [B, T], -100 to ignore; the logits of token t are compared with label
                 t + 1, unless that begins another document or either of the two is padding.
             use_cache: Whether to return the memory; by default ``config.use_cache`` in eval mode.

@@ -20,7 +20,8 @@ from .ops.rotary import ROTARY_FREQUENCIES, ROTARY_LAYOUTS
 logger = logging.getLogger(__name__)
 
 NORMS = ("layernorm", "rmsnorm")
-FEED_FORWARDS = {"gelu": 2, "swiglu": 3}  # and how many matrices of d x intermediate_size
+# and how many matrices of d x intermediate_size
+FEED_FORWARDS = {"gelu": 2, "swiglu": 3, "geglu": 3, "reglu": 3}
 MOST_SIZE = 1 << 40  # of a tensor's size; the bytes of larger ones are beyond 64 bits
 POSITIONS = ("rotary", "learned", "none")
 
@@ -68,10 +69,15 @@ class DecoderConfig(PretrainedConfig):
         None, "width of the feed-forward network; null: 12 d^2 matrix parameters in a layer"
     )
     norm: str = option("layernorm", "layernorm or rmsnorm")
-    norm_eps: float = 1e-6
-    ffn: str = option(None, "gelu or swiglu, or one that the mixer brings; null: the mixer's own")
+    norm_eps: float = option(1e-6, "added to what these norms divide by", meaning=True)
+    ffn: str = option(
+        None,
+        "gelu, swiglu, geglu, reglu, or one that the mixer brings; null: the mixer's own",
+        meaning=True,
+    )
     positions: str = option(None, "rotary, learned or none; null: the mixer's own", meaning=True)
     embedding_norm: bool = option(None, "a norm after the embedding; null: the mixer's own")
+    scale_embedding: bool = option(False, "the embedding times sqrt(hidden_size)", meaning=True)
     dropout: float = option(0.0, "after embedding, mixers, feed-forward networks")
     rotary_layout: str = option("interleaved", "interleaved or half", meaning=True)
     rotary_frequencies: str = option("linspace", "linspace or standard", meaning=True)
@@ -203,7 +209,7 @@ class DecoderConfig(PretrainedConfig):
         problems += self.check_number("rotary_base", 1, math.inf)  # below, all turn too fast
         if self.dropout == 1:
             problems.append("dropout (1) drops everything: use a value below 1")
-        for key in ("tie_word_embeddings", "use_cache", "embedding_norm"):
+        for key in ("tie_word_embeddings", "use_cache", "embedding_norm", "scale_embedding"):
             if not isinstance(getattr(self, key), bool):
                 problems.append(f"{key} ({getattr(self, key)!r}) must be true or false")
         if "num_heads" in self.mixer_class.unused:

@@ -3,6 +3,7 @@
 Embedding, N pre-norm blocks of mixer and feed-forward network, final norm, output layer.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embedding else None
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -108,6 +110,8 @@ class DecoderModel(DecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_scale is not None:
+            hidden = hidden * self.embedding_scale
         if 0 in hidden.shape[:2]:
             raise ValueError(
                 f"the batch is empty, its shape is {list(hidden.shape[:2])}: give at least one row "

@@ -48,7 +48,10 @@ def test_loading_shows_no_progress_bar(saved: Path, capfd) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "retnet"}, "flash-linear-attention's format: it needs a converter"),
+        (
+            {"model_type": "retnet"},
+            "is flash-linear-attention's format: make it ours by python",
+        ),
         ({"model_type": "gpt2"}, r"model_type \(gpt2\) is none of retnet_lm, transformer_lm"),
         ({"model_type": "own", "auto_map": {}}, "--trust-remote-code"),
         ({"num_heads": 3}, r"hidden_size \(16\) must be divisible by num_heads \(3\)"),

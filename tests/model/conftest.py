@@ -19,6 +19,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid": ("retention", {"attention_layers": [1]}),
     "hybrid-window": ("gated_retention", {"attention_layers": [0], "attention_window": 5}),
     "attention-window": ("attention", {"attention_window": 5}),
+    "grouped": (
+        "retention",
+        {"num_kv_heads": 1, "head_norm_affine": True, "scale_embedding": True, "ffn": "geglu"},
+    ),
     "ablated": ("retention", {"gate": False, "head_norm": "none", "decay": 1}),
 }
 CONTENDERS: dict[str, type[Mixer]] = MIXERS | {

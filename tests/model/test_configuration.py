@@ -13,16 +13,17 @@ from retnet import RetNetConfig, TransformerConfig
 @given(
     heads=st.integers(1, 8),
     half=st.integers(2, 64),
-    ffn=st.sampled_from(["gelu", "swiglu"]),
+    ffn=st.sampled_from(["gelu", "swiglu", "geglu", "reglu"]),
     gate=st.booleans(),
+    grouped=st.booleans(),
 )
-def test_a_layer_has_12_d_squared_matrix_parameters(heads, half, ffn, gate) -> None:
-    width = 2 * heads * half
+def test_a_layer_has_12_d_squared_matrix_parameters(heads, half, ffn, gate, grouped) -> None:
+    width, own = 2 * heads * half, {"num_kv_heads": 1} if grouped else {}
     for config in (
-        RetNetConfig(hidden_size=width, num_heads=heads, ffn=ffn, gate=gate),
+        RetNetConfig(hidden_size=width, num_heads=heads, ffn=ffn, gate=gate, **own),
         TransformerConfig(hidden_size=width, num_heads=heads, ffn=ffn),
     ):
-        matrices = 3 if ffn == "swiglu" else 2
+        matrices = 2 if ffn == "gelu" else 3
         total = config.mixer_parameters + matrices * width * config.intermediate_size
         assert abs(total - 12 * width**2) <= matrices * width / 2
 
@@ -49,7 +50,8 @@ def test_the_papers_sizes() -> None:
         ),
         ({"hidden_size": 12, "num_heads": 4}, "rotation turns pairs of channels"),
         ({"norm": "layer"}, "norm ('layer') must be one of layernorm, rmsnorm; did you mean"),
-        ({"ffn": "relu"}, "ffn ('relu') must be one of gelu, swiglu"),
+        ({"ffn": "relu"}, "ffn ('relu') must be one of gelu, swiglu, geglu, reglu"),
+        ({"scale_embedding": 16.0}, "scale_embedding (16.0) must be true or false"),
         ({"rotary_layout": "x"}, "rotary_layout ('x')"),
         ({"rotary_frequencies": "x"}, "rotary_frequencies ('x')"),
         ({"rotary_base": 0}, "rotary_base (0) must be finite and at least 1"),
@@ -78,6 +80,11 @@ def test_values_that_make_no_model(kind, values: dict, words: str) -> None:
     ("values", "words"),
     [
         ({"head_norm": "group"}, "head_norm ('group') must be one of groupnorm, rmsnorm, none"),
+        ({"head_norm": "none", "head_norm_affine": True}, "head_norm_affine (True) needs a head_n"),
+        ({"head_norm_affine": "yes"}, "head_norm_affine ('yes') must be true or false"),
+        ({"head_norm_eps": -1}, "head_norm_eps (-1) must be between 0 and 1"),
+        ({"num_kv_heads": 0}, "num_kv_heads (0) must be a whole number of at least 1"),
+        ({"num_kv_heads": 3}, "num_heads (4) must be divisible by num_kv_heads (3): take 3"),
         ({"head_norm_eps": -1}, "head_norm_eps (-1)"),
         (
             {"decay": "papr"},

@@ -322,6 +322,9 @@ def test_dropout_acts_in_training_only(mixer: str) -> None:
     [
         {"norm": "rmsnorm"},
         {"ffn": "swiglu"},
+        {"ffn": "geglu"},
+        {"ffn": "reglu"},
+        {"scale_embedding": True},
         {"rotary_layout": "half"},
         {"rotary_frequencies": "standard"},
         {"rotary_base": 100.0},
@@ -353,6 +356,7 @@ def test_each_variant_changes_the_output(mixer: str, change: dict) -> None:
         {"decay": 1.0},
         {"gate": False},
         {"value_size": 32},
+        {"num_kv_heads": 1},
     ],
 )
 def test_each_switch_of_retention_changes_the_output(change: dict) -> None:
@@ -365,3 +369,15 @@ def test_chunk_size_changes_nothing_but_speed() -> None:
     ids = random_ids(1, 40)
     outs = [logits(make_model("retention", chunk_size=c), ids) for c in (1, 7, 100)]
     assert max((out - outs[0]).abs().max() for out in outs) < TOLERANCE
+
+
+def test_the_scale_of_the_embedding_is_the_root_of_the_width(mixer: str) -> None:
+    """Of ids and of their embeddings alike."""
+    model, plain = make_model(mixer, scale_embedding=True), make_model(mixer, scale_embedding=False)
+    plain.load_state_dict(model.state_dict())
+    ids = random_ids(1, 9)
+    embedded = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        expected = plain(inputs_embeds=embedded * 32**0.5).logits
+        for given in ({"input_ids": ids}, {"inputs_embeds": embedded}):
+            assert (model(**given).logits - expected).abs().max() < 1e-12

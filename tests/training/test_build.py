@@ -59,6 +59,8 @@ def test_counts_by_part() -> None:
         ("norm", "rmsnorm"), ("ffn", "swiglu"), ("dropout", 0.25), ("tie_word_embeddings", True),
         ("rotary_layout", "half"), ("rotary_frequencies", "standard"), ("value_size", 256),
         ("head_norm", "none"), ("gate", False), ("decay", 0.75), ("chunk_size", 32),
+        ("norm_eps", 1e-5), ("head_norm_eps", 1e-5), ("head_norm_affine", True),
+        ("num_kv_heads", 2), ("scale_embedding", True),
     ],
 )  # fmt: skip
 def test_every_key_of_the_section_reaches_the_model(key: str, value: object) -> None:

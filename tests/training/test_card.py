@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-import generate
 from retnet import cli
+from retnet.commands import generate
 from retnet.training.card import Trained, model_card, plain
 from retnet.training.config import load_config
 from tests.generation.builders import byte_tokenizer, save_checkpoint, tiny_model

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import generate
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
 from retnet.checkpoints.code import flat_code, model_code
 from retnet.checkpoints.verify import checkpoint_damage
+from retnet.commands import generate
 from tests.training.test_train import run
 
 CODE = {f"{name}.py" for name, _ in flat_code("models")}

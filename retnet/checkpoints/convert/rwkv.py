@@ -9,14 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from retnet.checkpoints.convert.sources import read_tensors
+from retnet.checkpoints.convert.target import Converted, check_weights
 from retnet.checkpoints.format import CONFIG
 from retnet.errors import UserError
 from retnet.files import read_json
-from retnet.model.models import RWKVConfig, RWKVForCausalLM
+from retnet.model.models import RWKVConfig
+from retnet.model.ops.precision import wide_dtype
 
 MODEL_TYPE = "rwkv"  # transformers'
 TRANSFORMERS = {  # in this order, to RWKV-LM's names
@@ -49,8 +50,21 @@ BLOCK = {
 PLACE = re.compile(r"blocks\.(0|[1-9]\d{0,4})\.(.+)")
 
 
-def from_rwkv(source: Path) -> tuple[RWKVConfig, dict[str, Tensor]]:
-    """The configuration and the weights, by our names, of an RWKV-4 in a folder or file.
+def from_rwkv(source: Path) -> Converted:
+    """An RWKV-4 in a folder or file; numbers have the type of its embedding.
+
+    Those that are never narrow have at least float32. Errors as of ``renamed``.
+    """
+    model, weights = renamed(source)
+    dtype, wide = weights["model.embed_tokens.weight"].dtype, model.wide_names()
+    typed = (
+        (name, x.to(wide_dtype(dtype) if name in wide else dtype)) for name, x in weights.items()
+    )
+    return Converted(model.config, typed, sum(x.nbytes for x in weights.values()))
+
+
+def renamed(source: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The model, without memory, and the weights by our names.
 
     Raises:
         UserError: It can't be read, or is of another model.
@@ -79,8 +93,9 @@ def from_rwkv(source: Path) -> tuple[RWKVConfig, dict[str, Tensor]]:
         weights[own] = tensor.flatten() if one_row and own.split(".")[-1] != "weight" else tensor
         theirs[own] = name
     config = _config(source, weights, layers, told)
-    _check_shapes(source, config, weights, theirs)
-    return config, weights
+    shapes = {name: tuple(x.shape) for name, x in weights.items()}
+    model = check_weights(source, config, shapes, theirs, "RWKV-4 with all widths alike")
+    return model, weights
 
 
 def _told(source: Path) -> dict[str, Any]:
@@ -126,26 +141,3 @@ def _config(
         )
     except ValueError as error:
         raise UserError(f"source ({source}): {error}") from error
-
-
-def _check_shapes(
-    source: Path, config: RWKVConfig, weights: dict[str, Tensor], theirs: dict[str, str]
-) -> None:
-    """Raise a ``UserError`` where the weights are not exactly the model's."""
-    if config.num_hidden_layers > len(weights):
-        raise UserError(f"source ({source}) lacks whole blocks: copy it again")
-    with torch.device("meta"):
-        wanted = {name: x.shape for name, x in RWKVForCausalLM(config).state_dict().items()}
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing = wanted.keys() - weights.keys() - tied
-    if missing:
-        raise UserError(
-            f"source ({source}) is incomplete, what is {min(missing)} here is missing "
-            f"({len(missing)} such): copy it again"
-        )
-    for name, x in weights.items():
-        if x.shape != wanted[name]:
-            raise UserError(
-                f"source ({source}): {theirs[name]} is {list(x.shape)} and must be "
-                f"{list(wanted[name])}: only RWKV-4 with all widths alike can be converted"
-            )

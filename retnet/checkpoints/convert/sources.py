@@ -1,27 +1,65 @@
-"""Weights as other projects store them. The only place that reads PyTorch's own files.
+"""Where other projects' checkpoints come from, and their weights as stored.
+
+The only place that reads PyTorch's own files.
 
 Those are pickles. torch reads tensors and plain containers of them (``weights_only``), and nothing
 that they name is run; a file that needs more is refused.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from retnet.checkpoints.format import WEIGHTS, WEIGHTS_INDEX
-from retnet.checkpoints.weights import NUMBERS, read_file, read_weights
+from retnet.checkpoints.format import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from retnet.checkpoints.weights import NUMBERS, read_file, read_weights, weight_files
 from retnet.cli import shortened
+from retnet.data.network import hub_revision, reason_of, while_reachable
 from retnet.errors import UserError, os_errors
 from retnet.files import unreadable
-from retnet.paths import kind_of
+from retnet.paths import expand, kind_of
 
 PICKLES = (".pth", ".pt", ".bin")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FROM_HUB = ("*.json", "*.safetensors", "*.txt")  # what is fetched: nothing pickled, no code
 KINDS = f"a folder, or a file that ends with {', '.join(PICKLES)} or .safetensors"
+
+
+def find_source(text: str) -> Path:
+    """The folder or file of a path, or a folder with what is kept of a repository on the Hub.
+
+    A path that is there is taken before a name on the Hub, and what was fetched before the Hub. A
+    ``UserError`` where there is neither, or the Hub can't be reached or refuses the name.
+    """
+    path = expand(text, "source")
+    if kind_of(path, "source") is not None or not HUB_NAME.fullmatch(text):
+        return path
+    import huggingface_hub
+
+    fetch = partial(huggingface_hub.snapshot_download, text, allow_patterns=list(FROM_HUB))
+    what = f"source ({text})"
+    try:
+        folder = Path(fetch(local_files_only=True))
+        weight_files(folder)  # all of them
+        if (folder / CONFIG).is_file():
+            return folder
+    except (LocalEntryNotFoundError, UserError):
+        pass
+    commit = hub_revision(text, "model", what)
+    try:
+        return Path(while_reachable(lambda: fetch(revision=commit), text, "model", what))
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"{what} cannot be loaded from the Hub ({reason_of(error)}): name another one"
+        ) from error
 
 
 def read_tensors(source: Path) -> dict[str, Tensor]:
@@ -33,8 +71,11 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     file = source
     kind = kind_of(source, "source")
     if kind == "folder" and any((source / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        with os_errors(f"source ({source}) cannot be read", "change its permissions"):
-            tensors = _named(source, lambda: read_weights(source, tied=False))
+        with (
+            os_errors(f"source ({source}) cannot be read", "change its permissions"),
+            safetensors_errors(source),
+        ):
+            tensors = read_weights(source, tied=False)
         return _checked(source, tensors)
     if kind == "folder":
         file = _only_file(source)
@@ -47,7 +88,8 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     except PermissionError as error:
         raise UserError(unreadable(file)) from error
     if file.suffix == ".safetensors":
-        return _checked(file, _named(file, lambda: read_file(file)))
+        with safetensors_errors(file):
+            return _checked(file, read_file(file))
     return _checked(file, _unpickled(file))
 
 
@@ -62,9 +104,11 @@ def _only_file(folder: Path) -> Path:
     return found[0]
 
 
-def _named(path: Path, read: Any) -> Any:
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """A ``UserError`` for what safetensors raises of a damaged file."""
     try:
-        return read()
+        yield
     except SafetensorError as error:
         raise UserError(f"source ({path}) is damaged ({error}): copy it again") from error
 

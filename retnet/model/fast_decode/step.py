@@ -123,6 +123,7 @@ class DecodeStep:
         self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
         self.grows, self.longest = model.grows, model.config.longest
         self.embedding = model.model.embed_tokens.weight.detach()
+        self.embedding_scale = model.model.embedding_scale
         first, table = model.model.embed_norm, model.model.embed_positions
         self.positions = None if table is None else table.weight.detach()
         self.embedding_norm = None if first is None else step_norm(first)
@@ -204,6 +205,8 @@ class DecodeStep:
     ) -> Tensor:
         assert self.number >= 0  # looked at, so that each step is compiled for itself
         hidden = F.embedding(tokens, self.embedding)
+        if self.embedding_scale is not None:
+            hidden = hidden * self.embedding_scale
         if self.positions is not None:
             hidden = hidden + F.embedding(positions, self.positions)
         if self.embedding_norm is not None:

@@ -296,9 +296,12 @@ def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:
 
 
 class RotaryStep(Step):
-    """A step that rotates queries and keys together, [B, 2H, 1, K], keys times ``key_scale``."""
+    """A step that rotates queries and keys together, [B, 2H, 1, K], keys times ``key_scale``.
 
-    def __init__(self, mixer: Any, key_scale: float = 1.0) -> None:
+    ``key_heads``: of the keys, where they are fewer.
+    """
+
+    def __init__(self, mixer: Any, key_scale: float = 1.0, key_heads: int | None = None) -> None:
         config, weight = mixer.config, mixer.o_proj.weight
         self.layout, self.num_heads = config.rotary_layout, config.num_heads
         self.theta = rotary_theta(
@@ -310,7 +313,7 @@ class RotaryStep(Step):
         if config.positions != "rotary":
             self.theta = torch.zeros_like(self.theta)
         ones = weight.new_ones(config.num_heads, 1, 1, dtype=wide_dtype(weight.dtype))
-        self.scale = torch.cat((ones, ones * key_scale))
+        self.scale = torch.cat((ones, ones[:key_heads] * key_scale))
 
     def shared(self, positions: Tensor, length: int) -> Any:
         angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]

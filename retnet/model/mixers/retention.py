@@ -34,16 +34,22 @@ from .base import (
 class HeadOptions(HybridOptions):
     """Keys of all retention.
 
-    The head norm has no learned parameters; its eps is small, because retention outputs are small
-    at a text's first tokens. The default chunk is what was measured to be fastest
-    (benchmarks/RESULTS.md): 64, for heads of width 128 and more 128.
+    The head norm's eps is small, because retention outputs are small at a text's first tokens. The
+    default chunk is what was measured to be fastest (benchmarks/RESULTS.md): 64, for heads of width
+    128 and more 128.
     """
 
     value_share: ClassVar[int] = 2  # value_size / d where that is null
 
     value_size: int = option(None, "width of all values together; null: retention 2 d, gated d")
     head_norm: str = option("groupnorm", "groupnorm, rmsnorm or none", meaning=True)
-    head_norm_eps: float = 1e-6
+    head_norm_eps: float = option(1e-6, "added to what the head norm divides by", meaning=True)
+    head_norm_affine: bool = option(
+        False, "learned weights after the head norm, one a channel, the same for all heads"
+    )
+    num_kv_heads: int = option(
+        None, "heads of keys and values, each for several of queries; null: num_heads"
+    )
     gate: bool = option(True, "the swish gate")
     chunk_size: int = option(
         None, "chunk of the chunkwise form, changes speed only; null: by head width"
@@ -61,6 +67,11 @@ class HeadOptions(HybridOptions):
         if self.attention_layers is not None:
             self.attention_layers = sorted(self.attention_layers)
 
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.chunk_size is not None:
@@ -69,8 +80,18 @@ class HeadOptions(HybridOptions):
         problems += self.check_number("head_norm_eps", 0, 1)
         if isinstance(self.hidden_size, int):
             problems += self.check_size("value_size")
-        if not isinstance(self.gate, bool):
-            problems.append(f"gate ({self.gate!r}) must be true or false")
+        for key in ("gate", "head_norm_affine"):
+            if not isinstance(getattr(self, key), bool):
+                problems.append(f"{key} ({getattr(self, key)!r}) must be true or false")
+        if self.head_norm_affine is True and self.head_norm == "none":
+            problems.append("head_norm_affine (True) needs a head_norm: take groupnorm or rmsnorm")
+        if self.num_kv_heads is not None:
+            problems += self.check_size("num_kv_heads")
+        if not problems and self.num_heads % self.key_value_heads:
+            problems.append(
+                f"num_heads ({self.num_heads}) must be divisible by num_kv_heads "
+                f"({self.num_kv_heads}): take {nearest_multiple(self.num_heads, self.num_kv_heads)}"
+            )
         if not problems and self.value_size % self.num_heads:
             problems.append(
                 f"value_size ({self.value_size}) must be divisible by num_heads "
@@ -114,9 +135,12 @@ class RetentionStep(RotaryStep):
 
     def __init__(self, mixer: "MultiScaleRetention") -> None:
         config = mixer.config
-        super().__init__(mixer, key_scale=config.head_dim**-0.5)
+        self.key_heads = config.key_value_heads
+        super().__init__(mixer, config.head_dim**-0.5, self.key_heads)
         self.norm = (config.head_norm, config.head_norm_eps)
-        self.parts = [2 * config.hidden_size, config.value_size]
+        weight = mixer.head_norm_weight
+        self.norm_weight = None if weight is None else weight.detach()
+        self.parts = [config.hidden_size + mixer.k_proj.out_features, mixer.v_proj.out_features]
         self.parts += [config.value_size] if config.gate else []
         self.set_decay(config)
         self.odd = sum(self.parts) % 2 == 1
@@ -136,8 +160,10 @@ class RetentionStep(RotaryStep):
         if self.odd:  # pairs must begin at even places
             qk = qk.contiguous()
         with full_precision(joined.device):
-            q, k = shared(qk.view(rows, 2 * heads, 1, -1)).split(heads, dim=1)  # [B, H, 1, K]
-            v = v.view(rows, heads, 1, -1).to(memory.dtype)
+            qk = shared(qk.view(rows, heads + self.key_heads, 1, -1))
+            q, k = qk.split_with_sizes([heads, self.key_heads], dim=1)
+            k = for_each_query(k, heads)  # [B, H, 1, K]
+            v = for_each_query(v.view(rows, self.key_heads, 1, -1), heads).to(memory.dtype)
             decay = self.take_decay(others)
             if torch.compiler.is_compiling():  # so the new state is written once, and not read
                 out = read_state(q, memory) * decay + (q * k).sum(-1, keepdim=True) * v
@@ -145,8 +171,10 @@ class RetentionStep(RotaryStep):
             else:
                 memory.mul_(decay).addcmul_(k.mT, v)
                 out = read_state(q, memory)
-            out = head_norm(out.view(rows, heads, -1), *self.norm).view(rows, -1)
-        out = out.to(joined.dtype)
+            out = head_norm(out.view(rows, heads, -1), *self.norm)
+            if self.norm_weight is not None:
+                out = out * self.norm_weight
+        out = out.view(rows, -1).to(joined.dtype)
         return F.silu(others[0]) * out if others else out
 
 
@@ -167,16 +195,21 @@ class MultiScaleRetention(Mixer):
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
         hidden, value = config.hidden_size, config.value_size
+        width, kv_heads = value // config.num_heads, config.key_value_heads
         self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, value, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * width, bias=False)
         self.g_proj = nn.Linear(hidden, value, bias=False) if config.gate else None
         self.o_proj = nn.Linear(value, hidden, bias=False)
+        self.head_norm_weight = nn.Parameter(torch.ones(width)) if config.head_norm_affine else None
 
     @classmethod
     def matrix_parameters(cls, config: Any) -> int:
-        # W_Q and W_K are d x d; W_V, W_O and the gate's W_G are d x value_size
-        return config.hidden_size * (2 * config.hidden_size + (2 + config.gate) * config.value_size)
+        # W_Q is d x d, W_O and the gate's W_G are d x value_size, W_K and W_V the two by kv heads
+        own, heads = config.key_value_heads, config.num_heads
+        shared = own * (config.hidden_size // heads + config.value_size // heads)
+        width = config.hidden_size + (1 + config.gate) * config.value_size + shared
+        return int(config.hidden_size * width)
 
     @classmethod
     def grows(cls, config: Any) -> bool:
@@ -194,6 +227,14 @@ class MultiScaleRetention(Mixer):
     @classmethod
     def embedding_std(cls, config: Any) -> float:
         return config.hidden_size**-0.5
+
+    @classmethod
+    @torch.no_grad()
+    def initialize(cls, module: nn.Module, role: str, config: Any) -> None:
+        if not isinstance(module, MultiScaleRetention):
+            super().initialize(module, role, config)
+        elif module.head_norm_weight is not None:
+            init.ones_(module.head_norm_weight)
 
     @classmethod
     def initialize_linear(cls, linear: nn.Linear, role: str, config: Any) -> None:
@@ -232,13 +273,14 @@ class MultiScaleRetention(Mixer):
         config, heads = self.config, self.config.num_heads
         if shared is None:
             shared, _ = self.shared(describe_tokens(hidden), {})
-        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q = split_heads(self.q_proj(hidden), heads)
+        k, v = (split_heads(f(hidden), config.key_value_heads) for f in (self.k_proj, self.v_proj))
         products = products_dtype(hidden.device)
         with full_precision(hidden.device):
             out, last = self._retain(
                 shared.turn_queries(q),
-                shared.turn_keys(k),
-                v,
+                for_each_query(shared.turn_keys(k), heads),
+                for_each_query(v, heads),
                 self.log_decay(hidden, shared),
                 mode or self.choose_mode(hidden.shape[1]),
                 products,
@@ -251,13 +293,17 @@ class MultiScaleRetention(Mixer):
             gate = self.g_proj(hidden).unflatten(2, (heads, -1))  # [B, T, H, V]
         with full_precision(hidden.device):
             out = gated_norm(out.transpose(1, 2), gate, config.head_norm, config.head_norm_eps)
+            if self.head_norm_weight is not None:
+                out = out * self.head_norm_weight
         return self.o_proj(out.flatten(2).to(hidden.dtype)), {"state": last}
 
     def token_weights(self, hidden: Tensor, shared: RetentionShared) -> Tensor:
         """Q K^T * D."""
-        q, k = (split_heads(f(hidden), self.config.num_heads) for f in (self.q_proj, self.k_proj))
+        config, heads = self.config, self.config.num_heads
+        q = split_heads(self.q_proj(hidden), heads)
+        k = split_heads(self.k_proj(hidden), config.key_value_heads)
         with full_precision(hidden.device):
-            q, k = shared.turn_queries(q), shared.turn_keys(k)
+            q, k = shared.turn_queries(q), for_each_query(shared.turn_keys(k), heads)
             decay, tokens = self.log_decay(hidden, shared), shared.tokens
             weights, _ = retention_parallel(
                 q, k, one_token_each(q), decay, valid=tokens.valid, resets=tokens.resets
@@ -300,3 +346,8 @@ class MultiScaleRetention(Mixer):
             return "recurrent"
         few = max(self.config.chunk_size, 2 * self.config.head_dim)
         return "parallel" if length <= few else "chunkwise"
+
+
+def for_each_query(x: Tensor, heads: int) -> Tensor:
+    """[B, H / n, T, D] of keys or values -> [B, H, T, D]: each for the n heads of queries of it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

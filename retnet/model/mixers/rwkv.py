@@ -39,7 +39,7 @@ from .base import Mixer, Part, State, Step
 class RWKVOptions(DecoderConfig):
     """As its authors have them; the rest are the mixer's own values below."""
 
-    norm_eps: float = 1e-5
+    norm_eps: float = option(1e-5, "added to what these norms divide by", meaning=True)
     chunk_size: int = option(
         CHUNK_SIZE, "chunk of the chunkwise form, changes speed only; null: by head width"
     )

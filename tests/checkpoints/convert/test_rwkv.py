@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retnet import cli
 from retnet.checkpoints.convert.__main__ import main
-from retnet.checkpoints.convert.rwkv import TRANSFORMERS, from_rwkv
+from retnet.checkpoints.convert.rwkv import TRANSFORMERS, renamed
 from retnet.commands import generate
 from retnet.model import RWKVForCausalLM
 
@@ -27,8 +27,8 @@ def model_file(case: str = CASES[0]) -> Path:
 
 
 def build(case: str) -> tuple[RWKVForCausalLM, dict[str, Tensor]]:
-    config, weights = from_rwkv(model_file(case))
-    model = RWKVForCausalLM(config).double()
+    empty, weights = renamed(model_file(case))
+    model = RWKVForCausalLM(empty.config).double()
     model.load_state_dict(weights)
     return model.eval(), load_file(REFERENCE / f"{case}.outputs.safetensors")
 
@@ -68,7 +68,7 @@ def test_loss_and_gradients(mode: str) -> None:
     loss.backward()
     grads = {n.removeprefix("grad."): x for n, x in outputs.items() if n.startswith("grad.")}
     assert len(grads) == 44
-    _, order = from_rwkv(model_file())
+    _, order = renamed(model_file())
     theirs = dict(zip(load_file(model_file()), order, strict=True))
     for name, expected in grads.items():
         found = model.get_parameter(theirs[name]).grad

@@ -27,7 +27,8 @@ def random_ids(rows: int, length: int, vocab: int = VOCAB) -> torch.Tensor:
 
 SHARED: dict[str, Any] = {
     "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-    "ffn": st.sampled_from(["gelu", "swiglu"]),
+    "ffn": st.sampled_from(["gelu", "swiglu", "geglu", "reglu"]),
+    "scale_embedding": st.booleans(),
     "rotary_layout": st.sampled_from(["interleaved", "half"]),
     "rotary_frequencies": st.sampled_from(["linspace", "standard"]),
     "num_heads": st.sampled_from([1, 2, 4]),
@@ -36,6 +37,8 @@ SHARED: dict[str, Any] = {
 }
 OWN: dict[str, Any] = {
     "head_norm": st.sampled_from(["groupnorm", "rmsnorm", "none"]),
+    "head_norm_affine": st.booleans(),
+    "num_kv_heads": st.sampled_from([None, 1]),
     "decay": st.sampled_from(["paper", "log_linear", 0.9, 1.0]),
     "gate": st.booleans(),
     "value_size": st.sampled_from([12, 24, 36]),
@@ -49,13 +52,15 @@ def draw_model(draw: st.DataObject, mixer: str) -> Any:
     fields = SHARED | {key: strategy for key, strategy in OWN.items() if key in keys}
     values = {key: draw.draw(strategy, label=key) for key, strategy in fields.items()}
     values |= {"hidden_size": 24, "num_hidden_layers": 2, "dropout": 0.5}
+    if values.get("head_norm") == "none":
+        values["head_norm_affine"] = False
     if MIXERS[mixer].positions == "learned":
         values["max_position_embeddings"] = 64
     values |= {"aft_rank": 2} if "aft_rank" in keys else {}
     torch.manual_seed(0)
     model = kind(kind.config_class(**values))
     for weight in model.parameters():
-        weight.data.mul_(1.0 if weight.dim() == 1 else 3.0)
+        weight.data.mul_(torch.rand_like(weight) if weight.dim() == 1 else 3.0)
     return model.double().eval()
 
 

@@ -11,6 +11,12 @@ from torch import Tensor
 from retnet import MultiScaleRetention, RetNetConfig
 from retnet.model.documents import describe_tokens
 
+NORMS = st.sampled_from(
+    [
+        {"head_norm": kind, "head_norm_affine": affine}
+        for kind, affine in (("groupnorm", False), ("rmsnorm", True), ("none", False))
+    ]
+)
 SHAPES = {"hidden_size": 24, "num_heads": 3, "value_size": 36, "num_hidden_layers": 1}
 
 
@@ -20,12 +26,15 @@ def mixer_and_inputs(draw: Any, length: int, dtype: torch.dtype) -> tuple[MultiS
         vocab_size=8,
         chunk_size=draw(st.integers(1, 6)),
         gate=draw(st.booleans()),
-        head_norm=draw(st.sampled_from(["groupnorm", "rmsnorm", "none"])),
+        **draw(NORMS),
+        num_kv_heads=draw(st.sampled_from([None, 1, 3])),
         rotary_layout=draw(st.sampled_from(["interleaved", "half"])),
         decay=draw(st.sampled_from(["paper", "log_linear", 0.9, 1.0])),
     )
     torch.manual_seed(draw(st.integers(0, 99)))
     mixer = MultiScaleRetention(config).to(dtype)
+    if mixer.head_norm_weight is not None:
+        mixer.head_norm_weight.data.normal_()
     mask = torch.rand(2, length) < 0.7 if draw(st.booleans()) else None
     documents = torch.randint(3, (2, length)).sort().values if draw(st.booleans()) else None
     hidden = torch.randn(2, length, 24, dtype=dtype)
@@ -117,3 +126,37 @@ def test_what_its_backward_pass_keeps_is_of_the_activations_size() -> None:
     assert kept("chunkwise") < 20
     assert kept("chunkwise", 2048) < 1.05 * kept("chunkwise")
     assert kept("chunkwise") < kept("parallel") / 4
+
+
+def test_grouped_keys_and_values_are_the_same_ones_for_several_queries() -> None:
+    """With each head's rows written out as many times the model is the same: repeated in place."""
+    config = RetNetConfig(hidden_size=24, num_heads=6, num_kv_heads=2, vocab_size=8)
+    torch.manual_seed(0)
+    few = MultiScaleRetention(config).double()
+    whole = MultiScaleRetention(RetNetConfig(hidden_size=24, num_heads=6, vocab_size=8)).double()
+    weights = few.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        assert weights[name].shape[0] == whole.state_dict()[name].shape[0] // 3
+        rows = weights[name].unflatten(0, (2, -1)).repeat_interleave(3, dim=0)
+        weights[name] = rows.flatten(0, 1)
+    whole.load_state_dict(weights)
+    hidden = torch.randn(2, 9, 24, dtype=torch.float64)
+    torch.testing.assert_close(few(hidden), whole(hidden), rtol=1e-12, atol=1e-12)
+    shared, _ = few.shared(describe_tokens(hidden), {})
+    expected = whole.token_weights(hidden, shared)
+    torch.testing.assert_close(few.token_weights(hidden, shared), expected)
+
+
+def test_weights_after_the_head_norm_are_one_a_channel_for_all_heads() -> None:
+    """As if they had gone into the output projection; they begin at one."""
+    keys = {**SHAPES, "vocab_size": 8, "head_norm": "rmsnorm"}
+    torch.manual_seed(0)
+    affine = MultiScaleRetention(RetNetConfig(**keys, head_norm_affine=True)).double()
+    plain = MultiScaleRetention(RetNetConfig(**keys)).double()
+    assert affine.head_norm_weight is not None and affine.head_norm_weight.eq(1).all()
+    affine.head_norm_weight.data.normal_()
+    weights = {name: x.clone() for name, x in affine.state_dict().items()}
+    weights["o_proj.weight"] *= weights.pop("head_norm_weight").repeat(3)
+    plain.load_state_dict(weights)
+    hidden = torch.randn(2, 9, 24, dtype=torch.float64)
+    torch.testing.assert_close(affine(hidden), plain(hidden), rtol=1e-10, atol=1e-12)
