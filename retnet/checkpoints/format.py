@@ -51,11 +51,17 @@ MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter, and no weights beside it, which would count alone."""
+    whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    return not whole and (folder / ADAPTER).is_file()
+
+
 def only_an_adapter(folder: Path) -> str:
-    """The message for a folder that has an adapter in place of a model."""
+    """The message for a folder that has an adapter where a whole model is needed."""
     return (
         f"checkpoint ({folder}) is an adapter ({ADAPTER}), which needs its base model: "
-        "merge the two with peft's merge_and_unload, save the result, and name its folder"
+        "merge the two (docs/finetuning.md says how), and name the folder of the result"
     )
 
 
