@@ -256,6 +256,7 @@ GENERATION = [
     (G + " --device meta", "--device (meta) cannot be used"),
     (G + " --prompt a --max-new-tokens 999999999999", "--max-new-tokens (999,999,999,999) need"),
     (G + " --prompt a --stop \udcff", "has no token in the model's vocabulary"),
+    (G + " --base {runs}/attention", "--base ({runs}/attention) has no effect, checkpoint ({runs}"),
     ("{runs}/aft --max-new-tokens 16", "--max-new-tokens (16) after a prompt of 1 tokens leads"),
     ("{runs}/aft --prompt fifteen_letters --max-new-tokens 1", "has 16 tokens (with <bos>) and"),
     ("{runs}/aft --prompt fifteen_letters", "has 16 tokens (with <bos>) and leaves no room"),
@@ -267,6 +268,10 @@ COMPARISON = [
     ("{runs}/retention", "compares with nothing: name a second one"),
     ("{runs}/retention {runs}/no", "checkpoint ({runs}/no) does not exist"),
     ("{runs}/retention {broken}/cut", "checkpoint ({broken}/cut) is damaged"),
+    (
+        C + " --base {runs}/aft",
+        "--base ({runs}/aft) has no effect, none of {runs}/retention, {runs}",
+    ),
     (C + " --text {new}/no.txt", "--text ({new}/no.txt) does not exist"),
     ("{runs}/retention {broken}/nan --no-speed", "checkpoint ({broken}/nan) gives a loss that is"),
     (C + " --text=", "--text: '' must be the path of a file"),
