@@ -193,10 +193,13 @@ DATA = [
     (RUN + " model.init_from=~nobodyx/x", "checkpoint (~nobodyx/x) has no home folder"),
     (RUN + " data.validation=~nobodyx/x", "data.validation (~nobodyx/x) has no home folder"),
     (RUN + " model.init_from={new}/no", "checkpoint ({new}/no) does not exist"),
-    (RUN + " model.init_from={runs}/retention", "model.init_from ({runs}/retention) is another"),
+    (
+        RUN + " model.num_hidden_layers=4 model.init_from={runs}/retention",
+        "model.num_hidden_layers (4) is 2 in the model of model.init_from ({runs}/retention)",
+    ),
     (
         RUN + " model.mixer=gated_retention model.init_from={runs}/aft",
-        "model.init_from ({runs}/aft) is another model: model.embed_positions",
+        "model.mixer (gated_retention) is aft in the model of model.init_from ({runs}/aft), whose",
     ),
 ]
 

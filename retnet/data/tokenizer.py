@@ -6,6 +6,7 @@ prompt; documents are encoded by ``encode_documents``, which adds both ends itse
 """
 
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,9 @@ from retnet.data.network import HubUnreachableError, hub_revision, while_reachab
 from retnet.data.spec import BPE, BYTES
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError
+from retnet.files import read_json
+from retnet.model.mixers import MIXERS
+from retnet.model.models import configuration, model_class
 from retnet.paths import expand, kind_of
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -76,13 +80,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _finish(backend)
 
 
-def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, key: str = "data.tokenizer", rows: int | None = None
+) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder (a ``Path`` is always one) or Hub name.
 
-    ``key`` is what messages call it.
+    ``key`` is what messages call it. ``rows`` are those of the embedding of the model that it is
+    for; None: of the model of ours that lies in its folder, if any.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries. A ``UserError`` where there is none, or it is not a fast one.
+    lacks as new entries; but where the model has no row for another one, it pads with ``<eos>``
+    (what is padded counts nowhere). A ``UserError`` where there is none, or it is not a fast one.
     """
     if name == BPE:
         raise UserError(
@@ -95,12 +103,27 @@ def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedT
         raise UserError(f"{key} ({name}) has no tokenizer.json: convert it to a fast tokenizer")
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
+    most = _rows_beside(name, key) if rows is None else rows
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
         current = getattr(tokenizer, f"{kind}_token")
         lacking = not current or getattr(tokenizer, f"{kind}_token_id") is None  # "" is none
-        if lacking or (kind == "pad" and current == tokenizer.eos_token):
+        lacking = lacking or (kind == "pad" and current == tokenizer.eos_token)
+        if lacking and kind == "pad" and max_token_id(tokenizer) + 1 >= most:
+            tokenizer.pad_token = tokenizer.eos_token
+        elif lacking:
             tokenizer.add_special_tokens({f"{kind}_token": text})
     return tokenizer
+
+
+def _rows_beside(name: str | Path, key: str) -> float:
+    """The vocab_size of the model of ours that lies beside a tokenizer; infinite without one."""
+    file = expand(name, key) / "config.json"
+    if not file.is_file():
+        return math.inf
+    stored = read_json(file, "correct it, or copy the checkpoint again")
+    ours = {configuration(model_class(mixer)).model_type for mixer in MIXERS}
+    rows = stored.get("vocab_size") if stored.get("model_type") in ours else None
+    return rows if isinstance(rows, int) else math.inf
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
