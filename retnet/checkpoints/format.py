@@ -9,6 +9,7 @@ generate, and to load with transformers:
     training_state.json    ``Progress``: the step, the best validation loss
     optimizer.safetensors  the optimizer's moments, by parameter name (not in best/ and final/)
     carried.safetensors    the states that the next windows begin with (train.carry_state only)
+    lora.safetensors       the factors, where the weights are their sums (train.lora_rank only)
     manifest.json          sizes and checksums of the above
 
 Others' checkpoints may have their weights in several files, named by model.safetensors.index.json,
@@ -39,6 +40,7 @@ DATA_RECORD = "data.json"
 TRAINING_STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
+LORA = "lora.safetensors"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_config.json"  # of peft
 

@@ -116,7 +116,7 @@ def initial_weights(init_from: str) -> tuple[Path, str, str]:
     A ``UserError`` where there is none.
     """
     folder = find_checkpoint(init_from)
-    fix = f"leave keys of its model out of the command line, and its tokenizer is {folder}"
+    fix = f"its tokenizer is data.tokenizer={folder}, and keys of its model are left out"
     return folder, f"model.init_from ({init_from})", fix
 
 

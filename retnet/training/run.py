@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, list_checkpoints, step_folder
+from retnet.checkpoints.lora import add_lora
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
 from retnet.errors import UserError
@@ -135,9 +136,6 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     check_sample(trainer.bare_model, data.tokenizer, config.train)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
-    elif config.model.init_from:
-        folder = load_initial_weights(trainer.bare_model, config.model.init_from, data.tokenizer)
-        logger.info(f"weights from {folder}")
     for line in describe_run(trainer):
         logger.info(line)
     return trainer
@@ -199,6 +197,11 @@ def _build_trainer(
     check_model_fits(network)
     set_seed(spec.seed)
     bare_model = build_model(network)
+    if config.model.init_from and (start.checkpoint is None or spec.lora_rank):
+        folder = load_initial_weights(bare_model, config.model.init_from, tokenizer)
+        logger.info(f"weights from {folder}")
+    if spec.lora_rank:
+        add_lora(bare_model, spec.lora_rank)
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
