@@ -4,7 +4,6 @@ A checkpoint of such a run holds the sums under their plain names: whatever read
 this one, and nothing needs the base or PEFT but going on, for which the factors lie beside them.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     """Put factors beside all linear layers but the output's, and leave nothing else to train."""
     peft = import_peft(f"train.lora_rank ({rank})")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with warnings.catch_warnings(action="ignore"):
-        peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model)
 
 
 def factors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,10 +47,7 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 def whole(
     own: Mapping[str, Tensor], plain: Mapping[str, Tensor], stored: Mapping[str, Tensor], file: Path
 ) -> dict[str, Tensor]:
-    """The weights to go on with, by the model's names: its own W, A and B of a ``file``, all else.
-
-    ``own`` are the model's, ``plain`` those of the checkpoint, ``stored`` those of the file.
-    """
+    """To go on with: W of the model's ``own``, A and B ``stored``, of all else ``plain``."""
     check_same_model(factors(own), stored, f"{file}", "set train.lora_rank to that of its run")
     check_finite(stored, f"{file}")
     return {name: stored.get(name, plain.get(name, weight)) for name, weight in own.items()}
