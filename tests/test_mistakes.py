@@ -195,10 +195,13 @@ DATA = [
     (RUN + " model.init_from=~nobodyx/x", "checkpoint (~nobodyx/x) has no home folder"),
     (RUN + " data.validation=~nobodyx/x", "data.validation (~nobodyx/x) has no home folder"),
     (RUN + " model.init_from={new}/no", "checkpoint ({new}/no) does not exist"),
-    (RUN + " model.init_from={runs}/retention", "model.init_from ({runs}/retention) is another"),
+    (
+        RUN + " model.num_hidden_layers=4 model.init_from={runs}/retention",
+        "model.num_hidden_layers (4) is 2 in the model of model.init_from ({runs}/retention)",
+    ),
     (
         RUN + " model.mixer=gated_retention model.init_from={runs}/aft",
-        "model.init_from ({runs}/aft) is another model: model.embed_positions",
+        "model.mixer (gated_retention) is aft in the model of model.init_from ({runs}/aft), whose",
     ),
 ]
 
@@ -258,6 +261,7 @@ GENERATION = [
     (G + " --device meta", "--device (meta) cannot be used"),
     (G + " --prompt a --max-new-tokens 999999999999", "--max-new-tokens (999,999,999,999) need"),
     (G + " --prompt a --stop \udcff", "has no token in the model's vocabulary"),
+    (G + " --base {runs}/attention", "--base ({runs}/attention) has no effect, checkpoint ({runs}"),
     ("{runs}/aft --max-new-tokens 16", "--max-new-tokens (16) after a prompt of 1 tokens leads"),
     ("{runs}/aft --prompt fifteen_letters --max-new-tokens 1", "has 16 tokens (with <bos>) and"),
     ("{runs}/aft --prompt fifteen_letters", "has 16 tokens (with <bos>) and leaves no room"),
@@ -269,6 +273,10 @@ COMPARISON = [
     ("{runs}/retention", "compares with nothing: name a second one"),
     ("{runs}/retention {runs}/no", "checkpoint ({runs}/no) does not exist"),
     ("{runs}/retention {broken}/cut", "checkpoint ({broken}/cut) is damaged"),
+    (
+        C + " --base {runs}/aft",
+        "--base ({runs}/aft) has no effect, none of {runs}/retention, {runs}",
+    ),
     (C + " --text {new}/no.txt", "--text ({new}/no.txt) does not exist"),
     ("{runs}/retention {broken}/nan --no-speed", "checkpoint ({broken}/nan) gives a loss that is"),
     (C + " --text=", "--text: '' must be the path of a file"),

@@ -21,6 +21,7 @@ from retnet.checkpoints.format import (
     CONFIG,
     COPY_AGAIN,
     DATA_RECORD,
+    LORA,
     MANIFEST,
     OPTIMIZER,
     TOKENIZER,
@@ -42,7 +43,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
 PARTS = (CONFIG, "generation_config.json", *TOKENIZER_FILES, DATA_RECORD, CARD, "LICENSE")
-NOT_NAMED = (OPTIMIZER, TRAINING_STATE, MANIFEST, CARRIED)  # for training, or written anew
+NOT_NAMED = (OPTIMIZER, TRAINING_STATE, MANIFEST, CARRIED, LORA)  # for training, or written anew
 CACHE = "blobs"  # where the links of huggingface_hub's own folders lead
 
 

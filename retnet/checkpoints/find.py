@@ -5,12 +5,12 @@ from pathlib import Path
 
 from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import (
-    ADAPTER,
     BEST,
     CHECKPOINTS,
     CONFIG,
     FINAL,
     in_order,
+    is_adapter,
     only_an_adapter,
 )
 from retnet.errors import UserError
@@ -22,11 +22,11 @@ NEAR = ("*", "*/final", "*/best", "checkpoints/*", "*/checkpoints/*",
         "*/*/final", "*/*/best", "*/*/checkpoints/*")  # fmt: skip
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, *, adapters: bool = False) -> Path:
     """The folder itself, or of a run ``final``, else ``best``, else the newest of ``checkpoints``.
 
     A ``UserError`` where there is none, which lists those that are near, it cannot be reached, or
-    the one of the run that is meant is not whole.
+    the one of the run that is meant is not whole; or it is an adapter alone, without ``adapters``.
     """
     if not str(path):
         raise UserError("checkpoint () is empty: name a checkpoint folder or run folder")
@@ -42,13 +42,14 @@ def find_checkpoint(path: str | Path) -> Path:
     steps = in_order((*path.glob(f"{CHECKPOINTS}/*"), *path.glob("*")))
     of_run = (path / FINAL, path / BEST, *reversed(steps))
     for folder in (path, *of_run):
-        if kind_of(folder / CONFIG, "checkpoint") == "file":
+        config = kind_of(folder / CONFIG, "checkpoint")
+        if is_adapter(folder) and not adapters:  # some have their base's config.json
+            raise UserError(only_an_adapter(folder))
+        if config == "file" or is_adapter(folder):
             return folder
         if folder in of_run and kind_of(folder, "checkpoint") == "folder":
             path = folder  # it is what is meant, and another one has other weights
             break
-    if kind_of(path / ADAPTER, "checkpoint") == "file":
-        raise UserError(only_an_adapter(path))
     if (found := recognise(path)) is not None:
         raise UserError(f"checkpoint ({path}) is {found.name}: {found.advice(path)}")
     raise UserError(f"checkpoint ({path}) holds no {CONFIG}: {_suggest(path)}")

@@ -9,6 +9,7 @@ generate, and to load with transformers:
     training_state.json    ``Progress``: the step, the best validation loss
     optimizer.safetensors  the optimizer's moments, by parameter name (not in best/ and final/)
     carried.safetensors    the states that the next windows begin with (train.carry_state only)
+    lora.safetensors       the factors, where the weights are their sums (train.lora_rank only)
     manifest.json          sizes and checksums of the above, and of the model's code
     *.py                   that code, for transformers without this package (train.export_code)
     README.md              the model card, in final/: yours to edit, so not in the manifest
@@ -41,6 +42,7 @@ DATA_RECORD = "data.json"
 TRAINING_STATE = "training_state.json"
 OPTIMIZER = "optimizer.safetensors"
 CARRIED = "carried.safetensors"
+LORA = "lora.safetensors"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_config.json"  # of peft
 CARD = "README.md"  # of the model, as the Hub shows it
@@ -55,11 +57,17 @@ MOST = 2**63  # no count of a run comes so far
 COPY_AGAIN = "copy the checkpoint again"  # what to do about a file that is not as it was written
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter, and no weights beside it, which would count alone."""
+    whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    return not whole and (folder / ADAPTER).is_file()
+
+
 def only_an_adapter(folder: Path) -> str:
-    """The message for a folder that has an adapter in place of a model."""
+    """The message for a folder that has an adapter where a whole model is needed."""
     return (
         f"checkpoint ({folder}) is an adapter ({ADAPTER}), which needs its base model: "
-        "merge the two with peft's merge_and_unload, save the result, and name its folder"
+        "merge the two (docs/finetuning.md says how), and name the folder of the result"
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from retnet.checkpoints.adapter import find_base, merge_adapter
 from retnet.checkpoints.configuration import CORRECT, read_config
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
@@ -35,10 +36,11 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """A loaded checkpoint."""
 
-    path: Path  # of its folder
+    path: Path  # of its folder; of an adapter that of the adapter
     model: DecoderForCausalLM  # in evaluation mode
     tokenizer: PreTrainedTokenizerFast  # has a <bos> and no id beyond the model's vocabulary
     data_record: dict[str, Any] | None  # how its data was made; None if the folder lacks it
+    base: Path | None = None  # of an adapter the checkpoint that it was merged into
 
     @property
     def mixer(self) -> str:
@@ -52,29 +54,38 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """Load a checkpoint without a network; its own code runs with ``trust_remote_code`` only.
 
     The weights keep the dtype they were saved in when ``dtype`` is None. An adapter beside them is
-    not applied. A ``UserError`` where there is no such checkpoint, or something in it is missing or
-    does not fit.
+    not applied; a folder with an adapter alone is merged into the checkpoint ``base``, else into
+    the one that it names itself. Its tokenizer and data record are its own where it has them.
+
+    Raises:
+        UserError: There is no such checkpoint, or something in it is missing or does not fit.
     """
-    folder = find_checkpoint(path)
+    named = find_checkpoint(path, adapters=True)
+    folder, why = find_base(named, base)
     with quiet_transformers():
         config = read_config(folder, trust_remote_code=trust_remote_code)
         check_weights_unchanged(folder)
         model = _load_model(folder, config, dtype)
+        if folder != named:
+            merge_adapter(model, named, folder, why)
         model.to(torch.device(device))  # type: ignore[arg-type]
         lay_out_for_decoding(model)
-        tokenizer = _load_tokenizer(folder, model.config, trust_remote_code)
-    record_file = folder / DATA_RECORD
-    record = read_json(record_file, COPY_AGAIN) if record_file.is_file() else None
+        own = named if (named / TOKENIZER).is_file() else folder
+        tokenizer = _load_tokenizer(own, model.config, trust_remote_code)
+    files = [file for file in (named / DATA_RECORD, folder / DATA_RECORD) if file.is_file()]
+    record = read_json(files[0], COPY_AGAIN) if files else None
     if (record or {}).get("tokenizer_sha256") not in (None, tokenizer_hash(tokenizer)):
         logger.warning(
-            f"{folder / TOKENIZER} is not the tokenizer that the model was trained with: copy it "
+            f"{own / TOKENIZER} is not the tokenizer that the model was trained with: copy it "
             "again, if you did not change it yourself"
         )
-    return Checkpoint(folder, model.eval(), tokenizer, record)
+    found = folder if folder != named else None
+    return Checkpoint(named, model.eval(), tokenizer, record, found)
 
 
 @contextmanager

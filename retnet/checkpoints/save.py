@@ -27,6 +27,7 @@ from retnet.checkpoints.format import (
     CHECKPOINTS,
     COPY_AGAIN,
     DATA_RECORD,
+    LORA,
     OPTIMIZER,
     SET_ASIDE,
     TRAINING_STATE,
@@ -35,6 +36,7 @@ from retnet.checkpoints.format import (
     list_checkpoints,
     read_progress,
 )
+from retnet.checkpoints.lora import check_base, factors, merged, whole
 from retnet.checkpoints.match import TAKE_OVER, check_finite, check_same_model
 from retnet.checkpoints.verify import edited_card, write_manifest
 from retnet.checkpoints.weights import read_file, read_weights
@@ -80,7 +82,7 @@ def save_checkpoint(
         code: Of the model, to be loaded without this package.
         card: The model card; one in the folder that somebody has edited stays instead.
     """
-    weights = states.get_model_state_dict(model, options=WHOLE)
+    weights: Any = states.get_model_state_dict(model, options=WHOLE)
     moments = None
     if optimizer is not None:
         moments = states.get_optimizer_state_dict(model, optimizer, options=WHOLE)
@@ -89,7 +91,9 @@ def save_checkpoint(
     if folder.parent.name == CHECKPOINTS:  # a run folder that was removed stays removed
         folder.parent.mkdir(exist_ok=True)
     with replacing(folder) as new, _failed_writes():
-        bare_model.save_pretrained(new, state_dict=weights)
+        lora = factors(weights)
+        plain = merged(bare_model, weights) if lora else weights
+        bare_model.save_pretrained(new, state_dict=plain)
         if code is not None:
             code.write(new)
         snapshot.tokenizer.save_pretrained(new)
@@ -99,6 +103,8 @@ def save_checkpoint(
             save_file(_flatten_moments(moments), new / OPTIMIZER)
             if carried is not None:
                 save_file(carried, new / CARRIED)
+            if lora:
+                save_file(lora, new / LORA)
         if card is not None:
             write_text(new / CARD, card)
         write_manifest(new)
@@ -136,7 +142,9 @@ def load_checkpoint_state(
 
     A ``UserError`` where the folder is no checkpoint to go on from.
     """
-    for name in (WEIGHTS, OPTIMIZER, TRAINING_STATE):
+    own: Any = states.get_model_state_dict(model)
+    lora = [LORA] if factors(own) else []
+    for name in (WEIGHTS, OPTIMIZER, TRAINING_STATE, *lora):
         if not (folder / name).is_file():
             raise UserError(
                 f"checkpoint ({folder}) has no {name}: go on from one in {CHECKPOINTS}/, or use "
@@ -145,12 +153,15 @@ def load_checkpoint_state(
     what, fix = f"checkpoint ({folder})", TAKE_OVER
     progress = read_progress(folder)
     with _readable(what):
-        weights: dict[str, Any] = dict(read_weights(folder, tied=True))
-    own: Any = states.get_model_state_dict(model)
+        plain: dict[str, Any] = dict(read_weights(folder, tied=True))
+        stored = read_file(folder / LORA) if lora else {}
+    weights: Any = whole(own, plain, stored, folder / LORA) if lora else plain
     check_same_model(own, weights, what, fix)
     check_finite(weights, what)
     options = states.StateDictOptions(full_state_dict=True)
     states.set_model_state_dict(model, weights, options=options)
+    if lora:
+        check_base(getattr(model, "module", model), plain, folder)
     moments: Any = states.get_optimizer_state_dict(model, optimizer, options=options)
     with _readable(what):
         stored = read_file(folder / OPTIMIZER)

@@ -18,7 +18,7 @@ from retnet.evaluation import (
     compare_checkpoints,
     find_out,
     format_comparison,
-    load_contender,
+    load_contenders,
     text_of_file,
     to_json,
     validation_text,
@@ -87,8 +87,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.text_field is not None and arguments.text is None:
         raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
-    loading = loading_arguments(arguments)
-    checkpoints = [load_contender(path, **loading) for path in arguments.checkpoints]
+    checkpoints = load_contenders(arguments.checkpoints, **loading_arguments(arguments))
     text = validation_text(checkpoints) if text is None else text
     if arguments.json:
         check_not_read(arguments.json, text.files)

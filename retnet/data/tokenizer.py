@@ -24,6 +24,9 @@ from retnet.data.network import HubUnreachableError, hub_revision, while_reachab
 from retnet.data.spec import BPE, BYTES
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError
+from retnet.files import read_json
+from retnet.model.mixers import MIXERS
+from retnet.model.models import configuration, model_class
 from retnet.paths import expand, kind_of
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -78,15 +81,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 
 def load_tokenizer(
-    name: str | Path, key: str = "data.tokenizer", *, room: float = math.inf
+    name: str | Path, key: str = "data.tokenizer", rows: int | None = None
 ) -> PreTrainedTokenizerFast:
     """``bytes``, or a pretrained tokenizer by folder (a ``Path`` is always one) or Hub name.
 
-    ``key`` is what messages call it.
+    ``key`` is what messages call it. ``rows`` are those of the embedding of the model that it is
+    for; None: of the model of ours that lies in its folder, if any.
 
     A pretrained tokenizer without ``<bos>``, ``<eos>`` or a padding token of its own gets those it
-    lacks as new entries, up to ``room`` in all. A ``UserError`` where there is none, or it is not a
-    fast one.
+    lacks as new entries; where that model has no row for another one, ``<eos>`` pads (what is
+    padded counts nowhere), and what ``rows`` leave no room for stays lacking. A ``UserError`` where
+    there is none, or it is not a fast one.
     """
     if name == BPE:
         raise UserError(
@@ -99,13 +104,28 @@ def load_tokenizer(
         raise UserError(f"{key} ({name}) has no tokenizer.json: convert it to a fast tokenizer")
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
+    most = _rows_beside(name, key) if rows is None else rows
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
         current = getattr(tokenizer, f"{kind}_token")
         lacking = not current or getattr(tokenizer, f"{kind}_token_id") is None  # "" is none
-        fits = text in tokenizer.get_vocab() or max_token_id(tokenizer) + 1 < room
-        if fits and (lacking or (kind == "pad" and current == tokenizer.eos_token)):
+        lacking = lacking or (kind == "pad" and current == tokenizer.eos_token)
+        fits = text in tokenizer.get_vocab() or max_token_id(tokenizer) + 1 < most
+        if lacking and (fits or (kind != "pad" and rows is None)):
             tokenizer.add_special_tokens({f"{kind}_token": text})
+        elif lacking and kind == "pad":
+            tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _rows_beside(name: str | Path, key: str) -> float:
+    """The vocab_size of the model of ours that lies beside a tokenizer; infinite without one."""
+    file = expand(name, key) / "config.json"
+    if not file.is_file():
+        return math.inf
+    stored = read_json(file, "correct it, or copy the checkpoint again")
+    ours = {configuration(model_class(mixer)).model_type for mixer in MIXERS}
+    rows = stored.get("vocab_size") if stored.get("model_type") in ours else None
+    return rows if isinstance(rows, int) else math.inf
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -2,7 +2,7 @@
 
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, t_interval
 from retnet.evaluation.comparison import Comparison, compare_checkpoints
-from retnet.evaluation.loading import load_contender
+from retnet.evaluation.loading import load_contender, load_contenders
 from retnet.evaluation.output import check_not_read, check_writable, write_json
 from retnet.evaluation.report import (
     check_report_folder,

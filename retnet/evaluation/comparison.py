@@ -47,6 +47,7 @@ class ModelResult:
     speed: list[DecodeSpeed]  # after each context; empty when it was not measured
     begins: str | None = "<bos>"  # token before a document's first; None where there is none
     begins_with_eos: bool = False  # whether that is the one that ends a document too
+    base: Path | None = None  # of an adapter the checkpoint that it was merged into
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _result(
         speed=speed,
         begins=beginning(checkpoint.tokenizer),
         begins_with_eos=checkpoint.tokenizer.bos_token_id == checkpoint.tokenizer.eos_token_id,
+        base=checkpoint.base,
     )
 
 

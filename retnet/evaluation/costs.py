@@ -122,11 +122,8 @@ def _with_peaks(checkpoint: Checkpoint, costs: Sequence[TrainingCost]) -> list[T
     measured = [one.length for one in costs if one.tokens_per_second is not None]
     model = checkpoint.model
     trusted = runs_own_code(model)
-    found = (
-        training_peaks(checkpoint.path, measured, model.device, model.dtype, trusted)
-        if measured
-        else []
-    )
+    place = checkpoint.base or checkpoint.path  # merged, a model takes what its base takes
+    found = training_peaks(place, measured, model.device, model.dtype, trusted) if measured else []
     peaks = dict(zip(measured, found, strict=True)) if found else {}
     return [
         TrainingCost(

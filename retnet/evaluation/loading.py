@@ -7,7 +7,7 @@ code of a model's own is run unless that is asked for, and weights are safetenso
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from retnet.checkpoints import Checkpoint, check_weights_unchanged, find_checkpoint, load_checkpoint
+from retnet.checkpoints.adapter import find_base, merge_adapter
 from retnet.checkpoints.configuration import CORRECT, check_values
-from retnet.checkpoints.format import ADAPTER, CONFIG, COPY_AGAIN, TOKENIZER
+from retnet.checkpoints.format import ADAPTER, CONFIG, COPY_AGAIN, TOKENIZER, is_adapter
 from retnet.checkpoints.load import quiet_transformers
 from retnet.checkpoints.weights import stored_shapes, weight_files
 from retnet.cli import shortened
@@ -48,12 +49,29 @@ CACHED = "models--"  # how the Hub's client names a model's folder: models--open
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt")
 
 
+def load_contenders(
+    names: Sequence[str], *, base: str | Path | None = None, **options: Any
+) -> list[Checkpoint]:
+    """``load_contender`` of each, with the options of ``load_checkpoint``.
+
+    ``base`` is for all that are adapters; a ``UserError`` where none is.
+    """
+    adapters = [is_adapter(expand(name, "checkpoint")) for name in names]
+    if base is not None and not any(adapters):
+        raise UserError(
+            f"--base ({base}) has no effect, none of {', '.join(names)} is an adapter: leave it out"
+        )
+    each = zip(names, adapters, strict=True)
+    return [load_contender(name, base=base if own else None, **options) for name, own in each]
+
+
 def load_contender(
     name: str | Path,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> Checkpoint:
     """A checkpoint or run of ours, or a causal language model by its folder or name on the Hub.
 
@@ -64,32 +82,39 @@ def load_contender(
         UserError: There is none, something of it is missing or does not fit, it would run code that
             was not asked for, or it is no causal language model.
     """
-    folder = find_contender(name, trust_remote_code=trust_remote_code)
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    named = find_contender(name, trust_remote_code=trust_remote_code)
+    folder, why = find_base(named, base)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base}
+    options["trust_remote_code"] = trust_remote_code
     stored = read_json(folder / CONFIG, COPY_AGAIN)
     if stored.get("model_type") in {configuration(model_class(x)).model_type for x in MIXERS}:
-        return load_checkpoint(folder, **options)  # type: ignore[arg-type]
+        return load_checkpoint(named, **options)
     with quiet_transformers():
         inner = _load_model(folder, stored, dtype, trust_remote_code)
         if hasattr(inner, "new_cache"):  # the code of one of ours, changed and under another name
             del inner
-            return load_checkpoint(folder, **options)  # type: ignore[arg-type]
-        tokenizer = _load_tokenizer(folder, inner.config, trust_remote_code)
+            return load_checkpoint(named, **options)
+        if folder != named:
+            merge_adapter(inner, named, folder, why)
+        own = named if _has_tokenizer(named) else folder
+        tokenizer = _load_tokenizer(own, inner.config, trust_remote_code)
     try:
         model: Any = ForeignModel(inner.to(torch.device(device)).eval())
     except UserError as error:
         raise UserError(f"checkpoint ({folder}): {error}: name another model") from error
-    return Checkpoint(folder, model.eval(), tokenizer, None)  # type: ignore[arg-type]
+    found = folder if folder != named else None
+    return Checkpoint(named, model.eval(), tokenizer, None, found)  # type: ignore[arg-type]
 
 
 def find_contender(name: str | Path, *, trust_remote_code: bool = False) -> Path:
     """The folder of a checkpoint: on this machine, in the Hub's local cache, or fetched from there.
 
-    A name is one of the Hub's only where nothing is at that path, nor at the folder above it. A
-    ``UserError`` where there is none, or the Hub does not answer within seconds.
+    It may be that of an adapter alone. A name is one of the Hub's only where nothing is at that
+    path, nor at the folder above it. A ``UserError`` where there is none, or the Hub does not
+    answer within seconds.
     """
     try:
-        return find_checkpoint(name)
+        return find_checkpoint(name, adapters=True)
     except UserError as error:
         if isinstance(name, Path) or not REPOSITORY.fullmatch(name):
             raise
@@ -235,8 +260,12 @@ def _one_line(file: Path, fix: str) -> Iterator[None]:
         raise UserError(f"{file}: {shown}: {fix}") from error
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise UserError(
             f"checkpoint ({folder}) has no tokenizer, which a text is read with: copy its files "
             "there (tokenizer.json, tokenizer_config.json)"

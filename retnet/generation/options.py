@@ -12,8 +12,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --dtype and --trust-remote-code."""
+    """Add --base, --device, --dtype and --trust-remote-code."""
     add = parser.add_argument
+    base = "the model that an adapter of PEFT is for: a folder (the one that the adapter names)"
+    add("--base", metavar="CHECKPOINT", help=base)
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
     add("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: as saved (auto)")
     code = "run model code that lies in the checkpoint's folder; only if you have read it"
@@ -26,6 +28,7 @@ def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": _device(arguments.device),
         "dtype": None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
         "trust_remote_code": arguments.trust_remote_code,
+        "base": arguments.base,
     }
 
 

@@ -12,6 +12,7 @@ from retnet.checkpoints.format import CONFIG, COPY_AGAIN, TOKENIZER, list_checkp
 from retnet.checkpoints.match import check_finite, check_same_meaning, check_same_model
 from retnet.checkpoints.weights import read_weights, stored_shapes
 from retnet.data import load_tokenizer
+from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.generation import check_state_fits
@@ -96,16 +97,26 @@ def check_fits(config: Config, folder: Path, what: str, fix: str) -> None:
     check_same_meaning(model, folder, what, fix)
 
 
+def vocabulary(config: Config, tokenizer: PreTrainedTokenizerFast, resumed: Path | None) -> int:
+    """Rows of the embedding: the tokenizer's entries, or as many as initial weights have.
+
+    Published models have some that no token uses.
+    """
+    own = max_token_id(tokenizer) + 1
+    if not config.model.init_from:
+        return own
+    folder = resumed or find_checkpoint(config.model.init_from)
+    stored = read_json(folder / CONFIG, COPY_AGAIN).get("vocab_size")
+    return max(own, stored) if isinstance(stored, int) else own
+
+
 def initial_weights(init_from: str) -> tuple[Path, str, str]:
     """The folder of ``model.init_from``; how messages name it, and what mends one of another model.
 
     A ``UserError`` where there is none.
     """
     folder = find_checkpoint(init_from)
-    fix = (
-        "take over the model section of its config.yaml, and its tokenizer "
-        f"(data.tokenizer={folder})"
-    )
+    fix = f"its tokenizer is data.tokenizer={folder}, and keys of its model are left out"
     return folder, f"model.init_from ({init_from})", fix
 
 

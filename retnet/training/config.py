@@ -15,6 +15,7 @@ from retnet.data.aliases import MOST_TEXT
 from retnet.data.spec import BPE
 from retnet.errors import UserError, memory_errors
 from retnet.paths import expand, kind_of
+from retnet.training.initial import changes, taken_over
 from retnet.training.limits import problems
 from retnet.training.optimizer import settled_optimizer
 from retnet.training.recipes import find_recipe, recipe_names
@@ -24,6 +25,7 @@ from retnet.training.values import fit, read_argument, read_yaml, shown, write_y
 logger = logging.getLogger(__name__)
 
 Values = dict[str, Any]  # by section.key
+RECORDED = "config.yaml"  # of a run
 
 
 def load_config(
@@ -49,6 +51,7 @@ def load_config(
         plain = [key for key, value in in_file.items() if "${" in str(value)]
         if plain:
             logger.info(f"{', '.join(plain)} in {path}: ${{...}} is text, nothing is replaced")
+        in_file = _with_initial(in_file, given, file)
     config = _fill({**in_file, **given})
     model, data, train = settled(config.model, given), config.data, config.train
     if "data.tokenizer" in given and "data.vocab_size" not in given and data.tokenizer != BPE:
@@ -58,8 +61,7 @@ def load_config(
         train = _with_shorter_warmup(train)
     train = settled_optimizer(train, in_file, given)
     if train.out_dir is None:
-        name = "default" if file is None else file.stem
-        train = replace(train, out_dir=f"runs/{name}-{model.mixer}")
+        train = replace(train, out_dir=_default_folder(file, model.mixer))
     _ = train.run_folder  # which out_dir must be able to name
     data.validate()
     if data.validation is not None and "data.validation_fraction" in given:
@@ -103,6 +105,42 @@ def _fill(values: Values) -> Config:
     schema = config_schema()
     default = schema()
     return schema(**{k: replace(getattr(default, k), **v) for k, v in sections.items()})
+
+
+def _with_initial(in_file: Values, given: Values, file: Path | None) -> Values:
+    """A recipe's values with those that belong to the weights of ``model.init_from``, if any.
+
+    Where these are gone, a run that goes on keeps what it took over when it began.
+    """
+    source = given.get("model.init_from", in_file.get("model.init_from"))
+    if not source:
+        return in_file
+    try:
+        taken = {key: fit(_option(key).type, own, key) for key, own in taken_over(source)}
+    except UserError:
+        mixer = {**in_file, **given}.get("model.mixer", config_schema()().model.mixer)
+        out_dir = {**in_file, **given}.get("train.out_dir") or _default_folder(file, mixer)
+        recorded = expand(str(out_dir), "train.out_dir") / RECORDED
+        if not recorded.is_file():
+            raise
+        began = flatten(load_config(recorded, recorded=True))
+        taken = {key: began[key] for key in began if key.startswith("model.")}
+        taken["data.tokenizer"] = began["data.tokenizer"]
+    for key, own in taken.items():
+        if key.startswith("model.") and given.get(key) not in (None, own):
+            raise UserError(
+                f"{key} ({shown(given[key])}) is {shown(own)} in the model of model.init_from "
+                f"({source}), whose weights mean that: leave it out"
+            )
+    taken = {key: own for key, own in taken.items() if key not in given}
+    lost = {"data.vocab_size"} if "data.tokenizer" in taken else set()  # of the recipe's tokenizer
+    if changed := changes(in_file, taken):
+        logger.info(f"model.init_from ({source}) decides: {changed}")
+    return {key: value for key, value in {**in_file, **taken}.items() if key not in lost}
+
+
+def _default_folder(file: Path | None, mixer: str) -> str:
+    return f"runs/{'default' if file is None else file.stem}-{mixer}"
 
 
 def _with_shorter_warmup(train: TrainSpec) -> TrainSpec:

@@ -41,6 +41,8 @@ def problems(config: Config) -> Iterator[str]:
         if tracker not in TRACKERS:
             names = ", ".join(TRACKERS)
             yield f"train.trackers ({tracker}) must be any of {names}, as in train.trackers=[wandb]"
+    if train.lora_rank > 0 and not model.init_from:
+        yield f"train.lora_rank ({train.lora_rank}) needs weights to adapt: set model.init_from"
     carry = "train.carry_state (true)"
     if train.carry_state and MIXERS[model.mixer].grows(model):
         fixes = [f"model.mixer={' or '.join(found)}"] if (found := _carrying(model)) else []
@@ -78,7 +80,7 @@ def _rules(train: TrainSpec) -> Iterator[tuple[str, bool, str]]:
     """Keys, whether their values are in range (nan never is), and what they must be."""
     for key in COUNTS:
         yield key, getattr(train, key) >= 1, "must be at least 1"
-    for key in ("warmup_steps", "sample_tokens", "seed", "weight_decay"):
+    for key in ("warmup_steps", "sample_tokens", "seed", "weight_decay", "lora_rank"):
         yield key, getattr(train, key) >= 0, "must be at least 0"
     yield "seed", train.seed < MAX_SEED, f"must be below 2^32 ({MAX_SEED})"
     most = train.eval_max_tokens  # a document's first token is no target
@@ -111,7 +113,7 @@ def check_run_fits(config: Config) -> None:
     memory = memory_of(torch.device("cpu"))  # where every model is built
     # matrices of the blocks, not counting what depends on the mixer
     parameters = layers * (12 * width**2 if inner is None else 2 * width * (width + inner))
-    weights = (BYTES_IN_TRAINING if on_cpu else 4) * parameters
+    weights = (BYTES_IN_TRAINING if on_cpu and not config.train.lora_rank else 4) * parameters
     if memory is not None and weights > memory:
         named = "intermediate_size", "hidden_size", "num_hidden_layers"
         values = [f"model.{key} ({value})" for key in named if (value := getattr(model, key))]

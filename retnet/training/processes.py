@@ -103,11 +103,12 @@ def _check_environment(spec: TrainSpec) -> None:
             f"{USE_CPU} ({os.environ[USE_CPU]}) contradicts train.device (cuda): leave one of them "
             "out"
         )
-    if _is_on("ACCELERATE_USE_FSDP") and spec.optimizer == "muon":
-        raise UserError(
-            "train.optimizer (muon) needs whole matrices, and ACCELERATE_USE_FSDP (true) divides "
-            "them: use torchrun alone, or train.optimizer=adamw"
-        )
+    for key, off in (("optimizer", "adamw"), ("lora_rank", 0)):
+        if _is_on("ACCELERATE_USE_FSDP") and getattr(spec, key) != off:
+            raise UserError(
+                f"train.{key} ({getattr(spec, key)}) needs whole matrices, and ACCELERATE_USE_FSDP "
+                f"(true) divides them: use torchrun alone, or train.{key}={off}"
+            )
     if _is_on("ACCELERATE_USE_FSDP") and (spec.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("ACCELERATE_USE_FSDP (true) needs a GPU: unset it, or use torchrun alone")
     for name, instead in REFUSED.items():

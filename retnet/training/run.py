@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
@@ -11,9 +12,9 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, list_checkpoints, step_folder
+from retnet.checkpoints.lora import add_lora
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
-from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError
 from retnet.machine import keep_freed_memory, set_up_compiler
 from retnet.training.build import (
@@ -23,6 +24,7 @@ from retnet.training.build import (
     initial_weights,
     load_initial_weights,
     model_config,
+    vocabulary,
 )
 from retnet.training.carry import CarriedState
 from retnet.training.health import DivergedError
@@ -119,16 +121,16 @@ def _decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     """The trainer as it stands at the start, after saying what it is."""
     _decided_by_main(accelerator, lambda: _check_weights(config, start))
+    spec = config.data
+    if config.model.init_from and start.checkpoint and not Path(spec.tokenizer).exists():
+        spec = replace(spec, tokenizer=str(start.checkpoint))  # what it began with may be gone
     made: list[PreparedData] = []  # by the main process; the others find it made
-    _decided_by_main(accelerator, lambda: made.append(prepare_data(config.data)))
-    data = made[0] if made else prepare_data(config.data)
-    trainer = _build_trainer(config, accelerator, data)
+    _decided_by_main(accelerator, lambda: made.append(prepare_data(spec)))
+    data = made[0] if made else prepare_data(spec)
+    trainer = _build_trainer(config, accelerator, data, start)
     check_sample(trainer.bare_model, data.tokenizer, config.train)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
-    elif config.model.init_from:
-        folder = load_initial_weights(trainer.bare_model, config.model.init_from, data.tokenizer)
-        logger.info(f"weights from {folder}")
     for line in describe_run(trainer):
         logger.info(line)
     return trainer
@@ -173,7 +175,9 @@ def _run(trainer: Trainer) -> int:
     return stop.exit_code
 
 
-def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData) -> Trainer:
+def _build_trainer(
+    config: Config, accelerator: Accelerator, data: PreparedData, start: Start
+) -> Trainer:
     """Model, optimizer and batches of a run, nothing loaded yet."""
     spec, tokenizer = config.train, data.tokenizer
     kind: Any = CarriedBatches
@@ -190,10 +194,15 @@ def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData)
         accumulation=spec.gradient_accumulation_steps,
     )
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    network = model_config(config, max_token_id(tokenizer) + 1, **ids)
+    network = model_config(config, vocabulary(config, tokenizer, start.checkpoint), **ids)
     check_model_fits(network)
     set_seed(spec.seed)
     bare_model = build_model(network)
+    if config.model.init_from and (start.checkpoint is None or spec.lora_rank):
+        folder = load_initial_weights(bare_model, config.model.init_from, tokenizer)
+        logger.info(f"weights from {folder}")
+    if spec.lora_rank:
+        add_lora(bare_model, spec.lora_rank)
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:

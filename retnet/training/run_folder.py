@@ -24,13 +24,13 @@ from retnet.checkpoints.save import remove_unfinished
 from retnet.errors import UserError, os_errors
 from retnet.files import missing_folders, remove, write_text
 from retnet.paths import check_folder, kind_of
+from retnet.training.config import RECORDED as CONFIG
 from retnet.training.config import to_yaml
 from retnet.training.health import DIVERGED
 from retnet.training.spec import Config
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 LOCK = ".lock"
 KINDS = {CONFIG: "file", LOCK: "file", METRICS: "file", DIVERGED: "file",
          CHECKPOINTS: "folder", BEST: "folder", FINAL: "folder",

@@ -117,6 +117,10 @@ class TrainSpec:
     adamw_learning_rate: float | None = _option(
         None, f"of what muon leaves to adamw; null: {ADAMW_SHARE} of learning_rate"
     )
+    lora_rank: int = _option(
+        0,
+        "above 0: train factors of so many columns for each linear layer of model.init_from (LoRA)",
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = _option(
         "cosine", "course of the learning rate after the warm-up; wsd: level, then a linear fall"
     )

@@ -79,6 +79,10 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         gradient_checkpointing=spec.gradient_checkpointing,
         one_moment=sum(p.numel() for p in parameters_of_muon(trainer.optimizer)),
     )
+    if spec.lora_rank:
+        trained = sum(p.numel() for p in trainer.bare_model.parameters() if p.requires_grad)
+        memory |= {"gradients": 4 * trained, "optimizer": 8 * trained}
+        yield f"lora        rank {spec.lora_rank}: {trained:,} of these parameters are trained"
     detail = ", ".join(f"{name} {_size(n)}" for name, n in memory.items())
     yield f"memory      about {_size(sum(memory.values()))} in each process ({detail})"
     train, validation = trainer.data.train, trainer.data.validation

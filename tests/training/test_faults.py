@@ -251,13 +251,14 @@ def test_no_code_of_a_checkpoint_is_run(options, finished: Path, tmp_path: Path,
     quick = ["--max-new-tokens", "1"]
     assert cli.run(generate.main, [str(folder), *quick]) == 0
     assert cli.run(compare.main, [str(folder), str(folder), "--no-speed"]) == 0
+    # the weights themselves are no code
+    other = {"model.init_from": folder, "data.tokenizer": folder, "train.out_dir": tmp_path / "b"}
+    assert run([*options, *as_options(other)]) == 0
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"model_type": "evil"}))
     assert cli.run(generate.main, [str(folder)]) == 2
     assert cli.run(compare.main, [str(folder), str(folder)]) == 2
-    # the weights themselves are no code
-    other = {"model.init_from": folder, "data.tokenizer": folder, "train.out_dir": tmp_path / "b"}
-    assert run([*options, *as_options(other)]) == 0
+    assert run([*options, *as_options(other | {"train.out_dir": tmp_path / "c"})]) == 2
     assert "[y/N]" not in capsys.readouterr().out
     assert not mark.exists()
 

@@ -155,8 +155,10 @@ def test_keys_without_meaning() -> None:
         load_config(None, ["train.decay_fraction=0.5"])
 
 
-def test_divided_matrices_are_refused(options, capsys, monkeypatch) -> None:
+def test_divided_matrices_are_refused(options, whole, capsys, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run(options, train__lora_rank=2, model__init_from=whole) == 2
+    assert "error: train.lora_rank (2) needs whole matrices" in capsys.readouterr().err
     assert run(options, train__optimizer="muon") == 2
     assert "error: train.optimizer (muon) needs whole matrices" in capsys.readouterr().err
 

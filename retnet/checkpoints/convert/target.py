@@ -95,9 +95,9 @@ def find_tokenizer(
     if name is None and not (source / TOKENIZER).is_file():
         return None
     if name is None:
-        tokenizer = load_tokenizer(source, "tokenizer", room=vocab_size)
+        tokenizer = load_tokenizer(source, "tokenizer", vocab_size)
     else:
-        tokenizer = load_tokenizer(name, "--tokenizer", room=vocab_size)
+        tokenizer = load_tokenizer(name, "--tokenizer", vocab_size)
     if (largest := max_token_id(tokenizer)) >= vocab_size:
         raise UserError(
             f"--tokenizer ({name or source}) has ids up to {largest}, beyond the model's "

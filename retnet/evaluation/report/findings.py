@@ -95,7 +95,8 @@ def find_out(
 
     Costs are measured as far as ``reach`` says where the comparison has some.
     """
-    histories = [history(one.path) for one in checkpoints]  # first: it may fail, and takes no time
+    # first: it may fail, and takes no time; what lies around an adapter is no run of its own
+    histories = [None if one.base else history(one.path) for one in checkpoints]
     names = [model.name for model in comparison.models]
     documents, context = comparison.text.documents, comparison.context
     configs = [one.model.config for one in checkpoints]

@@ -9,6 +9,7 @@ from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
 from retnet.evaluation.metrics import word_perplexity
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
+from retnet.terminal import in_one_line
 
 WIDTH = 100
 NAME_WIDTH = 22
@@ -57,6 +58,10 @@ def _heading(comparison: Comparison) -> list[str]:
         pairs = zip(labels(comparison), comparison.models, strict=True)
         each = ", ".join(f"{label} in {model.trained_in}" for label, model in pairs)
         lines.append(f"note     trained in different precisions: {each}")
+    for label, model in zip(labels(comparison), comparison.models, strict=True):
+        if model.base is not None:
+            said = in_one_line(f"note     {label} is an adapter, merged into {model.base}")
+            lines += textwrap.wrap(said, WIDTH, subsequent_indent=" " * 9)
     return lines
 
 
@@ -175,6 +180,7 @@ def _model_json(model: ModelResult, words: int) -> dict[str, Any]:
     return {
         "name": model.name,
         "path": str(model.path),
+        "base": None if model.base is None else str(model.base),
         "mixer": model.mixer,
         "dtype": model.dtype,
         "parameters": model.parameters,
