@@ -189,7 +189,8 @@ def test_a_converted_model_is_trained_on_and_exported(corpus: Path, tmp_path: Pa
         "head_norm_affine": True, "rotary_layout": "half", "rotary_frequencies": "standard",
         "tie_word_embeddings": True, "init_from": tmp_path / "ours",
     }  # fmt: skip
-    options = [f"model.{key}={str(value).lower()}" for key, value in keys.items()]
+    options = ["configs/tiny.yaml"]
+    options += [f"model.{key}={str(value).lower()}" for key, value in keys.items()]
     options += [f"train.{key}={value}" for key, value in TRAINING.items()]
     options += [f"data.source={corpus}", "data.tokenizer=bytes", "data.seq_len=32"]
     options += [f"train.out_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
