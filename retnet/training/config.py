@@ -15,7 +15,7 @@ from retnet.data.aliases import MOST_TEXT
 from retnet.data.spec import BPE
 from retnet.errors import UserError, memory_errors
 from retnet.paths import expand, kind_of
-from retnet.training.initial import changes, taken_over
+from retnet.training.initial import OF_TRAINING, changes, taken_over
 from retnet.training.limits import problems
 from retnet.training.optimizer import settled_optimizer
 from retnet.training.recipes import find_recipe, recipe_names
@@ -110,22 +110,18 @@ def _fill(values: Values) -> Config:
 def _with_initial(in_file: Values, given: Values, file: Path | None) -> Values:
     """A recipe's values with those that belong to the weights of ``model.init_from``, if any.
 
-    Where these are gone, a run that goes on keeps what it took over when it began.
+    A run that goes on keeps what it took over when it began, also where they are gone.
     """
     source = given.get("model.init_from", in_file.get("model.init_from"))
     if not source:
         return in_file
-    try:
+    values = {**in_file, **given}
+    mixer = values.get("model.mixer", config_schema()().model.mixer)
+    out_dir = values.get("train.out_dir") or _default_folder(file, mixer)
+    taken = _begun_with(source, expand(str(out_dir), "train.out_dir") / RECORDED)
+    if taken is None:
         taken = {key: fit(_option(key).type, own, key) for key, own in taken_over(source)}
-    except UserError:
-        mixer = {**in_file, **given}.get("model.mixer", config_schema()().model.mixer)
-        out_dir = {**in_file, **given}.get("train.out_dir") or _default_folder(file, mixer)
-        recorded = expand(str(out_dir), "train.out_dir") / RECORDED
-        if not recorded.is_file():
-            raise
-        began = flatten(load_config(recorded, recorded=True))
-        taken = {key: began[key] for key in began if key.startswith("model.")}
-        taken["data.tokenizer"] = began["data.tokenizer"]
+    size = taken.pop("data.vocab_size", DataSpec.vocab_size)  # the recipe's is for its own
     for key, own in taken.items():
         if key.startswith("model.") and given.get(key) not in (None, own):
             raise UserError(
@@ -133,10 +129,22 @@ def _with_initial(in_file: Values, given: Values, file: Path | None) -> Values:
                 f"({source}), whose weights mean that: leave it out"
             )
     taken = {key: own for key, own in taken.items() if key not in given}
-    lost = {"data.vocab_size"} if "data.tokenizer" in taken else set()  # of the recipe's tokenizer
     if changed := changes(in_file, taken):
         logger.info(f"model.init_from ({source}) decides: {changed}")
-    return {key: value for key, value in {**in_file, **taken}.items() if key not in lost}
+    return {**in_file, **taken, **({"data.vocab_size": size} if "data.tokenizer" in taken else {})}
+
+
+def _begun_with(source: str, file: Path) -> Values | None:
+    """What a run that is there took over from the same ``source``; None where there is no such."""
+    try:
+        began = flatten(load_config(file, recorded=True)) if file.is_file() else {}
+    except UserError:  # which is told when the two are compared
+        return None
+    if began.get("model.init_from") != source:
+        return None
+    kept = {key: own for key, own in began.items() if key.startswith("model.")}
+    kept = {key: own for key, own in kept.items() if key.partition(".")[2] not in OF_TRAINING}
+    return kept | {key: began[key] for key in ("data.tokenizer", "data.vocab_size")}
 
 
 def _default_folder(file: Path | None, mixer: str) -> str:

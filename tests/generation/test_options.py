@@ -21,7 +21,9 @@ def test_loading_options() -> None:
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),
         "trust_remote_code": True,
+        "base": None,
     }
+    assert options("--base", "runs/a")["base"] == "runs/a"
     automatic = options()
     assert automatic["dtype"] is None
     assert automatic["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")

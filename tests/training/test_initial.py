@@ -74,6 +74,13 @@ def test_it_goes_on_without_what_it_began_from(plain, whole: Path, tmp_path, cap
     shutil.rmtree(source)
     assert run(options) == 0
     assert "is finished" in capsys.readouterr().err
+    file = tmp_path / "run/config.yaml"  # as it was when the recipe had the last word
+    recorded = yaml.safe_load(file.read_text())
+    recorded["model"]["intermediate_size"] = recorded["model"]["value_size"] = None
+    recorded["data"] |= {"tokenizer": "bytes", "vocab_size": 4096}
+    file.write_text(yaml.safe_dump(recorded))
+    assert run(options) == 0
+    assert "is finished" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "cache")  # the text is made again, with the run's own tokenizer
     assert run(options, train__max_steps=4) == 0
     assert "finished 4 steps" in capsys.readouterr().err
