@@ -31,7 +31,7 @@ test-newest:
 	grep -hvE '^(#|-r|torch[^a-z]|$$)' requirements.txt requirements-dev.txt | sed 's/[<>=].*//' > $(NEWEST)/newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		-r $(NEWEST)/newest.txt '$(TORCH)'
-	$(NEWEST)/bin/python -m pip list | grep -E "^($$(paste -sd'|' $(NEWEST)/newest.txt)|torch) "
+	$(NEWEST)/bin/python -m pip list | grep -iE "^($$(paste -sd'|' $(NEWEST)/newest.txt)|torch) "
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 -m "not slow and not gpu and not browser" $(TESTS) \
 		--deselect tests/test_versions.py::test_what_is_installed_is_no_reason_to_warn
 

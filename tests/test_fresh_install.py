@@ -70,7 +70,9 @@ def test_the_package_is_whole(run: Run) -> None:
 def test_train_generate_compare(run: Run, trained: str, folder: Path) -> None:
     text = run("retnet-generate", trained, "--prompt", "def ", "--max-new-tokens", "8").stdout
     assert text.startswith("def ") and len(text) > 5
-    table = run("retnet-compare", trained, f"{trained}/best", "--no-speed", "--json", "a.json")
+    (folder / "some.txt").write_text("def state(head):\n    return head + 1\n" * 50)
+    options = ("--text", "some.txt", "--no-speed", "--json", "a.json")
+    table = run("retnet-compare", trained, f"{trained}/best", *options)
     assert "perplexity" in table.stdout
     assert len(json.loads((folder / "a.json").read_text())["models"]) == 2
 

@@ -238,11 +238,7 @@ def test_an_allocation_that_fails_is_one_line(capsys, error: Exception) -> None:
 )
 def test_as_a_process(places: dict[str, Path], entry: str, arguments: str) -> None:
     """What the interpreter does at its end counts too. train.py's is in tests/training."""
-    command = [
-        sys.executable,
-        MAINS[entry].__code__.co_filename,
-        *arguments.format(**places).split(),
-    ]
+    command = [sys.executable, f"{entry}.py", *arguments.format(**places).split()]
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(command, stdout=full, stderr=-1, text=True, check=False)
     assert result.returncode == 2

@@ -67,7 +67,7 @@ def test_everything_runs_and_is_written_down(
     about = written["environment"]
     assert about["threads"] == 1
     assert about["dtype"] == "float32"
-    assert about["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(about["versions"]["torch"])  # with +cu130 or the like
     assert len(about["load_average"]) == 2
     for name in (TORCHSCALE, YET_ANOTHER, "compiled steps"):
         assert name in written["absent"]
