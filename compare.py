@@ -97,6 +97,11 @@ def main(argv: Sequence[str]) -> None:
     loading = loading_arguments(arguments)
     checkpoints = [load_contender(path, **loading) for path in arguments.checkpoints]
     text = validation_text(checkpoints) if text is None else text
+    if arguments.report and text.are_conversations:
+        raise UserError(
+            f"--report ({arguments.report}) is made of texts, and {text.description} is "
+            "conversations: leave it out, or name a text with --text"
+        )
     if arguments.json:
         check_not_read(arguments.json, text.files)
     comparison = compare_checkpoints(

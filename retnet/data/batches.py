@@ -150,8 +150,8 @@ class TrainingBatches(StepBatches):
         """The rows of this process in one micro-step.
 
         Returns ``input_ids`` and ``shift_labels``, int64 [B, T]: the label of a position is the
-        token after it, -100 where that belongs to another document or is no target; and ``segment_ids``, int64
-        [B, T], where boundaries matter and some row holds one.
+        token after it, -100 where that belongs to another document or is no target; and
+        ``segment_ids``, int64 [B, T], where boundaries matter and some row holds one.
         """
         return self._windows.batch(self._own(step, micro_step))
 

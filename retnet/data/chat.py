@@ -48,9 +48,11 @@ CHATML = """\
 """
 PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # of private use: no template has them
 TRIED = [
-    {"role": role, "content": text}
-    for role, text in (("user", "Hello"), (ASSISTANT, "Hi there"), ("user", "Bye"), (ASSISTANT, "So long"))
-]  # fmt: skip
+    {"role": "user", "content": "Hello"},
+    {"role": ASSISTANT, "content": "Hi there"},
+    {"role": "user", "content": "Bye"},
+    {"role": ASSISTANT, "content": "So long"},
+]
 
 Messages = Sequence[dict[str, str]]
 Parts = list[str | int]  # of a rendered conversation: text of the template, numbers of messages
@@ -98,7 +100,8 @@ class ChatFormat:
 
     def check(self) -> None:
         """Raise a ``UserError`` where ids are not the template's own, or answers have no end."""
-        ((ids, _, bounds),) = self._encoded([TRIED])
+        _ = self.end
+        ((ids, *_),) = self._encoded([TRIED])
         with naming(self.tokenizer):
             rendered = self.tokenizer.apply_chat_template(TRIED, return_dict=False)
         if ids.tolist() != rendered:
@@ -106,7 +109,6 @@ class ChatFormat:
                 f"{self._template} makes tokens that can't be told apart from text: use one that "
                 "writes its control tokens without changing the text around them"
             )
-        assert len(bounds) == 4 and self.end is not None
 
     @cached_property
     def end(self) -> int:
@@ -127,9 +129,7 @@ class ChatFormat:
         With ``prompt`` it ends where the next answer begins. A ``UserError`` where the template
         fails, or changes what messages say.
         """
-        held = [
-            {**own, "content": f"\ue000{number}\ue001"} for number, own in enumerate(messages)
-        ]
+        held = [{**own, "content": f"\ue000{number}\ue001"} for number, own in enumerate(messages)]
         pieces = PLACEHOLDER.split(self._render(held, prompt))
         parts: Parts = [int(one) if i % 2 else one for i, one in enumerate(pieces)]
         rendered = self._render(messages, prompt)

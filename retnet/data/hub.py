@@ -28,8 +28,8 @@ from retnet.data.network import (
 )
 from retnet.data.readers import (
     READERS,
-    hash_files,
     document_of,
+    hash_files,
     missing_field,
     read_documents,
     suffix_of,

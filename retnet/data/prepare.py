@@ -317,9 +317,7 @@ def _write_side(
             f"({spec.source}) leaves the {side} side empty: use another fraction or more text"
         )
     title = f"tokenising {side}"
-    facts = write_tokens(
-        folder / side, texts, tokenizer, limit, title, answers=spec.is_messages
-    )
+    facts = write_tokens(folder / side, texts, tokenizer, limit, title, answers=spec.is_messages)
     if facts["documents"] == 0:
         raise UserError(empty)
     return {f"{side}_sha256": facts.pop("sha256"), side: facts}

@@ -218,7 +218,9 @@ def _read_parquet(path: Path, text_field: str, messages: bool = False) -> Iterat
             names = table.schema_arrow.names
             _check_field(text_field, names, path, messages)
             if not messages:
-                _check_text(table.schema_arrow.field(names.index(text_field)).type, text_field, path)
+                _check_text(
+                    table.schema_arrow.field(names.index(text_field)).type, text_field, path
+                )
             batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
             values = (value for batch in batches for value in batch.column(0))
             for number, value in enumerate(values, start=1):

@@ -227,14 +227,15 @@ def open_location(
         raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
     elif GLOB_SIGNS.search(location):
         base, parts = split_glob(location, key)
-        place, files = glob_location(base, parts), _files_of_glob(base, parts, location, key, messages)
+        place, files = (
+            glob_location(base, parts),
+            _files_of_glob(base, parts, location, key, messages),
+        )
     elif is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
     else:
         revision = hub_revision(location, "dataset", f"{key} ({location})")
-        return HubSource(
-            location, key, text_field, hub_config, split, revision, messages=messages
-        )
+        return HubSource(location, key, text_field, hub_config, split, revision, messages=messages)
     if text_field != "text" and all(suffix_of(file) in PLAIN_TEXT for file in files):
         option = "--text-field" if key.startswith("--") else "data.text_field"
         logger.warning("%s (%s) has no effect: %s holds plain text", option, text_field, place)

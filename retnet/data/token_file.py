@@ -1,7 +1,7 @@
 """Tokens on disk: one memory-mapped array, the documents' starts and sizes, and a manifest.
 
 Of conversations only the answers count as targets. Where they begin and end lies beside the tokens
-as one sorted row of indices: a token counts where an odd number of them is not greater than its own.
+as one rising row of indices: a token counts where an odd number of them does not exceed its own.
 
 The manifest is written last and holds sizes and checksums, so a folder that lacks it or disagrees
 with it is known to be damaged.
@@ -260,7 +260,9 @@ class TokenFileWriter:
             "format": FORMAT,
             "dtype": self._dtype.name,
             **self.counts(),
-            "checksums": {name: _checksum(self._folder / name) for name in (TOKENS, *self._beside())},
+            "checksums": {
+                name: _checksum(self._folder / name) for name in (TOKENS, *self._beside())
+            },
             **facts,
         }
         write_json(self._folder / MANIFEST, manifest)

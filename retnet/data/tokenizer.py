@@ -2,8 +2,9 @@
 
 All are ``PreTrainedTokenizerFast``. Text that spells a special token ("<eos>") is encoded as the
 ordinary characters it is: by the code here always, by the tokenizer itself unless it has a chat
-template, which writes such tokens into the text that it encodes (see ``chat``). ``tokenizer(text)`` puts ``<bos>`` before a text, which makes it a
-prompt; documents are encoded by ``encode_documents``, which adds both ends itself.
+template, which writes such tokens into the text that it encodes (see ``chat``).
+``tokenizer(text)`` puts ``<bos>`` before a text, which makes it a prompt; documents are encoded by
+``encode_documents``, which adds both ends itself.
 """
 
 import hashlib

@@ -114,7 +114,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
+def last_tokens(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> set[int]:
     """Tokens without text that end a sample: <eos>, and those whose name has a stop string in it.
 
     A ``UserError`` where a stop string is empty, or none of them can occur.
@@ -172,7 +172,7 @@ def stream_text(
     ``UserError`` comes at once, before anything is made: a stop string cannot occur, there is no
     compiler, or so many tokens cannot fit. A ``NotFiniteError`` comes after the text made so far.
     """
-    last_tokens = _last_tokens(tokenizer, stop)
+    last = last_tokens(tokenizer, stop)
     if compile:
         set_up_compiler(model.device, "--compile")
     input_ids = encode_prompt(tokenizer, prompt)
@@ -187,7 +187,7 @@ def stream_text(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         num_samples=num_samples,
-        ends=lambda row, token: token in last_tokens or streams[row].stopped,
+        ends=lambda row, token: token in last or streams[row].stopped,
         usage=usage,
         compile=compile,
     )

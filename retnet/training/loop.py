@@ -222,7 +222,7 @@ class Trainer:
                 f"{values['val/perplexity']:.2f}, {values['val/bits_per_byte']:.4f} bits per byte "
                 f"({targets:,} tokens)"
             )
-            for line in sample_lines(model, tokenizer, self.spec, self.accelerator):
+            for line in sample_lines(model, tokenizer, self.config, self.accelerator):
                 self._console.say(line)
         if not math.isfinite(loss):  # after the last step no other loss would tell
             raise DivergedError(

@@ -13,6 +13,7 @@ from retnet.checkpoints import Progress, find_checkpoint
 from retnet.checkpoints.format import FINAL, list_checkpoints, step_folder
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
+from retnet.data.chat import ChatFormat
 from retnet.data.tokenizer import max_token_id
 from retnet.errors import UserError
 from retnet.machine import keep_freed_memory, set_up_compiler
@@ -43,7 +44,7 @@ from retnet.training.tracking import (
     format_seconds,
     start_trackers,
 )
-from retnet.training.validation import check_sample
+from retnet.training.validation import check_sample, check_targets
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     _decided_by_main(accelerator, lambda: made.append(prepare_data(config.data)))
     data = made[0] if made else prepare_data(config.data)
     trainer = _build_trainer(config, accelerator, data)
-    check_sample(trainer.bare_model, data.tokenizer, config.train)
+    check_sample(trainer.bare_model, data.tokenizer, config)
+    check_targets(data.validation, config)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
     elif config.model.init_from:
@@ -193,6 +195,9 @@ def _build_trainer(config: Config, accelerator: Accelerator, data: PreparedData)
     check_model_fits(network)
     set_seed(spec.seed)
     bare_model = build_model(network)
+    if config.data.is_messages:  # where transformers' generate ends an answer
+        ends = {tokenizer.eos_token_id, ChatFormat(tokenizer).end}
+        bare_model.generation_config.eos_token_id = sorted(ends)
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:
