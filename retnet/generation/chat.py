@@ -1,8 +1,7 @@
 """A conversation with a model, whose state goes on: no token of it is read twice."""
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,6 @@ from retnet.generation.checks import check_text_fits, fit_length
 from retnet.generation.decode import Memory, NotFiniteError, Usage, generate, make_step
 from retnet.generation.sampling import MAX_SEED, Sampling
 from retnet.generation.stream import PRIMING_TOKENS, TextStream, evaluation_mode, last_tokens
-from retnet.interrupts import ctrl_c_noticed
 from retnet.model.causal_lm import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -123,22 +121,6 @@ class Chat:
                 f"the conversation has {len(self.memory.ids):,} tokens, and this model was trained "
                 f"on texts of {window:,}: expect poor answers beyond"
             )
-
-
-def converse(chat: Chat, messages: Iterable[str]) -> None:
-    """Print the answer to each message as it is made; Ctrl-C ends an answer, not the rest."""
-    for message in messages:
-        written = ""
-        with ctrl_c_noticed() as noticed:
-            try:
-                for piece in chat.answer(message, noticed):
-                    print(piece, end="", flush=True)
-                    written = piece or written
-            finally:
-                if not written.endswith("\n"):
-                    print(flush=True)
-        if chat.cut:
-            print("(the answer ends at --max-new-tokens)", file=sys.stderr)
 
 
 def sample_answer(

@@ -68,8 +68,9 @@ class Usage:
         """One line for people."""
         prompt = f"messages: {self.answers:,} of" if self.answers else "prompt:"
         together = f" ({self.rows} samples at once)" if self.rows > 1 else ""
+        read = f"{self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s"
         return (
-            f"{prompt} {self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s "
+            f"{prompt} {read} "
             f"| new: {self.new_tokens:,} tokens, {self.ms_per_token:.2f} ms/token{together} "
             f"| state: {self.state_bytes:,} bytes | {self.path}"
         )

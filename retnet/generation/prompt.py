@@ -71,7 +71,7 @@ def _typed() -> Iterator[bytes]:
         except KeyboardInterrupt:
             print("\n(Ctrl-D ends the conversation)", file=sys.stderr)
         except EOFError:
-            print(flush=True)
+            print(file=sys.stderr)
             return
         except UnicodeDecodeError as error:  # of a terminal with another encoding
             raise UserError("what was typed is not UTF-8: set the terminal to it") from error

@@ -103,9 +103,9 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_long_document(
     seen = []
     real = prepare.train_bpe
 
-    def recorded(texts, vocab_size):
+    def recorded(texts, *options):
         seen.extend(texts := list(texts))
-        return real(texts, vocab_size)
+        return real(texts, *options)
 
     monkeypatch.setattr(prepare, "train_bpe", recorded)
     monkeypatch.setattr(prepare, "STREAMED_TOKENIZER_BYTES", 1000)
