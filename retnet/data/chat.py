@@ -103,7 +103,9 @@ class ChatFormat:
         _ = self.end
         ((ids, *_),) = self._encoded([TRIED])
         with naming(self.tokenizer):
-            rendered = self.tokenizer.apply_chat_template(TRIED, return_dict=False)
+            rendered = self.tokenizer.apply_chat_template(
+                TRIED, return_dict=False, tokenizer_kwargs={"split_special_tokens": False}
+            )
         if ids.tolist() != rendered:
             raise UserError(
                 f"{self._template} makes tokens that can't be told apart from text: use one that "

@@ -105,6 +105,8 @@ def load_tokenizer(name: str | Path, key: str = "data.tokenizer") -> PreTrainedT
     tokenizer = _load(name, key)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{key} ({name}) has no tokenizer.json: convert it to a fast tokenizer")
+    if isinstance(tokenizer.chat_template, dict):  # by name; the others are for tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         tokenizer.split_special_tokens = True
         tokenizer.init_kwargs["split_special_tokens"] = True

@@ -96,6 +96,15 @@ def test_a_template_of_its_own_is_kept(template: str, said: str) -> None:
             encoded(tokenizer, turns("a", "b", system="c"))
 
 
+def test_of_several_templates_the_default_is_kept(tmp_path: Path) -> None:
+    """The others were written into a folder, of which a checkpoint has no description."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "no"}
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates").is_dir()
+    assert load_tokenizer(tmp_path).chat_template == CHATML
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

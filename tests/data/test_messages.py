@@ -43,6 +43,24 @@ def test_a_folder_laid_out_like_a_data_set(spec_for, tmp_path: Path) -> None:
     assert len(list(open_source(spec).documents())) == 3
 
 
+def test_a_data_set_with_a_card(spec_for, tmp_path: Path) -> None:
+    """The data set library reads it, as it does what is on the Hub."""
+    (tmp_path / "set/data").mkdir(parents=True)
+    write_rows(tmp_path / "set/data/rows.jsonl", rows(3))
+    card = "configs:\n- config_name: one\n  data_files:\n  - split: train\n    path: data/*.jsonl\n"
+    (tmp_path / "set/README.md").write_text(f"---\n{card}---\n")
+    source = open_source(spec_for(tmp_path / "set", format="messages", hub_config="one"))
+    found = [own.messages for own in source.documents()]
+    assert found == [row["messages"] for row in rows(3)]
+    assert source.to_record()["format"] == "messages"
+    write_rows(tmp_path / "set/data/rows.jsonl", [{"messages": turns("a")}])
+    with pytest.raises(UserError, match="row 1: no message of the assistant has text"):
+        list(source.documents())
+    write_rows(tmp_path / "set/data/rows.jsonl", [{"turns": GOOD}])
+    with pytest.raises(UserError, match=r"has no field messages \(there are turns\)"):
+        list(source.documents())
+
+
 BAD = {
     "null": (None, "holds NoneType, not a list of messages"),
     "text": ("hello", "holds str, not a list of messages"),
