@@ -1,5 +1,6 @@
 """generate.py --chat: messages in, answers out, and what has no effect there."""
 
+import contextlib
 import io
 import os
 import pty
@@ -35,6 +36,15 @@ def main(checkpoint: str, capsys, monkeypatch):
     return call
 
 
+@pytest.fixture(scope="module")
+def plain(checkpoint: str) -> str:
+    """What the model answers without options."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+        assert run(generate.main, [checkpoint, "--chat", "--max-new-tokens", "20"]) == 0
+    return out.getvalue()
+
+
 def test_each_line_is_answered(main) -> None:
     code, out, err = main("hello\n\n  \nhé\r\nlast".encode(), "--max-new-tokens", "5")
     assert code == 0 and out.endswith("\n")
@@ -52,9 +62,9 @@ def test_each_line_is_answered(main) -> None:
      ["--top-k", "1"], ["--repetition-penalty", "9"], ["--max-new-tokens", "9"]],
     ids=lambda options: options[0],
 )  # fmt: skip
-def test_every_option_changes_the_answers(main, options: list[str]) -> None:
-    plain = () if options[0] == "--max-new-tokens" else ("--max-new-tokens", "40")
-    assert main(b"a\nb\n", *plain, *options)[1] != main(b"a\nb\n", "--max-new-tokens", "40")[1]
+def test_every_option_changes_the_answers(main, plain: str, options: list[str]) -> None:
+    most = () if options[0] == "--max-new-tokens" else ("--max-new-tokens", "20")
+    assert main(b"a\nb\n", *most, *options)[1] != plain
 
 
 def test_a_text_to_stop_at(main) -> None:

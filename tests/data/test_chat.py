@@ -40,7 +40,7 @@ def encoded(tokenizer, messages):
     return piece.ids.tolist(), counts, piece.num_bytes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(LETTERS, min_size=2, max_size=5), st.booleans())
 def test_ids_and_targets_are_those_of_apply_chat_template(said: list[str], bpe: bool) -> None:
     tokenizer = BPE if bpe else chat_tokenizer()

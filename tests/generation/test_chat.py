@@ -148,7 +148,7 @@ def test_the_sampling_goes_on_from_answer_to_answer(ending) -> None:
 
     def said(**options) -> list[str]:
         sampling = Sampling(**options)
-        chat = Chat(chat_model(), TOKENIZER, sampling=sampling, max_new_tokens=12)
+        chat = Chat(chat_model(), TOKENIZER, sampling=sampling, max_new_tokens=5)
         return ["".join(chat.answer("a")) for _ in range(2)]
 
     assert said(seed=1) == said(seed=1) != said(seed=2)

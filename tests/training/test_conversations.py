@@ -93,7 +93,8 @@ def validation_targets(final: Path) -> int:
     return int(np.diff(np.load(file))[::2].sum())
 
 
-@pytest.mark.parametrize("carry", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True])
 def test_a_run_that_goes_on_is_the_run_that_was_never_interrupted(
     chats: Path, tmp_path: Path, carry: bool
 ) -> None:
