@@ -1,4 +1,4 @@
-"""Ctrl-C, of which a burst is one: what answers it is not interrupted again."""
+"""Ctrl-C, of which a burst is one: what answers it is not interrupted again, or not at once."""
 
 import atexit
 import functools
@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar, cast
 
@@ -55,3 +56,28 @@ def interrupted_once(run: F) -> F:
                 atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
     return cast(F, guarded)
+
+
+@contextmanager
+def ctrl_c_noticed() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C leave the block alone, which asks the function that it gets for it.
+
+    A later one does what it did before. Signals belong to the main thread: in another there is
+    none to notice.
+    """
+    noticed = [False]
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if noticed[0] and callable(usual):
+            usual(number, frame)
+        noticed[0] = True
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: noticed[0]
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -42,6 +42,8 @@ def make_bad_files(folder: Path) -> None:
         "denied.yaml": b"",
         "deep.yaml": b"[" * 3000, "deep.jsonl": b"[" * 100_000,
         "broken.jsonl.gz": b"\x1f\x8b\x08",
+        "chat.jsonl": b'{"messages": [{"role": "assistant", "content": "a"}]}\n'
+                      b'{"messages": [{"role": "human", "content": "a"}]}',
     }  # fmt: skip
     for name, content in texts.items():
         (folder / name).write_bytes(content)

@@ -137,6 +137,27 @@ CONFIGURATION = [
 ]  # fmt: skip
 
 DATA = [
+    (
+        RUN + " data.format=messages",
+        "{corpus} line 1 has no field messages (there are text, number",
+    ),
+    (
+        RUN + " data.format=messages data.source={bad}/chat.jsonl",
+        '{bad}/chat.jsonl line 2: message 1 has the role "human": name it as one of system',
+    ),
+    (
+        RUN + " data.format=messages data.source={bad}/short.txt",
+        "is not one of conversations (.txt",
+    ),
+    (
+        RUN + " data.format=messages data.text_field=a",
+        "data.text_field (a) has no meaning with dat",
+    ),
+    (
+        RUN + " data.format=messages data.source=python-stdlib",
+        "(python-stdlib) has no conversations",
+    ),
+    (RUN + " data.format=chat", "data.format (chat) must be one of text, messages"),
     (RUN + " data.source={new}/no.txt", "data.source ({new}/no.txt) does not exist"),
     (RUN + " data.source=", "data.source"),
     (RUN + " data.source={long}", "data.source ({long}) cannot be reached (File name too long)"),
@@ -206,6 +227,15 @@ DATA = [
 ]
 
 GENERATION = [
+    (G + " --chat", "has no chat template (chat_template.jinja): train one on conversations"),
+    (
+        G + " --chat --prompt a",
+        "--prompt has no effect with --chat, where each line of standard in",
+    ),
+    (G + " --chat --prompt-file {corpus}", "--prompt-file has no effect with --chat"),
+    (G + " --chat -", "- has no effect with --chat"),
+    (G + " --chat --num-samples 2", "--num-samples has no effect with --chat"),
+    (G + " --system a", "--system has no effect without --chat: add that, or leave it out"),
     ("", "the following arguments are required: checkpoint"),
     ("{runs}/retentoin", "retention/final"),
     ("{long}", "checkpoint ({long}) cannot be reached (File name too long)"),

@@ -89,6 +89,11 @@ def main(argv: Sequence[str]) -> None:
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
     checkpoints = load_contenders(arguments.checkpoints, **loading_arguments(arguments))
     text = validation_text(checkpoints) if text is None else text
+    if arguments.report and text.are_conversations:
+        raise UserError(
+            f"--report ({arguments.report}) is made of texts, and {text.description} is "
+            "conversations: leave it out, or name a text with --text"
+        )
     if arguments.json:
         check_not_read(arguments.json, text.files)
     comparison = compare_checkpoints(

@@ -4,6 +4,9 @@ Standard output gets the prompt followed by its continuation, as it is made, and
 the text has none. With --num-samples above 1 every sample comes under a line "----- sample 1 of 3
 -----"; they are made together, so the first streams and the others follow when it is done. One line
 about tokens, speed and memory goes to standard error at the end.
+
+With --chat each line of standard input, typed or piped, is a message, and the answers follow one
+another: Ctrl-C ends an answer, Ctrl-D the conversation.
 """
 
 import argparse
@@ -11,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retnet.checkpoints import load_checkpoint
+from retnet.checkpoints import Checkpoint, load_checkpoint
 from retnet.cli import (
     EXIT_INTERRUPTED,
     ArgumentParser,
@@ -23,19 +26,22 @@ from retnet.cli import (
 )
 from retnet.errors import UserError
 from retnet.generation import (
+    Chat,
     Sampling,
     Usage,
     add_loading_options,
     check_finite,
+    converse,
     decode_utf8,
     loading_arguments,
     print_samples,
+    read_messages,
     read_prompt,
     stream_text,
 )
 from retnet.terminal import text_output
 
-MAX_NEW_TOKENS = 200
+MAX_NEW_TOKENS, LONGEST_ANSWER = 200, 1000
 
 
 def build_parser() -> ArgumentParser:
@@ -49,7 +55,10 @@ def build_parser() -> ArgumentParser:
     prompt.add_argument(
         "--prompt-file", type=file_path, help="a UTF-8 file to continue; - is stdin"
     )
-    most = f"the most to make ({MAX_NEW_TOKENS}, or what the model has room for)"
+    add("--chat", action="store_true", help="talk with a model that was trained on conversations")
+    add("--system", metavar="TEXT", help="with --chat: what it is told before the first message")
+    most = f"the most to make ({MAX_NEW_TOKENS}, of an answer {LONGEST_ANSWER}; or what the model "
+    most += "has room for)"
     add("--max-new-tokens", type=positive_int, help=most)
     temperature = f"above 0, lower is more cautious ({Sampling.temperature})"
     add("--temperature", type=number, help=temperature)
@@ -98,11 +107,62 @@ def prompt_of(arguments: argparse.Namespace) -> str:
     return decode_utf8(typed.encode("utf-8", "surrogateescape"), "--prompt")
 
 
+def check_chat_options(arguments: argparse.Namespace) -> None:
+    """Raise a ``UserError`` for what has no effect in a conversation, or outside of one."""
+    if not arguments.chat:
+        if arguments.system is not None:
+            raise UserError("--system has no effect without --chat: add that, or leave it out")
+        return
+    given = {
+        "-": arguments.stdin,
+        "--prompt": arguments.prompt is not None,
+        "--prompt-file": arguments.prompt_file,
+        "--num-samples": arguments.num_samples > 1,
+    }
+    for option in (option for option, is_given in given.items() if is_given):
+        raise UserError(
+            f"{option} has no effect with --chat, where each line of standard input is a message "
+            "with one answer: leave it out"
+        )
+
+
+def talk(arguments: argparse.Namespace, checkpoint: Checkpoint, sampling: Sampling) -> int:
+    """Hold a conversation."""
+    if not checkpoint.tokenizer.chat_template:
+        raise UserError(
+            f"checkpoint ({checkpoint.path}) has no chat template (chat_template.jinja): train one "
+            "on conversations (data.format=messages, see docs/chat.md), or leave --chat out"
+        )
+    chat = Chat(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        system=arguments.system,
+        sampling=sampling,
+        max_new_tokens=arguments.max_new_tokens or LONGEST_ANSWER,
+        stop=arguments.stop,
+        compile=arguments.compile,
+    )
+    code = 0
+    with text_output():
+        try:
+            converse(chat, read_messages())
+        except KeyboardInterrupt:
+            print(flush=True)
+            code = EXIT_INTERRUPTED
+        if chat.usage.answers:
+            print(chat.usage.summary(), file=sys.stderr)
+    return code
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
-    sampling, prompt, usage = sampling_of(arguments), prompt_of(arguments), Usage()
+    check_chat_options(arguments)
+    sampling, usage = sampling_of(arguments), Usage()
+    prompt = "" if arguments.chat else prompt_of(arguments)
     checkpoint = load_checkpoint(arguments.checkpoint, **loading_arguments(arguments))
     check_finite(checkpoint)
+    if arguments.chat:
+        return talk(arguments, checkpoint, sampling)
     pieces = stream_text(
         checkpoint.model,
         checkpoint.tokenizer,

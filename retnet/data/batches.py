@@ -26,10 +26,17 @@ def check_window(num_tokens: int, seq_len: int) -> None:
         )
 
 
-def batch_of(rows: np.ndarray, documents: np.ndarray) -> dict[str, Tensor]:
-    """Inputs, labels and segments [B, T] out of tokens [B, T + 1] and the documents they are of."""
+def batch_of(
+    rows: np.ndarray, documents: np.ndarray, counts: np.ndarray | None = None
+) -> dict[str, Tensor]:
+    """Inputs, labels and segments [B, T] out of tokens [B, T + 1] and the documents they are of.
+
+    ``counts`` [B, T + 1] says which tokens are targets, where that is not all of a document's.
+    """
     rows = rows.astype(np.int64)
     counted = documents[:, 1:] == documents[:, :-1]
+    if counts is not None:
+        counted &= counts[:, 1:]
     return {
         "input_ids": torch.from_numpy(rows[:, :-1].copy()),
         "shift_labels": torch.from_numpy(np.where(counted, rows[:, 1:], IGNORE_INDEX)),
@@ -58,7 +65,7 @@ class _Windows:
         documents = np.searchsorted(self._tokens.document_starts, positions, side="right")
         if not name_documents:
             documents -= documents[:, :1]  # relative to the row's first
-        batch = batch_of(rows, documents)
+        batch = batch_of(rows, documents, self._tokens.counts(positions))
         batch["shift_labels"][torch.from_numpy(outside[:, 1:])] = IGNORE_INDEX
         if not (name_documents or (self._reset and batch["segment_ids"].any())):
             del batch["segment_ids"]
@@ -98,17 +105,15 @@ class StepBatches:
     def num_targets(self, step: int) -> int:
         """Labels that count in a step, over all processes and micro-steps; no batch is built."""
         starts = self._starts(step, np.arange(self.global_batch))
-        begins = self._document_begins(step)  # a document's first token is no target
-        last = np.searchsorted(begins, starts + self._seq_len, side="right")
-        inside = last - np.searchsorted(begins, starts, side="right")
-        return self.global_batch * self._seq_len - int(inside.sum())
+        before = self._targets_before(step, np.stack((starts + 1, starts + self._seq_len + 1)))
+        return int((before[1] - before[0]).sum())
 
     def _starts(self, step: int, rows: np.ndarray) -> np.ndarray:
         """The first token of some of a step's rows, which are counted from 0."""
         raise NotImplementedError
 
-    def _document_begins(self, step: int) -> np.ndarray:
-        """Where documents begin in the text that a step's starts are counted in."""
+    def _targets_before(self, step: int, positions: np.ndarray) -> np.ndarray:
+        """The targets before some positions in the text that a step's starts are counted in."""
         raise NotImplementedError
 
     def _own(self, step: int, micro_step: int) -> np.ndarray:
@@ -145,8 +150,8 @@ class TrainingBatches(StepBatches):
         """The rows of this process in one micro-step.
 
         Returns ``input_ids`` and ``shift_labels``, int64 [B, T]: the label of a position is the
-        token after it, -100 where that belongs to another document; and ``segment_ids``, int64
-        [B, T], where boundaries matter and some row holds one.
+        token after it, -100 where that belongs to another document or is no target; and
+        ``segment_ids``, int64 [B, T], where boundaries matter and some row holds one.
         """
         return self._windows.batch(self._own(step, micro_step))
 
@@ -158,8 +163,8 @@ class TrainingBatches(StepBatches):
             starts[of_epoch] = self._starts_in(epoch)[places[of_epoch]]
         return starts
 
-    def _document_begins(self, step: int) -> np.ndarray:
-        return self._tokens.document_starts
+    def _targets_before(self, step: int, positions: np.ndarray) -> np.ndarray:
+        return self._tokens.targets_before(positions)
 
     def _starts_of_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.default_rng([self._seed, epoch])
@@ -178,7 +183,7 @@ class ValidationBatches:
     Attributes:
         num_targets: Targets counted, over all processes.
         num_bytes: UTF-8 bytes of the text they come from, over all processes; where ``max_tokens``
-            cuts a document, its bytes in proportion to its tokens.
+            cuts a document, its bytes in proportion to its tokens (of a conversation, its targets).
     """
 
     def __init__(
@@ -200,8 +205,12 @@ class ValidationBatches:
         starts = tokens.document_starts
         ends = np.append(starts[1:], tokens.num_tokens)
         covered = np.clip(self._end - starts, 0, ends - starts)
-        self.num_targets = int(np.maximum(covered - 1, 0).sum())
-        self.num_bytes = round(float((tokens.document_bytes * covered / (ends - starts)).sum()))
+        whole = ends - starts
+        if tokens.answer_bounds is not None:  # bytes are those of the answers
+            before, after, to = map(tokens.targets_before, (starts, ends, starts + covered))
+            covered, whole = to - before, np.maximum(after - before, 1)
+        self.num_targets = int(tokens.targets_before(np.array([self._end]))[0])
+        self.num_bytes = round(float((tokens.document_bytes * covered / whole).sum()))
 
     def __len__(self) -> int:
         return -(-len(self._starts) // (self._batch_size * self._world_size))

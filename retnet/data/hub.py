@@ -28,11 +28,11 @@ from retnet.data.network import (
 )
 from retnet.data.readers import (
     READERS,
+    document_of,
     hash_files,
     missing_field,
     read_documents,
     suffix_of,
-    text_of,
 )
 from retnet.errors import UserError, memory_errors
 
@@ -64,6 +64,7 @@ class HubSource:
     revision: str | None  # commit on the Hub; None for a local folder
     streaming: bool = False  # read from the Hub row by row rather than downloaded as a whole
     offline: bool = False  # the Hub was asked and does not answer
+    messages: bool = False  # whether documents are conversations
 
     @property
     def name(self) -> str:
@@ -91,7 +92,8 @@ class HubSource:
             yield from self._documents_of_files()
             return
         for number, value in enumerate(self._values(), start=1):
-            yield text_of(value, self.text_field, f"{self.name} row {number}")
+            where = f"{self.name} row {number}"
+            yield document_of(self.messages)(value, self.text_field, where)
 
     def _documents_of_files(self) -> Iterator[str]:
         what = f"{self.key} ({self.name})"
@@ -107,7 +109,7 @@ class HubSource:
             raise UserError(f"{what} has no such split: there are {names}")
         try:
             for path in files:
-                yield from read_documents(path, self.text_field)
+                yield from read_documents(path, self.text_field, self.messages)
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
 
@@ -132,7 +134,7 @@ class HubSource:
             if batch is None:
                 return
             if self.text_field not in batch:
-                raise missing_field(self.text_field, list(batch), self.name)
+                raise missing_field(self.text_field, list(batch), self.name, self.messages)
             yield from batch[self.text_field]
 
     def wait_for(self, call: Callable[[], T]) -> T:
@@ -145,7 +147,8 @@ class HubSource:
         return while_reachable(call, self.location, "dataset", f"{self.key} ({self.location})")
 
     def to_record(self) -> dict[str, Any]:
-        return {"kind": "hub"} | {name: getattr(self, name) for name in RECORDED}
+        own = {"kind": "hub"} | {name: getattr(self, name) for name in RECORDED}
+        return own | ({"format": "messages"} if self.messages else {})
 
 
 def is_hub_layout(folder: Path, key: str) -> bool:

@@ -42,6 +42,7 @@ class CarriedBatches(StepBatches):
             )
         self.windows_per_epoch = self._windows_per_lane * self.global_batch
         self._documents = lru_cache(maxsize=1)(self._documents_of_epoch)
+        self._targets_begun = lru_cache(maxsize=1)(self._targets_of_epoch)
 
     def batch(self, step: int, micro_step: int = 0) -> dict[str, Tensor]:
         """The rows of this process in one micro-step.
@@ -55,16 +56,31 @@ class CarriedBatches(StepBatches):
         positions = starts[:, None] + np.arange(self._seq_len + 1)  # [B, T + 1]
         documents = np.searchsorted(begins, positions, side="right") - 1
         offsets = positions - begins[documents]
-        rows = self._tokens.tokens[self._tokens.document_starts[order[documents]] + offsets]
-        return batch_of(rows, documents + epoch * len(order))
+        places = self._tokens.document_starts[order[documents]] + offsets
+        counts = self._tokens.counts(places)
+        return batch_of(self._tokens.tokens[places], documents + epoch * len(order), counts)
 
     def _starts(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Counted in the epoch's order of documents."""
         window = step % self._windows_per_lane
         return (rows * self._windows_per_lane + window) * self._seq_len
 
-    def _document_begins(self, step: int) -> np.ndarray:
-        return self._documents(step // self._windows_per_lane)[1]
+    def _targets_before(self, step: int, positions: np.ndarray) -> np.ndarray:
+        epoch = step // self._windows_per_lane
+        order, begins = self._documents(epoch)
+        first = self._tokens.document_starts[order]
+        documents = np.searchsorted(begins, positions, side="right") - 1
+        places = first[documents] + positions - begins[documents]
+        inside = self._tokens.targets_before(places)
+        inside -= self._tokens.targets_before(first)[documents]
+        return self._targets_begun(epoch)[documents] + inside
+
+    def _targets_of_epoch(self, epoch: int) -> np.ndarray:
+        """The targets before each document in an epoch's order."""
+        starts = self._tokens.document_starts
+        before = self._tokens.targets_before(np.append(starts, self._tokens.num_tokens))
+        order, _ = self._documents(epoch)
+        return np.concatenate(([0], np.cumsum(np.diff(before)[order])[:-1]))
 
     def _documents_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in their order, and where each begins in that order."""

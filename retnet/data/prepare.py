@@ -16,6 +16,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data.batches import check_window
+from retnet.data.chat import CHATML, MARKERS, prepare_for_chat
+from retnet.data.messages import Conversation
 from retnet.data.prepared import (
     RECORD,
     SIDES,
@@ -31,7 +33,7 @@ from retnet.data.prepared import (
 )
 from retnet.data.record import NULL, entry, unusable
 from retnet.data.sources import Source, open_source, open_validation, reopen_source
-from retnet.data.spec import BPE, DataSpec
+from retnet.data.spec import BPE, BYTES, DataSpec
 from retnet.data.split import (
     DocumentsHash,
     SplitRule,
@@ -44,6 +46,7 @@ from retnet.data.split import (
 )
 from retnet.data.streaming import stream_fingerprint, write_stream
 from retnet.data.tokenizer import (
+    chat_template_hash,
     load_tokenizer,
     max_token_id,
     panics_as_errors,
@@ -77,6 +80,7 @@ class _Inputs:
     def entry_name(self, fingerprints: list[str | None]) -> str:
         """A readable name and a hash of everything that decides the token files."""
         spec, given, made = self.spec, self.validation, self.tokenizer
+        template = (made.chat_template if made else CHATML) if spec.is_messages else None
         decides = {
             "format": FORMAT,
             "source": self.source.to_record(),
@@ -86,6 +90,7 @@ class _Inputs:
             "tokenizers": tokenizers.__version__,
             "max_tokens": spec.max_tokens,
         } | ({"streaming": True} if spec.streaming else {})
+        decides |= {"chat_template": template} if template else {}
         if spec.tuning_fraction:
             decides["tuning"] = [spec.tuning_fraction, spec.validation is not None]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -108,6 +113,11 @@ def prepare_data(spec: DataSpec) -> PreparedData:
     if spec.tokenizer != BPE:
         tokenizer = load_tokenizer(spec.tokenizer)
         _check_vocab_size(spec, tokenizer)
+        if spec.is_messages and prepare_for_chat(tokenizer) and spec.tokenizer != BYTES:
+            logger.info(
+                f"data.tokenizer ({spec.tokenizer}) has no chat template: it gets ChatML, and "
+                f"{' and '.join(MARKERS)} as new entries"
+            )
     inputs = _Inputs(spec, source, validation, tokenizer)
     fingerprints = inputs.fingerprints()
     cache = expand(spec.cache_dir, "data.cache_dir", for_libraries=True)
@@ -194,11 +204,13 @@ def _build(folder: Path, inputs: _Inputs) -> None:
     survey = None if spec.streaming else _survey(source, "data.source")
     rule = SplitRule("given")
     if spec.validation is None:
-        rule = choose_split(survey, spec.validation_fraction, spec.source)
+        fraction = spec.validation_fraction
+        rule = choose_split(survey, fraction, spec.source, whole=spec.is_messages)
     elif survey is not None and validation is not None:
         check_held_back(spec, survey, _survey(validation, "data.validation"))
     if spec.tuning_fraction:
-        rule = choose_tuning_split(rule, survey, spec.tuning_fraction, spec.source)
+        fraction = spec.tuning_fraction
+        rule = choose_tuning_split(rule, survey, fraction, spec.source, whole=spec.is_messages)
     tokenizer = inputs.tokenizer or _train_tokenizer(
         folder, inputs, rule, survey.num_bytes if survey else STREAMED_TOKENIZER_BYTES
     )
@@ -210,6 +222,8 @@ def _build(folder: Path, inputs: _Inputs) -> None:
         "tokenizer": spec.tokenizer,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
     }
+    if spec.is_messages:
+        record["chat_template_sha256"] = chat_template_hash(tokenizer)
     sides = SIDES
     if survey is None:
         record |= write_stream(folder, spec, source, rule, tokenizer)
@@ -233,6 +247,11 @@ def _check_text_is_left(counts: dict[str, int], side: str, spec: DataSpec) -> No
         raise UserError(
             f"data.tokenizer ({spec.tokenizer}) makes no token of the {counts['bytes']:,} bytes of "
             f"the {side} text: repair its tokenizer.json, or use another one"
+        )
+    if counts.get("answers") == 0:
+        raise UserError(
+            f"data.max_tokens ({spec.max_tokens}) ends before the first answer of the {side} "
+            "conversations: use more"
         )
 
 
@@ -265,12 +284,18 @@ def _train_tokenizer(
         for text in _side(inputs.source, rule, TRAIN):
             part = text[: num_bytes - counter.num_bytes]
             counter.advance(len(part.encode()))
-            yield part
+            if isinstance(text, Conversation):  # as the template has it between markers
+                yield from (f"{one['role']}\n{one['content']}" for one in text.messages)
+            else:
+                yield part
             if counter.num_bytes >= num_bytes:
                 return
 
+    markers = MARKERS if inputs.spec.is_messages else ()
     with phase("training the tokenizer", total=num_bytes) as counter:
-        tokenizer = train_bpe(first(), inputs.spec.vocab_size)
+        tokenizer = train_bpe(first(), inputs.spec.vocab_size, markers)
+    if inputs.spec.is_messages:
+        prepare_for_chat(tokenizer)
     with replacing(folder / TOKENIZER) as new:
         tokenizer.save_pretrained(new)
     return tokenizer
@@ -291,7 +316,8 @@ def _write_side(
             f"data.validation_fraction ({spec.validation_fraction}) of data.source "
             f"({spec.source}) leaves the {side} side empty: use another fraction or more text"
         )
-    facts = write_tokens(folder / side, texts, tokenizer, limit, f"tokenising {side}")
+    title = f"tokenising {side}"
+    facts = write_tokens(folder / side, texts, tokenizer, limit, title, answers=spec.is_messages)
     if facts["documents"] == 0:
         raise UserError(empty)
     return {f"{side}_sha256": facts.pop("sha256"), side: facts}

@@ -20,7 +20,7 @@ from retnet.data.network import HubUnreachableError
 from retnet.data.record import NULL
 from retnet.data.record import entry as part
 from retnet.data.token_file import DamagedTokenFileError, TokenFile
-from retnet.data.tokenizer import max_token_id, tokenizer_hash
+from retnet.data.tokenizer import chat_template_hash, max_token_id, tokenizer_hash
 from retnet.errors import UserError, os_errors
 from retnet.files import UNFINISHED, missing_folders, read_json
 from retnet.paths import kind_of
@@ -42,7 +42,8 @@ class PreparedData:
     """Both sides' tokens, the tokenizer, and how to make the validation side again.
 
     ``record`` is JSON-able: source, split rule, hashes of the corpus, the validation documents
-    and the tokenizer, counts on each side, and for python-stdlib the Python version.
+    and the tokenizer, counts on each side, for python-stdlib the Python version, and of
+    conversations the hash of the chat template.
     """
 
     train: TokenFile
@@ -64,7 +65,9 @@ def open_entry(entry: Path, tokenizer: PreTrainedTokenizerFast | None) -> Prepar
         train, validation = TokenFile.open(entry / TRAIN), TokenFile.open(entry / VALIDATION)
         if tokenizer is None:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(entry / TOKENIZER))
-        if tokenizer_hash(tokenizer) != record["tokenizer_sha256"]:
+        if tokenizer_hash(tokenizer) != record["tokenizer_sha256"] or record.get(
+            "chat_template_sha256"
+        ) not in (None, chat_template_hash(tokenizer)):
             raise DamagedTokenFileError(f"{entry / TOKENIZER} is not what was written")
         for side in (train, validation):
             side.check_ids(max_token_id(tokenizer))

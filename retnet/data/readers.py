@@ -1,6 +1,7 @@
 """One reader per file suffix: a path in, documents out.
 
-A .txt or .md file is one document; a row of .jsonl, .csv and .parquet is one.
+A .txt or .md file is one document; a row of .jsonl, .csv and .parquet is one. Conversations are
+rows of .jsonl and .parquet.
 """
 
 import codecs
@@ -12,9 +13,11 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from retnet.data.messages import EXAMPLE, FIELD, Conversation
 from retnet.errors import UserError, memory_errors, os_errors
 from retnet.files import LFS_POINTER, check_no_pointer, sha256
 
@@ -25,8 +28,8 @@ MOST_NAMES, LONGEST_NAME = 20, 40  # of fields in a message
 BOM = codecs.BOM_UTF8.decode()
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the documents of one file in order.
+def read_documents(path: Path, text_field: str, messages: bool = False) -> Iterator[str]:
+    """Yield the documents of one file in order; with ``messages`` they are conversations.
 
     A ``UserError`` where it is unreadable, damaged, a Git LFS pointer, not UTF-8 (with the offset
     of the first bad byte), or a row lacks ``text_field`` (with the fields there are).
@@ -34,8 +37,13 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
     with _reading(path), memory_errors(path):
         with path.open("rb") as file:
             check_no_pointer(path, file.read(len(LFS_POINTER)), path.stat().st_size)
+        if suffix_of(path) not in readers(messages):
+            raise UserError(
+                f"{path} has no conversations, which data.format=messages asks for: use "
+                f"{suffixes(messages)}, or leave the file out"
+            )
         try:
-            yield from READERS[suffix_of(path)](path, text_field)
+            yield from readers(messages)[suffix_of(path)](path, text_field)
         except UnicodeDecodeError as error:
             unpacked = " of the unpacked text" if suffix_of(path).endswith(".gz") else ""
             raise UserError(
@@ -66,6 +74,25 @@ def suffix_of(path: Path) -> str:
     return ".jsonl.gz" if name.endswith(".jsonl.gz") else Path(name).suffix
 
 
+def readers(messages: bool) -> dict[str, Callable[[Path, str], Iterator[str]]]:
+    """Those of texts, or of conversations."""
+    return CONVERSATION_READERS if messages else READERS
+
+
+def suffixes(messages: bool) -> str:
+    """Those of the files that are read, for a message."""
+    return ", ".join(readers(messages))
+
+
+def document_of(messages: bool) -> Callable[[Any, str, str], str]:
+    """What makes a document of a row's field."""
+    return _conversation_of if messages else text_of
+
+
+def _conversation_of(value: Any, field: str, where: str) -> str:
+    return Conversation.of(value, where)
+
+
 def text_of(value: Any, text_field: str, where: str) -> str:
     """The text of a row's field, "" for a null; a ``UserError`` where it is no string."""
     if not isinstance(value, str | None):
@@ -76,21 +103,28 @@ def text_of(value: Any, text_field: str, where: str) -> str:
     return value or ""
 
 
-def missing_field(text_field: str, fields: list[str], where: str) -> UserError:
+def missing_field(
+    text_field: str, fields: list[str], where: str, messages: bool = False
+) -> UserError:
     """The error for a field that is not there; it lists the fields there are, or the first."""
     names = [f"{x[:LONGEST_NAME]}{'...' * (len(x) > LONGEST_NAME)}" for x in fields[:MOST_NAMES]]
     if (more := len(fields) - MOST_NAMES) > 0:
         names.append(f"and {more:,} more")
+    if messages:
+        return UserError(
+            f"data.format (messages): {where} has no field {FIELD} (there are "
+            f"{', '.join(names) or 'none'}): name the conversation so, and {EXAMPLE} there"
+        )
     return UserError(
         f"data.text_field ({text_field}) is not a field of {where}: "
         f"set it to one of the fields there are ({', '.join(names) or 'none'})"
     )
 
 
-def _check_field(text_field: str, fields: list[str], path: Path) -> None:
+def _check_field(text_field: str, fields: list[str], path: Path, messages: bool = False) -> None:
     """Raise a ``UserError`` where a table has no column of that name, or several."""
     if text_field not in fields:
-        raise missing_field(text_field, fields, str(path))
+        raise missing_field(text_field, fields, str(path), messages)
     if fields.count(text_field) > 1:
         raise UserError(
             f"data.text_field ({text_field}) of {path} is the name of {fields.count(text_field)} "
@@ -119,7 +153,7 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
     yield path.read_bytes().decode("utf-8").removeprefix(BOM)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, text_field: str, messages: bool = False) -> Iterator[str]:
     with _open_binary(path) as stream:
         lines = iter(lambda: stream.readline(MAX_LINE + 1), b"")
         for number, line in enumerate(lines, start=1):
@@ -143,8 +177,8 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
                     f'write {{"{text_field}": ...}}'
                 )
             if text_field not in row:
-                raise missing_field(text_field, list(row), where)
-            yield text_of(row[text_field], text_field, where)
+                raise missing_field(text_field, list(row), where, messages)
+            yield document_of(messages)(row[text_field], text_field, where)
 
 
 def _read_csv(path: Path, text_field: str) -> Iterator[str]:
@@ -175,15 +209,18 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_field: str, messages: bool = False) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as table:
             names = table.schema_arrow.names
-            _check_field(text_field, names, path)
-            _check_text(table.schema_arrow.field(names.index(text_field)).type, text_field, path)
+            _check_field(text_field, names, path, messages)
+            if not messages:
+                _check_text(
+                    table.schema_arrow.field(names.index(text_field)).type, text_field, path
+                )
             batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field])
             values = (value for batch in batches for value in batch.column(0))
             for number, value in enumerate(values, start=1):
@@ -195,7 +232,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
                         f"{where} is not UTF-8 text in data.text_field ({text_field}), from byte "
                         f"{error.start} of the row's text on: write it again as UTF-8"
                     ) from error
-                yield text_of(text, text_field, where)
+                yield document_of(messages)(text, text_field, where)
     except pa.ArrowException as error:
         raise UserError(
             f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"
@@ -229,5 +266,9 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-SUFFIXES = ", ".join(READERS)
+CONVERSATION_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".jsonl": partial(_read_jsonl, messages=True),
+    ".jsonl.gz": partial(_read_jsonl, messages=True),
+    ".parquet": partial(_read_parquet, messages=True),
+}
 PLAIN_TEXT = (".txt", ".md")

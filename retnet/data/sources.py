@@ -20,7 +20,15 @@ from retnet.data.hub import HubSource, is_hub_layout
 from retnet.data.listing import files_below, files_of_glob, glob_location, split_glob
 from retnet.data.network import HubUnreachableError, hub_revision
 from retnet.data.prepared import known_revision
-from retnet.data.readers import PLAIN_TEXT, READERS, SUFFIXES, hash_files, read_documents, suffix_of
+from retnet.data.readers import (
+    PLAIN_TEXT,
+    READERS,
+    hash_files,
+    read_documents,
+    readers,
+    suffix_of,
+    suffixes,
+)
 from retnet.data.record import NULL, entry, unusable
 from retnet.data.spec import PYTHON_STDLIB, DataSpec
 from retnet.errors import UserError
@@ -78,6 +86,7 @@ class FileSource:
     location: str  # the absolute path or glob
     files: tuple[Path, ...]
     text_field: str
+    messages: bool = False  # whether documents are conversations
 
     @property
     def name(self) -> str:
@@ -88,10 +97,11 @@ class FileSource:
 
     def documents(self) -> Iterator[str]:
         for path in self.files:
-            yield from read_documents(path, self.text_field)
+            yield from read_documents(path, self.text_field, self.messages)
 
     def to_record(self) -> dict[str, Any]:
-        return {"kind": "files", "location": self.location, "text_field": self.text_field}
+        own = {"kind": "files", "location": self.location, "text_field": self.text_field}
+        return own | ({"format": "messages"} if self.messages else {})
 
 
 Source = StdlibSource | FileSource | HubSource
@@ -101,14 +111,17 @@ def open_source(spec: DataSpec) -> Source:
     """The source that ``data.source`` names; a ``UserError`` where an option does not apply."""
     key = "data.source"
     try:
-        source = open_location(spec.source, key, spec.text_field, spec.hub_config, spec.split)
+        at_hub = spec.hub_config, spec.split
+        source = open_location(spec.source, key, spec.field, *at_hub, spec.is_messages)
     except HubUnreachableError:
         revision = known_revision(expand(spec.cache_dir, "data.cache_dir"), spec.source)
         if revision is None:
             raise
         logger.warning("%s (%s): no network, revision %s as before", key, spec.source, revision)
         at = (spec.hub_config, spec.split, revision)
-        source = HubSource(spec.source, key, spec.text_field, *at, offline=True)
+        source = HubSource(
+            spec.source, key, spec.field, *at, messages=spec.is_messages, offline=True
+        )
     if isinstance(source, HubSource):
         return replace(source, streaming=spec.streaming)
     why = f"has no meaning for data.source ({spec.source}), which is not a Hub data set"
@@ -131,7 +144,9 @@ def open_validation(spec: DataSpec, source: Source) -> Source | None:
         return None
     key, validation = "data.validation", None
     if is_local(spec.validation, key):
-        validation = open_location(spec.validation, key, spec.text_field, None, "train")
+        validation = open_location(
+            spec.validation, key, spec.field, None, "train", spec.is_messages
+        )
     elif isinstance(source, HubSource):
         validation = replace(source, split=spec.validation, key=key)
     if validation is None:
@@ -171,7 +186,12 @@ def is_local(location: str, key: str) -> bool:
 
 
 def open_location(
-    location: str | Path, key: str, text_field: str, hub_config: str | None, split: str
+    location: str | Path,
+    key: str,
+    text_field: str,
+    hub_config: str | None,
+    split: str,
+    messages: bool = False,
 ) -> Source:
     """The source at a location: a name, an existing path, a glob, else a Hub name.
 
@@ -185,35 +205,41 @@ def open_location(
         place = path.resolve()
         if is_hub_layout(place, key):
             logger.info("%s (%s): a data set folder, split %s", key, location, split)
-            return HubSource(str(place), key, text_field, hub_config, split, revision=None)
-        files = files_below(place, key, lambda file: suffix_of(file) in READERS)
+            at_hub = hub_config, split, None
+            return HubSource(str(place), key, text_field, *at_hub, messages=messages)
+        files = files_below(place, key, lambda file: suffix_of(file) in readers(messages))
         if not files:
             raise UserError(
-                f"{key} ({place}) is a folder without a file to read: put files of {SUFFIXES} "
+                f"{key} ({place}) is a folder without a file to read: put files of "
+                f"{suffixes(messages)} "
                 "there (run folders and caches are no text)"
             )
     elif kind == "file":
         place = path.resolve()
         files = [place]
-        if suffix_of(path) not in READERS:
+        if suffix_of(path) not in readers(messages):
+            what = "is not one of conversations" if messages else "is not known"
             raise UserError(
-                f"{key} ({location}) has a suffix that is not known "
-                f"({suffix_of(path) or 'none'}): use one of {SUFFIXES}"
+                f"{key} ({location}) has a suffix that {what} "
+                f"({suffix_of(path) or 'none'}): use one of {suffixes(messages)}"
             )
     elif kind == "other":
         raise UserError(f"{key} ({location}) is a pipe or device: name a file or folder")
     elif GLOB_SIGNS.search(location):
         base, parts = split_glob(location, key)
-        place, files = glob_location(base, parts), _files_of_glob(base, parts, location, key)
+        place, files = (
+            glob_location(base, parts),
+            _files_of_glob(base, parts, location, key, messages),
+        )
     elif is_local(location, key):
         raise UserError(f"{key} ({location}) does not exist: correct the path")
     else:
         revision = hub_revision(location, "dataset", f"{key} ({location})")
-        return HubSource(location, key, text_field, hub_config, split, revision)
+        return HubSource(location, key, text_field, hub_config, split, revision, messages=messages)
     if text_field != "text" and all(suffix_of(file) in PLAIN_TEXT for file in files):
         option = "--text-field" if key.startswith("--") else "data.text_field"
         logger.warning("%s (%s) has no effect: %s holds plain text", option, text_field, place)
-    return FileSource(str(place), tuple(files), text_field)
+    return FileSource(str(place), tuple(files), text_field, messages)
 
 
 def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
@@ -227,13 +253,18 @@ def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
         entry(record, "python", str, missing="")
         return open_location(PYTHON_STDLIB, key, "text", None, "train")
     location, text_field = entry(record, "location", str), entry(record, "text_field", str)
+    if entry(record, "format", str, missing="messages") != "messages":
+        raise unusable(record, "format")
+    messages = "format" in record  # of texts nothing is said
     if kind == "files":
-        return open_location(location, key, text_field, None, "train")
+        return open_location(location, key, text_field, None, "train", messages)
     if kind != "hub":
         raise unusable(record, "kind")
     maybe = {name: entry(record, name, str, NULL) for name in ("hub_config", "revision")}
     split = entry(record, "split", str)
-    source = HubSource(location, key, text_field, split=split, streaming=streaming, **maybe)
+    source = HubSource(
+        location, key, text_field, split=split, streaming=streaming, messages=messages, **maybe
+    )
     if source.is_folder:
         if kind_of(Path(location), key) != "folder":
             raise UserError(f"{key} ({location}) does not exist: restore it")
@@ -245,14 +276,17 @@ def reopen_source(record: dict[str, Any], streaming: bool = False) -> Source:
     return source
 
 
-def _files_of_glob(base: Path, parts: list[str], pattern: str, key: str) -> list[Path]:
+def _files_of_glob(
+    base: Path, parts: list[str], pattern: str, key: str, messages: bool
+) -> list[Path]:
     found = files_of_glob(base, parts, key)
     if not found:
         raise UserError(f"{key} ({pattern}) matches no file: correct the pattern")
     for path in found:
-        if suffix_of(path) not in READERS:
+        if suffix_of(path) not in readers(messages):
+            what = "not one of conversations" if messages else "not known"
             raise UserError(
-                f"{key} ({pattern}) matches {path.name}, whose suffix is not known: "
-                f"narrow the pattern to {SUFFIXES}"
+                f"{key} ({pattern}) matches {path.name}, whose suffix is {what}: "
+                f"narrow the pattern to {suffixes(messages)}"
             )
     return found

@@ -1,15 +1,14 @@
 """The ``data`` section of a configuration: which text, which tokenizer, how it is cut."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from retnet.data.messages import FIELD as MESSAGES
 from retnet.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 BYTES = "bytes"
 BPE = "bpe"
-# A trained BPE holds the 256 bytes, <bos>, <eos>, <pad> and at least one merge.
-MIN_BPE_VOCAB_SIZE = 256 + 3 + 1
 MAX_BPE_VOCAB_SIZE = 1 << 24  # the trainer reserves memory for so many at once
 
 
@@ -29,6 +28,11 @@ class DataSpec:
         PYTHON_STDLIB,
         "text to train on: python-stdlib, a file, folder or glob (.txt, .md, .jsonl[.gz], .csv, "
         ".parquet), or the name of a data set on the Hugging Face Hub",
+    )
+    format: Literal["text", "messages"] = _option(
+        "text",
+        "messages: rows of .jsonl[.gz], .parquet or the Hub with a list `messages` of {role, "
+        "content}; trained on what the assistant says only, see docs/chat.md",
     )
     text_field: str = _option("text", "field of .jsonl, .csv, .parquet and Hub rows with the text")
     hub_config: str | None = _option(None, "configuration of a Hub data set (wikitext-2-raw-v1)")
@@ -67,6 +71,16 @@ class DataSpec:
     )
     cache_dir: str = _option("data/cache", "folder for the token files")
 
+    @property
+    def is_messages(self) -> bool:
+        """Whether documents are conversations."""
+        return self.format == "messages"
+
+    @property
+    def field(self) -> str:
+        """The field of a row that is its document."""
+        return MESSAGES if self.is_messages else self.text_field
+
     def validate(self) -> None:
         """Raise one ``UserError`` for all values that are out of range; no file is opened."""
         problems = [
@@ -84,11 +98,22 @@ class DataSpec:
                 f"data.tuning_fraction ({self.tuning_fraction}) is out of range: use 0 for none, "
                 "or a share below 1, 0.1 for instance"
             )
-        if self.tokenizer == BPE and self.vocab_size < MIN_BPE_VOCAB_SIZE:
+        special = 5 if self.is_messages else 3  # <bos>, <eos>, <pad>, and what marks messages
+        if self.tokenizer == BPE and self.vocab_size < 256 + special + 1:
             problems.append(
                 f"data.vocab_size ({self.vocab_size}) is too small for a byte-level BPE, which "
-                "has 256 bytes and 3 special tokens before its first merge: "
-                f"use at least {MIN_BPE_VOCAB_SIZE}, or data.tokenizer=bytes"
+                f"has 256 bytes and {special} special tokens before its first merge: "
+                f"use at least {256 + special + 1}, or data.tokenizer=bytes"
+            )
+        if self.is_messages and self.text_field != "text":
+            problems.append(
+                f"data.text_field ({self.text_field}) has no meaning with data.format=messages, "
+                f"whose rows have a field {MESSAGES}: leave it out"
+            )
+        if self.is_messages and self.source == PYTHON_STDLIB:
+            problems.append(
+                f"data.source ({self.source}) has no conversations, which data.format=messages "
+                "asks for: name a .jsonl or .parquet file, a folder of them, or a Hub data set"
             )
         if self.tokenizer == BPE and self.vocab_size > MAX_BPE_VOCAB_SIZE:
             too_large = f"data.vocab_size ({self.vocab_size}) is too large to be trained"

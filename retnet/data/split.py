@@ -123,7 +123,7 @@ def survey_documents(documents: Iterable[bytes]) -> Survey:
 
 
 def choose_tuning_split(
-    rule: SplitRule, survey: Survey | None, fraction: float, source: str
+    rule: SplitRule, survey: Survey | None, fraction: float, source: str, *, whole: bool = False
 ) -> SplitRule:
     """The rule that divides the training side of ``rule`` in the same way, to choose settings by.
 
@@ -139,19 +139,20 @@ def choose_tuning_split(
             array("Q", hashes[left].tolist()),
             survey.sha256,
         )
-    chosen = choose_split(survey, fraction, source, above=rule.threshold)
+    chosen = choose_split(survey, fraction, source, above=rule.threshold, whole=whole)
     return replace(chosen, within=rule)
 
 
 def choose_split(
-    survey: Survey | None, fraction: float, source: str, *, above: int = 0
+    survey: Survey | None, fraction: float, source: str, *, above: int = 0, whole: bool = False
 ) -> SplitRule:
     """The rule for a source without validation data of its own; neither side will be empty.
 
     Whole documents by hash when there are at least 20 and none holds more than 5 % of the bytes,
     else (or when all documents are equal) the tail of each; a ``UserError`` where it is too short.
     Without a survey (of a stream) by hash, and a side may turn out to be empty. Only documents with
-    hashes from ``above`` on are there.
+    hashes from ``above`` on are there. With ``whole`` none is cut, however few there are: a part of
+    a conversation is none.
     """
     threshold = above + int(fraction * (HASH_RANGE - above))
     if survey is None:
@@ -159,12 +160,17 @@ def choose_split(
     sizes = np.frombuffer(survey.sizes, dtype=np.uint64)
     hashes = np.frombuffer(survey.hashes, dtype=np.uint64)
     total = int(sizes.sum())
-    if len(sizes) >= MIN_DOCUMENTS and int(sizes.max()) <= MAX_SHARE * total:
+    if whole or (len(sizes) >= MIN_DOCUMENTS and int(sizes.max()) <= MAX_SHARE * total):
         smallest, largest = int(hashes.min()), int(hashes.max())
         if smallest < largest:
             # A side that chance left empty gets the one document nearest to the threshold.
             threshold = min(max(threshold, smallest + 1), largest)
             return SplitRule("documents", fraction, threshold)
+    if whole:
+        raise UserError(
+            f"data.source ({source}) has one conversation, or equal ones, and a part of one is not "
+            "held back: use more, or name others in data.validation"
+        )
     # Bytes bound characters from above: exact counting is only needed near the limit, where the
     # writer of the token files checks again.
     if int(sizes.max()) < 2:

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.chat import pieces_of
 from retnet.data.hub import HubSource
 from retnet.data.prepared import SIDES, TRAIN
 from retnet.data.record import entry
@@ -26,7 +27,7 @@ from retnet.data.sources import FileSource, Source
 from retnet.data.spec import DataSpec
 from retnet.data.split import DocumentsHash, SplitRule
 from retnet.data.token_file import TokenFileWriter, can_go_on
-from retnet.data.tokenizer import encode_in_pieces, in_groups, max_token_id
+from retnet.data.tokenizer import in_groups, max_token_id
 from retnet.data.writing import Phase, add_document, finish_tokens, phase, read_documents_of
 from retnet.errors import UserError
 from retnet.files import read_json, write_json
@@ -82,7 +83,7 @@ def write_stream(
     """
     documents, hashes = read_documents_of(source), _Hashes(rule)
     sides, largest = SIDES[:1] if rule.kind == "given" else SIDES, max_token_id(tokenizer)
-    committed = _take_up(folder, documents, hashes, sides, largest)
+    committed = _take_up(folder, documents, hashes, sides, largest, answers=spec.is_messages)
     if not committed:  # nothing yet, or the text is another
         for side in SIDES:
             shutil.rmtree(folder / side, ignore_errors=True)
@@ -90,7 +91,11 @@ def write_stream(
     with ExitStack() as stack:
         writers = {
             side: stack.enter_context(
-                closing(TokenFileWriter(folder / side, largest, committed.get(side)))
+                closing(
+                    TokenFileWriter(
+                        folder / side, largest, committed.get(side), answers=spec.is_messages
+                    )
+                )
             )
             for side in sides
         }
@@ -126,7 +131,13 @@ def write_stream(
 
 
 def _take_up(
-    folder: Path, documents: Iterator[str], hashes: _Hashes, sides: Sequence[str], largest: int
+    folder: Path,
+    documents: Iterator[str],
+    hashes: _Hashes,
+    sides: Sequence[str],
+    largest: int,
+    *,
+    answers: bool,
 ) -> dict[str, Any]:
     """Read past the committed documents; nothing is where there are none or they are others now."""
     if not (folder / PROGRESS).is_file():
@@ -136,7 +147,8 @@ def _take_up(
         read, sha256 = entry(committed, "documents_read", int), entry(committed, "sha256", str)
         for side in sides:
             counts = entry(committed, side, dict)
-            counts = {name: entry(counts, name, int) for name in ("documents", "bytes", "tokens")}
+            names = ("documents", "bytes", "tokens", *(("answers",) if answers else ()))
+            counts = {name: entry(counts, name, int) for name in names}
             if not can_go_on(folder / side, largest, counts):
                 raise ValueError(f"{side} has less than was written")
     except ValueError as error:  # a UserError is one
@@ -162,7 +174,7 @@ def _append(
     """Tokenise and write a batch; returns whether there are enough training tokens now."""
     sided = [(text, hashes.side(text)) for text in batch]
     encoded = {
-        name: encode_in_pieces(tokenizer, [text for text, side in sided if side == name])
+        name: pieces_of(tokenizer, [text for text, side in sided if side == name])
         for name in writers
     }
     for text, side in sided:

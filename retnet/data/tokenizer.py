@@ -1,19 +1,21 @@
 """Tokenizers: bytes, a byte-level BPE of our own, or a pretrained one.
 
 All are ``PreTrainedTokenizerFast``. Text that spells a special token ("<eos>") is encoded as the
-ordinary characters it is. ``tokenizer(text)`` puts ``<bos>`` before a text, which makes it a
-prompt; documents are encoded by ``encode_documents``, which adds both ends itself.
+ordinary characters it is: by the code here always, by the tokenizer itself unless it has a chat
+template, which writes such tokens into the text that it encodes (see ``chat``).
+``tokenizer(text)`` puts ``<bos>`` before a text, which makes it a prompt; documents are encoded by
+``encode_documents``, which adds both ends itself.
 """
 
 import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -43,7 +45,15 @@ BATCH_CHARACTERS = 1 << 20
 # words for the pattern above, so the tokens are those of the whole text.
 PIECE_CHARACTERS = 1 << 17
 CUT = re.compile(r"\S(?=[ \n])")
-Piece = tuple[np.ndarray, int]  # ids, and the UTF-8 bytes of the text that they are of
+Text = TypeVar("Text", bound=str)
+
+
+class Piece(NamedTuple):
+    """A document, or a part of it, as tokens."""
+
+    ids: np.ndarray  # [t]
+    num_bytes: int  # UTF-8 bytes of the text that is predicted
+    bounds: np.ndarray | None = None  # [2 a] where its answers begin and end; None: all counts
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,11 +65,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _finish(backend)
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(
+    documents: Iterable[str], vocab_size: int, markers: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on ``documents``; the same documents give the same tokenizer.
 
-    The three special tokens (ids 0, 1, 2) count in ``vocab_size``; a small text may have fewer
-    pairs to merge and so give a smaller vocabulary.
+    The three special tokens (ids 0, 1, 2) and further ``markers`` after them count in
+    ``vocab_size``; a small text may have fewer pairs to merge and so give a smaller vocabulary.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +83,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *markers],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
@@ -102,8 +114,11 @@ def load_tokenizer(
     tokenizer = _load(name, key)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{key} ({name}) has no tokenizer.json: convert it to a fast tokenizer")
-    tokenizer.split_special_tokens = True
-    tokenizer.init_kwargs["split_special_tokens"] = True
+    if isinstance(tokenizer.chat_template, dict):  # by name; the others are for tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not tokenizer.chat_template:
+        tokenizer.split_special_tokens = True
+        tokenizer.init_kwargs["split_special_tokens"] = True
     most = _rows_beside(name, key) if rows is None else rows
     for kind, text in (("eos", EOS), ("bos", BOS), ("pad", PAD)):
         current = getattr(tokenizer, f"{kind}_token")
@@ -136,7 +151,12 @@ def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """The sha256 of everything that decides the ids of a text."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return hashlib.sha256(f"{ends}{_backend(tokenizer).to_str()}".encode()).hexdigest()
+    return hashlib.sha256(f"{ends}{plain_backend(tokenizer).to_str()}".encode()).hexdigest()
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sha256 of what besides that decides the ids of a conversation."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
 def encode_documents(
@@ -144,7 +164,7 @@ def encode_documents(
 ) -> Iterator[np.ndarray]:
     """The ids, int64 [tokens], of each document as ``<bos>`` text ``<eos>``, read as needed."""
     for _, pieces in encode_in_pieces(tokenizer, documents):
-        yield np.concatenate([ids for ids, _ in pieces], dtype=np.int64)
+        yield np.concatenate([piece.ids for piece in pieces], dtype=np.int64)
 
 
 def encode_in_pieces(
@@ -165,7 +185,7 @@ def encode_in_pieces(
         for text in group:
             if len(text) <= PIECE_CHARACTERS:
                 ids = np.concatenate([bos, next(bodies), eos])
-                yield text, [(ids, len(text.encode()))]
+                yield text, [Piece(ids, len(text.encode()))]
             else:
                 yield text, _encode_long(encode, text, bos, eos)
 
@@ -191,18 +211,18 @@ def _end(tokenizer: PreTrainedTokenizerFast, kind: str) -> np.ndarray:
 def _encode_long(
     encode: Callable[[list[str]], list[np.ndarray]], text: str, bos: np.ndarray, eos: np.ndarray
 ) -> Iterator[Piece]:
-    yield bos, 0
+    yield Piece(bos, 0)
     for part in in_groups(_pieces(text), BATCH_CHARACTERS):
         for piece, ids in zip(part, encode(part), strict=True):
-            yield ids, len(piece.encode())
-    yield eos, 0
+            yield Piece(ids, len(piece.encode()))
+    yield Piece(eos, 0)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[str]], list[np.ndarray]]:
     """Texts to the ids of each, without ends; 32 bits at most, because they wait in memory."""
     if len(tokenizer) == BYTE_VOCAB_SIZE and tokenizer_hash(tokenizer) == _byte_tokenizer_hash():
         return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    backend = _backend(tokenizer)
+    backend = plain_backend(tokenizer)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         with naming(tokenizer):
@@ -250,9 +270,9 @@ def no_token(tokenizer: PreTrainedTokenizerBase, what: str) -> UserError:
     )
 
 
-def in_groups(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+def in_groups(documents: Iterable[Text], characters: int) -> Iterator[list[Text]]:
     """Texts together while they are short: what is held at a time bounds the memory."""
-    group: list[str] = []
+    group: list[Text] = []
     size = 0
     for text in documents:
         group.append(text)
@@ -294,7 +314,7 @@ def _finish(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """The Rust tokenizer, with the settings that a call with other arguments may have changed."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from retnet.data.chat import pieces_of
 from retnet.data.sources import Source
 from retnet.data.split import DocumentsHash
 from retnet.data.token_file import TokenFileWriter
-from retnet.data.tokenizer import Piece, encode_in_pieces, max_token_id, tokenizer_hash
+from retnet.data.tokenizer import Piece, max_token_id, tokenizer_hash
 from retnet.errors import UserError
 from retnet.terminal import harmless, in_one_line
 
@@ -79,12 +81,17 @@ def write_tokens(
     tokenizer: PreTrainedTokenizerFast,
     max_tokens: int | None,
     title: str,
+    *,
+    answers: bool = False,
 ) -> dict[str, Any]:
-    """Tokenise documents into a token file until ``max_tokens``, which may cut the last one."""
+    """Tokenise documents into a token file until ``max_tokens``, which may cut the last one.
+
+    Of conversations (``answers``) only the answers count.
+    """
     total = DocumentsHash()
-    writer = TokenFileWriter(folder, max_token_id(tokenizer))
+    writer = TokenFileWriter(folder, max_token_id(tokenizer), answers=answers)
     with phase(title) as counter, closing(writer):
-        for text, pieces in encode_in_pieces(tokenizer, texts):
+        for text, pieces in pieces_of(tokenizer, texts):
             total.add(text.encode())
             counter.advance(add_document(writer, pieces, max_tokens))
             if writer.num_tokens == max_tokens:
@@ -96,15 +103,24 @@ def write_tokens(
 def add_document(writer: TokenFileWriter, pieces: Iterable[Piece], max_tokens: int | None) -> int:
     """Append a document as far as ``max_tokens`` of the file allow; returns the UTF-8 bytes."""
     written, append = 0, writer.add
-    for ids, num_bytes in pieces:
+    for ids, num_bytes, bounds in pieces:
         if writer.num_tokens == max_tokens:
             break
         left = len(ids) if max_tokens is None else min(len(ids), max_tokens - writer.num_tokens)
+        counted, of = left, len(ids)
+        if bounds is not None:
+            counted, of = (_length(cut := bounds.clip(max=left))), _length(bounds)
+            bounds = cut[: 2 * np.count_nonzero(bounds[::2] < left)]
         # A tokenizer that strips whitespace gives no ids for a piece of nothing else.
-        part = round(num_bytes * left / len(ids)) if len(ids) else num_bytes
-        append(ids[:left], part)
+        part = round(num_bytes * counted / of) if of else num_bytes
+        append(ids[:left], part, bounds)
         written, append = written + part, writer.extend
     return written
+
+
+def _length(bounds: np.ndarray) -> int:
+    """The tokens of answers with these bounds."""
+    return int((bounds[1::2] - bounds[::2]).sum())
 
 
 def finish_tokens(writer: TokenFileWriter, tokenizer: PreTrainedTokenizerFast, sha256: str) -> None:

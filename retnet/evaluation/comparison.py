@@ -14,6 +14,7 @@ import transformers
 
 from retnet.checkpoints import Checkpoint
 from retnet.checkpoints.format import trained_in
+from retnet.data.chat import ChatFormat
 from retnet.errors import UserError
 from retnet.evaluation.bootstrap import Difference, paired_bootstrap, to_bits
 from retnet.evaluation.foreign import ForeignModel, check_fits
@@ -93,12 +94,19 @@ def compare_checkpoints(
         UserError: See ``score_documents``; or no document is as long as the context asked for;
             or the machine cannot hold a length to measure after; or a loss is not finite.
     """
+    if text.are_conversations and not eos:
+        raise UserError(
+            "--no-eos has no effect on conversations, in which answers are scored with the marker "
+            "that ends each: leave it out"
+        )
     window = default_context(checkpoints[0]) if context is None else context
     names = short_names([checkpoint.path for checkpoint in checkpoints])
     longest = max(speed_contexts, default=0)
     for checkpoint in checkpoints:
         check_windows(checkpoint.model, window, stride, carry_state)
-        if eos:
+        if text.are_conversations:
+            _check_chat(checkpoint)
+        elif eos:
             check_end(checkpoint.tokenizer, str(checkpoint.path))
         if longest and speed_limit_s is None:
             check_fits(checkpoint.model, longest, 1, f"--contexts ({longest:,}) needs")
@@ -122,7 +130,8 @@ def compare_checkpoints(
                 f"checkpoint ({checkpoint.path}) gives a loss that is not finite: its weights are "
                 "damaged or of a run that diverged, so take another one"
             )
-        if context is not None and context > own.targets.max() and not carry_state:
+        longest_text = own.targets.max() if not text.are_conversations else context or 0
+        if context is not None and context > longest_text and not carry_state:
             raise UserError(
                 f"--context ({context}) is longer than the text, whose longest document gives "
                 f"{name} {own.targets.max():,} tokens: take at most that"
@@ -141,12 +150,25 @@ def compare_checkpoints(
         context=window,
         stride=None if carry_state else stride or window,
         models=[
-            _result(name, checkpoint, own, speed, checkpoints[0], scores[0])
+            _result(
+                name, checkpoint, own, speed, checkpoints[0], scores[0], chat=text.are_conversations
+            )
             for name, checkpoint, own, speed in zip(names, checkpoints, scores, speeds, strict=True)
         ],
         environment=describe_environment(checkpoints[0].model.device),
         eos=eos,
     )
+
+
+def _check_chat(checkpoint: Checkpoint) -> None:
+    """Raise a ``UserError`` where a checkpoint has no template for the conversations."""
+    try:
+        ChatFormat(checkpoint.tokenizer).check()
+    except UserError as error:
+        raise UserError(
+            f"checkpoint ({checkpoint.path}): {error}, and the text to compare on is "
+            "conversations: leave the model out, or name a text with --text"
+        ) from error
 
 
 def default_context(checkpoint: Checkpoint) -> int:
@@ -167,8 +189,13 @@ def _result(
     speed: list[DecodeSpeed],
     first: Checkpoint,
     first_scores: DocumentScores,
+    *,
+    chat: bool,
 ) -> ModelResult:
     same_tokenizer = identity(checkpoint.tokenizer) == identity(first.tokenizer)
+    if chat:  # whose tokens are by the template too
+        template = checkpoint.tokenizer.chat_template
+        same_tokenizer = same_tokenizer and template == first.tokenizer.chat_template
     nats = bits = None
     if scores is not first_scores:
         bits = to_bits(paired_bootstrap(first_scores.nll, scores.nll, scores.bytes))

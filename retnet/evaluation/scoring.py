@@ -5,6 +5,8 @@ is left out (see ``tokens`` for tokenizers that lack one of the two). Windows be
 ``stride`` inputs and hold up to ``context`` of them. The first window of a document scores all its
 targets, each later one those that no window before it has scored. So a target is predicted from at
 least ``context - stride + 1`` tokens where the document has that many before it.
+
+Of a conversation only the answers are targets.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from retnet.errors import UserError
 from retnet.evaluation import metrics
 from retnet.evaluation.foreign import ForeignModel
-from retnet.evaluation.tokens import nats_of_first, tokens_of, warn_of_unknown
+from retnet.evaluation.tokens import (
+    are_conversations,
+    nats_of_first,
+    predicted_text,
+    tokens_and_targets,
+    warn_of_unknown,
+)
 from retnet.generation import evaluation_mode
 from retnet.machine import memory_of
 from retnet.model.cache import DecoderCache
@@ -120,26 +128,27 @@ def score_documents(
         progress: Title of a progress bar on a terminal; none when None.
     """
     stride = check_windows(model, context, stride, carry_state)
-    sizes = np.array([len(text.encode()) for text in documents], dtype=np.int64)
+    sizes = np.array([len(text.encode()) for text in map(predicted_text, documents)], np.int64)
     if not sizes.sum():
         raise UserError(f"text ({len(documents)} documents) is empty: give some to evaluate")
-    tokens = tokens_of(model, tokenizer, documents, eos=eos)
+    tokens, targets = tokens_and_targets(model, tokenizer, documents, eos=eos)
     warn_of_unknown(tokenizer, tokens)
     check_logits_fit(model, min(context, max(len(ids) for ids in tokens)))
     if batch_size is None:
         batch_size = max(1, tokens_per_batch(model) // context)
-    predicted = np.array([max(0, len(ids) - 1) for ids in tokens], dtype=np.int64)
+    predicted = np.array([int((ids[1:] != IGNORE_INDEX).sum()) for ids in targets], np.int64)
     every: list[Window] = []
     losses: list[NDArray[np.float64]] = []
     if carry_state:
-        sums = _carried_sums(model, tokens, context, batch_size, progress)
+        sums = _carried_sums(model, tokens, targets, context, batch_size, progress)
     else:
         every = windows_of(tokens, context, stride)
-        losses = window_losses(model, tokens, every, batch_size * context, progress)
+        num_tokens = batch_size * context
+        losses = window_losses(model, tokens, every, num_tokens, progress, targets=targets)
         sums = np.zeros(len(tokens))
         np.add.at(sums, [window.document for window in every], [one.sum() for one in losses])
     first = nats_of_first(model, tokenizer)
-    if first is not None:
+    if first is not None and not are_conversations(documents):  # which begin with no answer
         unpredicted = np.array([min(1, len(ids)) for ids in tokens], dtype=np.int64)
         sums, predicted = sums + first * unpredicted, predicted + unpredicted
     if not predicted.sum():
@@ -225,15 +234,17 @@ def window_losses(
     every: Sequence[Window],
     num_tokens: int,
     progress: str | None = None,
+    *,
+    targets: Sequence[Tensor] | None = None,
 ) -> list[NDArray[np.float64]]:
-    """The nats of each window's targets, in the order of the windows.
+    """The nats of each window's targets, in the order of the windows; 0 of what is none.
 
-    ``num_tokens`` as in ``scored_windows``.
+    ``num_tokens`` and ``targets`` as in ``scored_windows``.
     """
     found: dict[Window, NDArray[np.float64]] = {}
     total = sum(window.num_targets for window in every)
     with evaluation_mode(model), torch.inference_mode(), _bar(total, progress) as bar:
-        for batch, nll in scored_windows(model, tokens, every, num_tokens):
+        for batch, nll in scored_windows(model, tokens, every, num_tokens, targets):
             for window, row in zip(batch, nll.cpu().numpy(), strict=True):
                 first, end = window.first_target - 1 - window.start, window.end - window.start
                 found[window] = row[first:end].copy()
@@ -242,7 +253,11 @@ def window_losses(
 
 
 def scored_windows(
-    model: DecoderForCausalLM, tokens: Sequence[Tensor], every: Sequence[Window], num_tokens: int
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    every: Sequence[Window],
+    num_tokens: int,
+    targets: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[Sequence[Window], Tensor]]:
     """Score windows in batches of similar length, the longest (which takes most memory) first.
 
@@ -252,6 +267,7 @@ def scored_windows(
         tokens: Of each document.
         every: The windows, in any order.
         num_tokens: In a batch of the longest windows.
+        targets: The tokens with ``IGNORE_INDEX`` for what is no target; None: all are.
 
     Returns:
         Batches of windows with the nll of their targets, float64 [B, T]: that of the target after
@@ -267,9 +283,10 @@ def scored_windows(
         for window in batch:
             ids = tokens[window.document]
             inputs.append(ids[window.start : window.end])
-            targets = ids[window.start + 1 : window.end + 1].clone()
-            targets[: window.first_target - window.start - 1] = IGNORE_INDEX
-            labels.append(targets)
+            of = ids if targets is None else targets[window.document]
+            counted = of[window.start + 1 : window.end + 1].clone()
+            counted[: window.first_target - window.start - 1] = IGNORE_INDEX
+            labels.append(counted)
         output = model(_padded(inputs, 0, model.device), use_cache=False)
         yield batch, token_nll(output.logits, _padded(labels, IGNORE_INDEX, model.device))
 
@@ -283,22 +300,27 @@ def _bar(targets: int, title: str | None) -> Any:
 def _carried_sums(
     model: DecoderForCausalLM,
     tokens: Sequence[Tensor],
+    targets: Sequence[Tensor],
     context: int,
     batch_size: int,
     progress: str | None,
 ) -> NDArray[np.float64]:
     """The nats of each document, [D], its state handed on from piece to piece."""
     sums = torch.zeros(len(tokens), dtype=torch.float64, device=model.device)
-    total = sum(max(0, len(ids) - 1) for ids in tokens)
+    total = sum(int((ids[1:] != IGNORE_INDEX).sum()) for ids in targets)
     with evaluation_mode(model), torch.inference_mode(), _bar(total, progress) as bar:
-        for rows, nll, targets in _score_carried(model, tokens, context, batch_size):
+        for rows, nll, number in _score_carried(model, tokens, targets, context, batch_size):
             sums.index_add_(0, rows.to(sums.device), nll)
-            bar.update(targets)
+            bar.update(number)
     return sums.cpu().numpy()
 
 
 def _score_carried(
-    model: DecoderForCausalLM, tokens: Sequence[Tensor], context: int, batch_size: int
+    model: DecoderForCausalLM,
+    tokens: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    context: int,
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Score whole documents of similar length side by side, each with its own state.
 
@@ -316,11 +338,12 @@ def _score_carried(
         while rows:
             end = start + batch_size * context // len(rows)
             ids = [tokens[document][start : end + 1] for document in rows]
+            after = [targets[document][start + 1 : end + 1] for document in rows]
             pieces = _padded([own[:-1] for own in ids], 0, model.device)
-            targets = _padded([own[1:] for own in ids], IGNORE_INDEX, model.device)
+            labels = _padded(after, IGNORE_INDEX, model.device)
             output = model(pieces, past_key_values=cache, use_cache=True)
-            nll = token_nll(output.logits, targets).sum(dim=1)
-            yield torch.tensor(rows), nll, int((targets != IGNORE_INDEX).sum())
+            nll = token_nll(output.logits, labels).sum(dim=1)
+            yield torch.tensor(rows), nll, int((labels != IGNORE_INDEX).sum())
             start = end
             left = [document for document in rows if len(tokens[document]) - 1 > start]
             if left and len(left) < len(rows):  # the longer ones are the first

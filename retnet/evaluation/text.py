@@ -13,6 +13,7 @@ from retnet.data.sources import FileSource, HubSource, Source, open_location, re
 from retnet.data.writing import read_documents_of
 from retnet.errors import UserError
 from retnet.evaluation.metrics import words_of
+from retnet.evaluation.tokens import are_conversations, predicted_text
 from retnet.paths import kind_of
 
 ASK_FOR_TEXT = "name a text that none of the models was trained on with --text FILE"
@@ -23,17 +24,22 @@ class EvaluationText:
     """Documents to evaluate."""
 
     description: str  # where they come from, for the table
-    documents: Sequence[str]  # none of them empty
+    documents: Sequence[str]  # none of them empty; texts, or conversations
     files: tuple[Path, ...] = ()  # that they are read from, as far as they are local
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.documents)
+        """Of what is predicted."""
+        return sum(len(predicted_text(one).encode()) for one in self.documents)
 
     @property
     def words(self) -> int:
-        """As ``metrics.words_of`` counts them."""
-        return sum(map(words_of, self.documents))
+        """As ``metrics.words_of`` counts them, of what is predicted."""
+        return sum(words_of(predicted_text(one)) for one in self.documents)
+
+    @property
+    def are_conversations(self) -> bool:
+        return are_conversations(self.documents)
 
 
 def text_of_file(path: Path, text_field: str = "text") -> EvaluationText:
@@ -75,7 +81,8 @@ def validation_text(checkpoints: Sequence[Checkpoint]) -> EvaluationText:
         documents = rebuild_validation(first.data_record)
     except UserError as error:
         raise UserError(f"{error}; or {ASK_FOR_TEXT}") from error
-    description = f"validation data of {describe_corpus(first.data_record)}"
+    kind = "conversations" if are_conversations(documents) else "data"
+    description = f"validation {kind} of {describe_corpus(first.data_record)}"
     return EvaluationText(description, documents, _recorded_files(first.data_record))
 
 

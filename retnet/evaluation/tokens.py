@@ -4,6 +4,8 @@ A document begins with ``<bos>``, with ``<eos>`` where a tokenizer has no ``<bos
 <|endoftext|> is both), and with nothing where it has neither: then its first token counts as one of
 a vocabulary of equally likely ones, so that bits per byte stay the length of a code for the text.
 It ends with ``<eos>``, unless that is left out for all.
+
+A conversation is what the tokenizer's chat template makes of it, and only answers are targets.
 """
 
 import hashlib
@@ -18,8 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retnet.data import encode_documents
-from retnet.data.tokenizer import naming, no_token, tokenizer_hash
+from retnet.data.chat import ChatFormat
+from retnet.data.messages import Conversation
+from retnet.data.tokenizer import Piece, naming, no_token, tokenizer_hash
 from retnet.errors import UserError
+from retnet.model.loss import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +63,60 @@ def tokens_of(
 
     Raises:
         UserError: The tokenizer has no ``<eos>`` to end with, fails, leaves all of the text out, or
-            gives ids that the model does not have.
+            gives ids that the model does not have; or it has no template for conversations.
     """
+    tokens, _ = tokens_and_targets(model, tokenizer, documents, eos=eos)
+    return tokens
+
+
+def tokens_and_targets(
+    model: Any, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, eos: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The ids of each document as of ``tokens_of``, and the same with -100 for what is no target.
+
+    Of a text, all are targets.
+    """
+    if are_conversations(documents):
+        pieces = [piece for _, piece in ChatFormat(tokenizer).encode(documents)]  # type: ignore[arg-type]
+        tokens = [torch.from_numpy(piece.ids.astype(np.int64)) for piece in pieces]
+        _check_ids(model, tokenizer, tokens)
+        return tokens, [_answers(ids, own) for ids, own in zip(tokens, pieces, strict=True)]
     if eos:
         check_end(tokenizer, f"tokenizer ({tokenizer.name_or_path})")
     tokens = [torch.from_numpy(ids) for ids in _encoded(tokenizer, documents, eos)]
     ends = (tokenizer.bos_token_id is not None) + eos
     if all(len(ids) <= ends for ids in tokens) and any(text.strip() for text in documents):
         raise no_token(tokenizer, "the text")  # which would cost nothing
+    _check_ids(model, tokenizer, tokens)
+    return tokens, tokens
+
+
+def are_conversations(documents: Sequence[str]) -> bool:
+    """Whether documents are conversations; all are, or none is."""
+    return bool(documents) and isinstance(documents[0], Conversation)
+
+
+def predicted_text(document: str) -> str:
+    """What of a document is predicted: all of a text, the answers of a conversation."""
+    return "".join(document.answers) if isinstance(document, Conversation) else document
+
+
+def _answers(ids: Tensor, piece: Piece) -> Tensor:
+    """The ids with -100 for all but answers."""
+    assert piece.bounds is not None
+    places = np.arange(len(ids))
+    said = torch.from_numpy(np.searchsorted(piece.bounds, places, side="right") % 2 == 1)
+    return ids.masked_fill(~said, IGNORE_INDEX)
+
+
+def _check_ids(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Tensor]) -> None:
+    """Raise a ``UserError`` where a tokenizer gives ids that a model does not have."""
     largest = max((int(ids.max()) for ids in tokens if len(ids)), default=0)
     if largest >= model.config.vocab_size:
         raise UserError(
             f"tokenizer ({tokenizer.name_or_path}) gives an id ({largest}) beyond the model's "
             f"vocab_size ({model.config.vocab_size}): use the one that it was trained with"
         )
-    return tokens
 
 
 def _encoded(

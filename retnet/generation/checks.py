@@ -39,12 +39,13 @@ def fit_length(
     option: str | None = None,
     *,
     prompt: str = "the prompt",
+    fix: str = "give it a shorter one",
     quiet: bool = False,
 ) -> int:
     """The new tokens for which a model has room, with a line where they are fewer than wanted.
 
     A ``UserError`` where there is no room, or less than was asked for by hand with an option.
-    ``prompt`` is what messages call it.
+    ``prompt`` is what messages call it, ``fix`` what to do where it is too long.
     """
     longest = model.config.longest
     if longest is None:
@@ -53,7 +54,7 @@ def fit_length(
     if room < 1:
         raise UserError(
             f"{prompt} has {prompt_tokens:,} tokens (with <bos>) and leaves no room, as {what} for "
-            f"texts of {longest:,}: give it a shorter one"
+            f"texts of {longest:,}: {fix}"
         )
     if max_new_tokens > room and option is not None:
         raise UserError(

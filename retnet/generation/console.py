@@ -1,8 +1,11 @@
-"""Samples on standard output, as they are made."""
+"""Samples and answers on standard output, as they are made."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from retnet.errors import UserError
+from retnet.generation.chat import Chat
+from retnet.interrupts import ctrl_c_noticed
 
 
 def print_samples(prompt: str, pieces: Iterable[Sequence[str]], num_samples: int) -> None:
@@ -30,3 +33,20 @@ def print_samples(prompt: str, pieces: Iterable[Sequence[str]], num_samples: int
         print(title.format(number) + text, end="" if text.endswith("\n") else "\n", flush=True)
     if problem is not None:
         raise problem
+
+
+def converse(chat: Chat, messages: Iterable[str]) -> None:
+    """Print the answer to each message as it is made; Ctrl-C ends an answer, not the rest."""
+    for message in messages:
+        written = ""
+        with ctrl_c_noticed() as noticed:
+            try:
+                for piece in chat.answer(message, noticed):
+                    print(piece, end="", flush=True)
+                    written = piece or written
+            except UserError:
+                print(end="\n" if written else "", flush=True)
+                raise
+        print(end="" if written.endswith("\n") else "\n", flush=True)
+        if chat.cut:
+            print("(the answer ends at --max-new-tokens)", file=sys.stderr)

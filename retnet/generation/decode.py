@@ -47,6 +47,7 @@ class Usage:
     rows: int = 0  # continuations made side by side
     state_bytes: int = 0  # at the end; of a key-value cache, its used part
     path: str = ""  # which step made the tokens, and why not the fast one
+    answers: int = 0  # of a conversation, whose sum this is
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -56,11 +57,20 @@ class Usage:
     def ms_per_token(self) -> float:
         return 1000 * self.decode_seconds / self.steps if self.steps else 0.0
 
+    def add(self, answer: "Usage") -> None:
+        """Count one more answer of a conversation."""
+        self.answers += 1
+        for name in ("prompt_tokens", "prefill_seconds", "steps", "new_tokens", "decode_seconds"):
+            setattr(self, name, getattr(self, name) + getattr(answer, name))
+        self.rows, self.state_bytes, self.path = answer.rows, answer.state_bytes, answer.path
+
     def summary(self) -> str:
         """One line for people."""
+        prompt = f"messages: {self.answers:,} of" if self.answers else "prompt:"
         together = f" ({self.rows} samples at once)" if self.rows > 1 else ""
+        read = f"{self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s"
         return (
-            f"prompt: {self.prompt_tokens:,} tokens, {self.prompt_tokens_per_second:,.0f} tokens/s "
+            f"{prompt} {read} "
             f"| new: {self.new_tokens:,} tokens, {self.ms_per_token:.2f} ms/token{together} "
             f"| state: {self.state_bytes:,} bytes | {self.path}"
         )
@@ -130,6 +140,15 @@ class Step:
         return _widened(self.fast(tokens, cache))
 
 
+@dataclass
+class Memory:
+    """What a conversation goes on from: the state of one row, and what made it."""
+
+    cache: DecoderCache
+    step: Step
+    ids: list[int]  # all tokens that were read into the cache
+
+
 def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
     """A ``Step``; a ``UserError`` where there is no C++ compiler to compile it with."""
     if compile:
@@ -157,6 +176,7 @@ def generate(
     ends: Callable[[int, int], bool] = lambda row, token: False,
     usage: Usage | None = None,
     compile: bool = False,
+    memory: Memory | None = None,
 ) -> Iterator[list[int]]:
     """Continue prompts of equal length, one token of every row at a time.
 
@@ -173,6 +193,8 @@ def generate(
         usage: Filled in while the loop runs.
         compile: Compile the decode step (``torch.compile``, some 20 s on a CPU): pays for thousands
             of tokens.
+        memory: What came before a prompt of one row, and goes on with it: the tokens that are read
+            here are appended. The last token that was made is not among them.
 
     Yields:
         The new token of each row, B of them, ``ENDED`` for a row that has ended.
@@ -183,8 +205,14 @@ def generate(
     usage = Usage() if usage is None else usage
     device, length = input_ids.device, input_ids.shape[1]
     started = time.perf_counter()
-    cache = model.new_cache(max_length=length + max_new_tokens)
-    step = make_step(model, compile=compile)
+    read = input_ids
+    if memory is None:
+        cache = model.new_cache(max_length=length + max_new_tokens)
+        step = make_step(model, compile=compile)
+    else:
+        cache, step = memory.cache, memory.step
+        memory.ids += input_ids[0].tolist()
+        read = torch.tensor([memory.ids], device=device)
     logits = prefill(model, input_ids, cache)
     synchronize(device)
     usage.prompt_tokens, usage.prefill_seconds = length, time.perf_counter() - started
@@ -193,14 +221,17 @@ def generate(
         logits = logits.repeat_interleave(num_samples, dim=0)
 
     rows = usage.rows = len(logits)
-    sampler = Sampler(sampling or Sampling(), input_ids.repeat_interleave(num_samples, dim=0))
+    sampler = Sampler(sampling or Sampling(), read.repeat_interleave(num_samples, dim=0))
     ended, vocab_size = [False] * rows, logits.shape[1]
     tokens: Tensor | None = None
+    chosen: list[int] = []
     try:
         for _ in range(max_new_tokens):
             started = time.perf_counter()
             if tokens is not None:
                 logits = step(tokens, cache)
+                if memory is not None:
+                    memory.ids.append(chosen[0])
             tokens = sampler(logits)
             chosen = tokens.tolist()  # the only wait for a device
             if max(chosen) >= vocab_size:  # what the sampler says of logits that are no numbers

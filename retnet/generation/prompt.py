@@ -3,6 +3,8 @@
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +45,44 @@ def read_prompt(source: Path | None) -> str:
     what = f"--prompt-file ({source})"
     with os_errors(f"{what} cannot be read", "name a text file"), source.open("rb") as stream:
         return decode_utf8(_read(stream, what), str(source))
+
+
+def read_messages() -> Iterator[str]:
+    """What is said in a conversation: the lines of standard input, without empty ones.
+
+    On a terminal they are edited, and earlier ones found again, as in a shell; Ctrl-C drops a line,
+    Ctrl-D ends. Elsewhere there is one message a line. A ``UserError`` where one is not UTF-8.
+    """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: send messages there, one a line")
+    lines = _typed() if sys.stdin.isatty() else _piped(sys.stdin.buffer)
+    for number, line in enumerate(lines, start=1):
+        message = decode_utf8(line, f"message {number}")
+        if message.strip():
+            yield message
+
+
+def _typed() -> Iterator[bytes]:
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ").encode("utf-8", "surrogateescape")
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends the conversation)", file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except UnicodeDecodeError as error:  # of a terminal with another encoding
+            raise UserError("what was typed is not UTF-8: set the terminal to it") from error
+
+
+def _piped(stream: BinaryIO) -> Iterator[bytes]:
+    with os_errors("standard input cannot be read", "send messages there"):
+        while line := stream.readline(MOST_BYTES + 1):
+            if len(line) > MOST_BYTES:
+                raise UserError(f"a message has more than {MOST_BYTES:,} bytes: send a shorter one")
+            yield line.rstrip(b"\r\n")
 
 
 def _read(stream: BinaryIO, name: str) -> bytes:

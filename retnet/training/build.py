@@ -1,10 +1,12 @@
 """From a configuration to a model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from retnet.checkpoints import check_weights_unchanged, find_checkpoint
@@ -21,6 +23,10 @@ from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.configuration import DecoderConfig
 from retnet.model.models import configuration, model_class
 from retnet.training.spec import NOT_OF_THE_MODEL, Config, is_bounded
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def model_config(config: Config, vocab_size: int, **special_ids: Any) -> DecoderConfig:
@@ -140,12 +146,36 @@ def check_model_fits(config: DecoderConfig, rows: int = 0) -> None:
         check_state_fits(model, rows, cpu)
 
 
+def _grow_vocabulary(
+    model: DecoderForCausalLM,
+    weights: dict[str, Tensor],
+    known: dict[str, int],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Rows for entries that a tokenizer has after all ``known`` ones: what marks messages.
+
+    They begin as new rows do, around the mean of the others.
+    """
+    own, added = model.state_dict(), tokenizer.get_vocab().items() - known.items()
+    stored = len(weights.get(EMBEDDING, ()))
+    if not added or sorted(i for _, i in added) != [*range(stored, len(own[EMBEDDING]))]:
+        return  # as many and others, or with holes: it is another tokenizer
+    for name in (EMBEDDING, OUTPUT):
+        if name in weights and len(weights[name]) == stored:
+            mean = weights[name].float().mean(dim=0)
+            new = (mean + own[name][stored:]).to(weights[name].dtype)
+            weights[name] = torch.cat((weights[name], new))
+    names = " and ".join(sorted(entry for entry, _ in added))
+    logger.info(f"{names}: new entries of the vocabulary, around the mean of the others")
+
+
 def load_initial_weights(
     model: DecoderForCausalLM, init_from: str, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """Take the weights of ``model.init_from``; returns the checkpoint's folder.
 
-    A ``UserError`` where there is none, or one of another shape or with another tokenizer.
+    A ``UserError`` where there is none, or one of another shape or with another tokenizer. One that
+    lacks only the last entries, those of a chat template, is another's beginning.
     """
     folder, what, fix = initial_weights(init_from)
     check_weights_unchanged(folder)
@@ -155,11 +185,13 @@ def load_initial_weights(
         raise UserError(
             f"{what} has weights that can't be read ({error}): copy it again"
         ) from error
+    known: dict[str, int] | None = None  # weights from elsewhere may come without a tokenizer
+    if (folder / TOKENIZER).is_file():
+        known = load_tokenizer(folder, "tokenizer of model.init_from").get_vocab()
+        _grow_vocabulary(model, weights, known, tokenizer)
     check_same_model(model.state_dict(), weights, what, fix)
     check_same_meaning(model, folder, what, fix)
-    has_tokenizer = (folder / TOKENIZER).is_file()  # weights from elsewhere may come without
-    key = "tokenizer of model.init_from"
-    if has_tokenizer and load_tokenizer(folder, key).get_vocab() != tokenizer.get_vocab():
+    if known is not None and not known.items() <= tokenizer.get_vocab().items():
         raise UserError(
             f"{what} was trained with another tokenizer of the same size, its embedding would "
             f"mean nothing here: set data.tokenizer={folder}"

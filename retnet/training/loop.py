@@ -229,7 +229,7 @@ class Trainer:
                 f"{values['val/perplexity']:.2f}, {values['val/bits_per_byte']:.4f} bits per byte "
                 f"({targets:,} tokens)"
             )
-            sample = draw_sample(model, tokenizer, self.spec, self.accelerator)
+            sample = draw_sample(model, tokenizer, self.config, self.accelerator)
             for line in sample.splitlines():
                 self._console.say(f"  | {line}")
             with self._writing():

@@ -28,6 +28,7 @@ from retnet.training.spec import RESUMABLE_KEYS, Config, flatten
 logger = logging.getLogger(__name__)
 
 TEXT_HASHES = ("train_sha256", "validation_sha256")
+TOKENIZER_HASHES = ("tokenizer_sha256", "chat_template_sha256")  # the latter of conversations
 WARMUP = "train.warmup_steps"
 PRECISION = "train.precision"
 
@@ -215,7 +216,7 @@ def _check_data(trainer: Trainer, checkpoint: Path) -> None:
     data, now = trainer.config.data, trainer.data.record
     fix = "go on from another one, or use its weights alone with model.init_from"
     before = read_json(checkpoint / DATA_RECORD, fix)
-    if before.get("tokenizer_sha256") != now["tokenizer_sha256"]:
+    if any(before.get(key) != now.get(key) for key in TOKENIZER_HASHES):
         raise UserError(
             f"data.tokenizer ({data.tokenizer}) is not the tokenizer that checkpoint "
             f"({checkpoint}) was trained with: restore the text it was made from, or set "

@@ -15,6 +15,7 @@ from retnet.checkpoints.format import FINAL, list_checkpoints, step_folder
 from retnet.checkpoints.lora import add_lora
 from retnet.checkpoints.match import TAKE_OVER
 from retnet.data import CarriedBatches, PreparedData, TrainingBatches, prepare_data
+from retnet.data.chat import ChatFormat
 from retnet.errors import UserError
 from retnet.machine import keep_freed_memory, set_up_compiler
 from retnet.training.build import (
@@ -40,7 +41,7 @@ from retnet.training.spec import Config, flatten
 from retnet.training.summary import describe_heads, describe_run
 from retnet.training.trackers import check_trackers, end_training, start_trackers
 from retnet.training.tracking import check_metrics, format_seconds
-from retnet.training.validation import check_sample
+from retnet.training.validation import check_sample, check_targets
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def _set_up(config: Config, accelerator: Accelerator, start: Start) -> Trainer:
     _decided_by_main(accelerator, lambda: made.append(prepare_data(spec)))
     data = made[0] if made else prepare_data(spec)
     trainer = _build_trainer(config, accelerator, data, start)
-    check_sample(trainer.bare_model, data.tokenizer, config.train)
+    check_sample(trainer.bare_model, data.tokenizer, config)
+    check_targets(data.validation, config)
     if start.checkpoint is not None:
         go_on(trainer, start.checkpoint)
     for line in describe_run(trainer):
@@ -203,6 +205,9 @@ def _build_trainer(
         logger.info(f"weights from {folder}")
     if spec.lora_rank:
         add_lora(bare_model, spec.lora_rank)
+    if config.data.is_messages:  # where transformers' generate ends an answer
+        ends = {tokenizer.eos_token_id, ChatFormat(tokenizer).end}
+        bare_model.generation_config.eos_token_id = sorted(ends)
     if spec.gradient_checkpointing:
         bare_model.activation_checkpointing_enable({"use_reentrant": False})
     if spec.compile:

@@ -91,6 +91,9 @@ def describe_run(trainer: Trainer) -> Iterator[str]:
         f"{validation.num_tokens:,} validation tokens in {validation.num_documents:,}; "
         f"{len(trainer.data.tokenizer):,} entries in the vocabulary"
     )
+    if trainer.config.data.is_messages:
+        sides = f"{train.num_targets:,} of the training tokens, {validation.num_targets:,} of the"
+        yield f"targets     {sides} validation tokens: what the assistant says, and its end"
     per_step = batches.global_batch * seq_len
     yield (
         f"training    {spec.max_steps:,} steps of {per_step:,} tokens: "

@@ -3,21 +3,25 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
 from retnet.data import CarriedValidationBatches, TokenFile, ValidationBatches
+from retnet.data.chat import ChatFormat
+from retnet.errors import UserError
 from retnet.evaluation import evaluate_batches, metrics
 from retnet.generation import (
     Sampling,
     check_text_fits,
     encode_prompt,
     fit_length,
+    sample_answer,
     sample_text,
 )
 from retnet.model.causal_lm import DecoderForCausalLM as Model
-from retnet.training.spec import Config, TrainSpec
+from retnet.training.spec import Config
 
 
 def validate(
@@ -60,28 +64,52 @@ def sum_losses(model: Model, batches: ValidationBatches) -> tuple[float, int]:
     return sum(nll for nll, _ in parts), sum(targets for _, targets in parts)
 
 
-def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec) -> None:
+def check_targets(tokens: TokenFile, config: Config) -> None:
+    """Raise a ``UserError`` where ``train.eval_max_tokens`` leaves nothing to evaluate on."""
+    most = config.train.eval_max_tokens
+    if most is not None and not tokens.targets_before(np.array([most]))[0]:
+        raise UserError(
+            f"train.eval_max_tokens ({most}) ends before the first answer of the validation "
+            "conversations: use more, or null for all"
+        )
+
+
+def _prompt_length(config: Config, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The tokens of ``train.sample_prompt``, which of conversations is what the user says."""
+    prompt = config.train.sample_prompt
+    if not config.data.is_messages:
+        return encode_prompt(tokenizer, prompt).shape[1]
+    form = ChatFormat(tokenizer)
+    return len(form.encode_prompt(*form.parts([{"role": "user", "content": prompt}], prompt=True)))
+
+
+def check_sample(model: Model, tokenizer: PreTrainedTokenizerFast, config: Config) -> None:
     """Say where a sample ends before ``train.sample_tokens``, as the model has no more positions.
 
     A ``UserError`` where its prompt leaves no room, or no memory holds it.
     """
+    spec = config.train
     if not spec.sample_tokens:
         return
-    prompt, new = encode_prompt(tokenizer, spec.sample_prompt).shape[1], spec.sample_tokens
+    prompt, new = _prompt_length(config, tokenizer), spec.sample_tokens
     new = fit_length(model, prompt, new, prompt="train.sample_prompt")
     what = f"a prompt of {prompt:,} tokens and train.sample_tokens ({new:,}) need"
     check_text_fits(model, prompt + new, 1, what)
 
 
 def draw_sample(
-    model: Model, tokenizer: PreTrainedTokenizerFast, spec: TrainSpec, accelerator: Accelerator
+    model: Model, tokenizer: PreTrainedTokenizerFast, config: Config, accelerator: Accelerator
 ) -> str:
-    """A sample text, its prompt included; empty where none is asked for."""
+    """A sample text, its prompt included, or a message and its answer; empty if none is wanted."""
+    spec = config.train
     if not spec.sample_tokens:
         return ""
     prompt, sampling = spec.sample_prompt, Sampling(seed=spec.seed)
-    length = encode_prompt(tokenizer, prompt).shape[1]
-    new = fit_length(model, length, spec.sample_tokens, quiet=True)
+    new = fit_length(model, _prompt_length(config, tokenizer), spec.sample_tokens, quiet=True)
     # its lengths vary: compiling it would cost more than it gives
     with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-        return prompt + sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)
+        if not config.data.is_messages:
+            more = sample_text(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)
+            return prompt + more
+        answer = sample_answer(model, tokenizer, prompt, max_new_tokens=new, sampling=sampling)
+        return f"{prompt}\n{answer}" if prompt else answer

@@ -225,9 +225,9 @@ def test_a_failing_network_loses_nothing_that_is_committed(
     assert len(left) == keeps
     state["fails"] = False
     encoded = []
-    real = streaming.encode_in_pieces
+    real = streaming.pieces_of
     monkeypatch.setattr(
-        streaming, "encode_in_pieces", lambda t, d: encoded.extend(d := list(d)) or real(t, d)
+        streaming, "pieces_of", lambda t, d: encoded.extend(d := list(d)) or real(t, d)
     )
     prepared = prepare_data(spec)
     assert prepared.train.num_documents + prepared.validation.num_documents == 300

@@ -103,9 +103,9 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_long_document(
     seen = []
     real = prepare.train_bpe
 
-    def recorded(texts, vocab_size):
+    def recorded(texts, *options):
         seen.extend(texts := list(texts))
-        return real(texts, vocab_size)
+        return real(texts, *options)
 
     monkeypatch.setattr(prepare, "train_bpe", recorded)
     monkeypatch.setattr(prepare, "STREAMED_TOKENIZER_BYTES", 1000)
@@ -143,14 +143,14 @@ def test_a_killed_preparation_is_taken_up_again(
     read = json.loads(left.read_text())["documents_read"]
     assert 50 < read < 350
     tokenised = []
-    real = streaming.encode_in_pieces
+    real = streaming.pieces_of
 
     def counted(tokenizer, documents):
         documents = list(documents)
         tokenised.extend(documents)
         return real(tokenizer, documents)
 
-    monkeypatch.setattr(streaming, "encode_in_pieces", counted)
+    monkeypatch.setattr(streaming, "pieces_of", counted)
     monkeypatch.setattr(prepare, "train_bpe", None)  # the tokenizer is there already
     with caplog.at_level(logging.INFO):
         taken_up = prepare_data(spec)

@@ -9,6 +9,7 @@ from retnet.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Difference
 from retnet.evaluation.comparison import Comparison, ModelResult
 from retnet.evaluation.metrics import word_perplexity
 from retnet.evaluation.speed import ROUNDS, TOKENS_PER_ROUND
+from retnet.evaluation.text import EvaluationText
 from retnet.terminal import in_one_line
 
 WIDTH = 100
@@ -43,7 +44,7 @@ def _heading(comparison: Comparison) -> list[str]:
     dtypes = " and ".join(sorted({model.dtype for model in comparison.models}))
     lines = [
         *textwrap.wrap(f"text     {text.description}", WIDTH, subsequent_indent=" " * 9),
-        f"         {count(len(text.documents), 'document')}, {text.num_bytes:,} bytes",
+        f"         {count(len(text.documents), noun_of(text))}, {text.num_bytes:,} bytes",
         f"windows  {windows}",
         *textwrap.wrap(f"targets  {targets_of(comparison)}", WIDTH, subsequent_indent=" " * 9),
         f"machine  {environment['device']}, {count(environment['threads'], 'thread')}, {dtypes}, "
@@ -67,6 +68,11 @@ def _heading(comparison: Comparison) -> list[str]:
 
 def targets_of(comparison: Comparison) -> str:
     """What counts as a target, and where a document begins in another way than ours do."""
+    if comparison.text.are_conversations:
+        return (
+            "What the assistant says, and the marker that ends each answer; by each model's own "
+            "chat template. Bytes are those of the answers."
+        )
     said = "All tokens after <bos>, <eos> at the end of a document included."
     if not comparison.eos:
         said = "All tokens after <bos>, without <eos> at the end of a document (--no-eos)."
@@ -79,6 +85,11 @@ def targets_of(comparison: Comparison) -> str:
         elif model.begins_with_eos:
             said += f" {label} has its <eos>, {model.begins}, in place of <bos>."
     return said
+
+
+def noun_of(text: EvaluationText) -> str:
+    """What a document of a text is called."""
+    return "conversation" if text.are_conversations else "document"
 
 
 def count(number: int, noun: str) -> str:
@@ -161,6 +172,7 @@ def to_json(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
             "documents": len(comparison.text.documents),
             "bytes": comparison.text.num_bytes,
             "words": comparison.text.words,
+            "targets": "answers" if comparison.text.are_conversations else "all",
         },
         "context": comparison.context,
         "stride": comparison.stride,
