@@ -178,7 +178,10 @@ class Answers(GenerateManager):
         def deliver(piece: Any) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, piece)
 
-        answer = Answer(self._checkpoint, inputs["input_ids"], gen_config, deliver)
+        return queue, self._begin(inputs, gen_config, deliver)
+
+    def _begin(self, inputs: Any, wanted: Wanted, deliver: Deliver) -> Answer:
+        answer = Answer(self._checkpoint, inputs["input_ids"], wanted, deliver)
         self._open.add(answer)
 
         def make() -> None:
@@ -188,17 +191,24 @@ class Answers(GenerateManager):
                 self._open.discard(answer)
 
         self.submit(make)
-        return queue, answer
+        return answer
 
     async def generate_non_streaming(  # type: ignore[override]
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> tuple[str, int, list[int]]:
         """A whole text: what it says, the prompt's tokens and its own."""
-        queue, answer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
-        pieces = []
-        try:
-            while (piece := await queue.get()) is not None:
+        pieces: list[str] = []
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def deliver(piece: Any) -> None:  # without waking the loop, which would slow the model
+            if piece is None:
+                loop.call_soon_threadsafe(ended.set)
+            else:
                 pieces.append(piece)
+
+        answer = self._begin(inputs, gen_config, deliver)
+        try:
+            await ended.wait()
         finally:
             answer.cancel()  # whoever asked is gone, or all is there
         if answer.error is not None:
