@@ -135,8 +135,7 @@ def computes_in_bfloat16() -> bool:
         limit.upper() in WITHOUT_BFLOAT16 for limit in limits
     ):
         return False
-    # torch 2.9 can't tell
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities = torch.cpu.get_capabilities()
     return any(bool(has) for name, has in abilities.items() if name.endswith("bf16"))
 
 
