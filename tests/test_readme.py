@@ -30,7 +30,7 @@ def test_command(command: str) -> None:
         targets = re.findall(r"^([\w-]+):", Path("Makefile").read_text(), flags=re.MULTILINE)
         assert arguments[0] in targets
     elif program == "pip":
-        assert Path(arguments[-1]).is_file()
+        assert Path(arguments[-1]).is_file() or Path(arguments[-1], "pyproject.toml").is_file()
     elif arguments[0] == "train.py":
         assert load_config(arguments[1], arguments[2:])
     elif arguments[0] == "generate.py":
