@@ -33,7 +33,7 @@ from retnet.cli import ArgumentParser, file_path, number, positive_int, run
 from retnet.errors import UserError
 from retnet.evaluation import check_writable, write_json
 from retnet.evaluation.output import write_bytes
-from retnet.generation import loading_arguments
+from retnet.generation import device_of
 from retnet.machine import keep_freed_memory, memory_of
 
 LENGTHS = [128, 256, 512, 1024, 2048, 4096, 6000]
@@ -113,8 +113,7 @@ def _check(arguments: argparse.Namespace) -> Setup:
     except ValueError as error:
         raise UserError(f"--width ({arguments.width}) is none of a head: {error}") from error
     _check_files(arguments)
-    arguments.trust_remote_code, arguments.dtype = False, "float32"  # nothing is loaded
-    device = loading_arguments(arguments)["device"]
+    device = device_of(arguments.device)
     memory = memory_of(device)
     limit = None if memory is None else int(SHARE * memory)
     if arguments.memory is not None:

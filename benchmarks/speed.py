@@ -31,7 +31,7 @@ from benchmarks.steps import steps
 from benchmarks.training import prefill, train
 from retnet.cli import ArgumentParser, file_path, positive_int, run
 from retnet.evaluation import check_writable, write_json
-from retnet.generation import loading_arguments
+from retnet.generation import device_of
 from retnet.machine import keep_freed_memory
 
 BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.json:
         check_writable(arguments.json)
-    arguments.trust_remote_code = False  # nothing is loaded
-    place = loading_arguments(arguments)
+    device = device_of(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.allocator == "keep":
@@ -82,8 +81,8 @@ def main(argv: Sequence[str]) -> None:
     if problem:
         results.absent["compiled steps"] = problem
     plan = Plan(
-        place["device"],
-        place["dtype"],
+        device,
+        getattr(torch, arguments.dtype),
         arguments.rounds,
         compiled=problem is None,
         keep_memory=arguments.allocator == "keep",

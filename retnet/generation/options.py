@@ -25,14 +25,15 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``load_checkpoint``; a ``UserError`` for a device there is not."""
     return {
-        "device": _device(arguments.device),
+        "device": device_of(arguments.device),
         "dtype": None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
         "trust_remote_code": arguments.trust_remote_code,
         "base": arguments.base,
     }
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What --device means; a ``UserError`` for one that there is not."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

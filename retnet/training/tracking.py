@@ -50,7 +50,7 @@ class MetricsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._check_place()
         if EVALUATED in values:
-            self.evaluation = values
+            self.evaluation = dict(values)  # a tracker takes its own apart
 
     def _check_place(self) -> None:
         """Raise where the file is gone, or another run's is in its place.

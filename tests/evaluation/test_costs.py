@@ -98,7 +98,7 @@ def test_peaks_stand_beside_the_speed_of_their_length(monkeypatch) -> None:
 
     monkeypatch.setattr(costs, "training_peaks", instead)
     model = tiny_model("retention")
-    checkpoint = type("Checkpoint", (), {"path": "here", "model": model})
+    checkpoint = type("Checkpoint", (), {"path": "here", "base": None, "model": model})
     given = [TrainingCost(4, 4, 9.0), TrainingCost(8, 2), TrainingCost(16, 1, 9.0)]
     found = costs._with_peaks(checkpoint, given)
     assert [one.row_bytes for one in found] == [28, None, 112]

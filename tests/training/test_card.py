@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,13 @@ HUB = {"kind": "hub", "location": "some/set", "text_field": "text", "hub_config"
 EVALUATION = {"step": 2, "val/loss": 2.0, "val/perplexity": 7.38905, "val/bits_per_byte": 1.5}
 
 
-def card_of(data: Data, *keys: str, mixer: str = "retention", evaluation=EVALUATION, code=True):
+def card_of(data: Data, *given: str, mixer: str = "retention", evaluation=EVALUATION, code=True):
+    begun = [key.partition("=")[2] for key in given if key.startswith("model.init_from=")]
+    keys = [
+        key for key in given if not key.startswith("model.init_from=")
+    ]  # it would be looked for
     config = load_config(None, ["data.seq_len=24", f"model.mixer={mixer}", *keys])
+    config = replace(config, model=replace(config.model, init_from=begun[0] if begun else None))
     trained = Trained(3, 4, 0.5, evaluation)
     return model_card(config, tiny_model(mixer), data, trained, code=code)  # type: ignore[arg-type]
 

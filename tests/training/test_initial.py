@@ -134,7 +134,7 @@ def test_what_the_command_line_asks_for_stays(plain, whole: Path, tmp_path: Path
 
 
 def test_what_is_no_checkpoint_of_ours(whole: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(whole / "final", tmp_path / "other")
+    other = shutil.copytree(whole / "best", tmp_path / "other")  # which carries no code
     for changes, words in (
         ({"model_type": "gpt2"}, r"config\.json: model_type \(gpt2\) is none of retnet_lm, "),
         ({"model_type": "retnet_lm", "num_heads": 5}, r"must be divisible by num_heads \(5\)"),

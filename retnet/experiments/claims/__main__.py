@@ -40,7 +40,7 @@ from retnet.experiments.claims.rivals import OURS
 from retnet.experiments.claims.setup import CONTEXT, LEAST_CONTEXT, ROUNDS, SIZE, Setup
 from retnet.experiments.claims.trials import RECIPE, Trials
 from retnet.experiments.tune import check_output
-from retnet.generation import loading_arguments
+from retnet.generation import device_of
 from retnet.generation.options import DTYPES
 from retnet.terminal import deliver, write_out
 
@@ -128,8 +128,7 @@ def _given(arguments: argparse.Namespace, options: Sequence[str]) -> dict[str, o
 
 def _setup(arguments: argparse.Namespace, claims: Sequence[Claim]) -> Setup:
     """Of the claims that need no training, checked."""
-    options = argparse.Namespace(device=arguments.device, dtype="auto", trust_remote_code=False)
-    device = loading_arguments(options)["device"]
+    device = device_of(arguments.device)
     if all(claim.trains for claim in claims):
         _check_used(arguments, OF_SETUP, "all of these claims are of trained models")
         return Setup(device=device)
