@@ -3,6 +3,7 @@
 import importlib
 import re
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ Kept = tuple[list[int], str, str]  # steps of the losses, all texts, all that is
 def of_wandb(folder: Path) -> Kept:
     folders = sorted((folder / "wandb").glob("offline-run-*"))
     assert len({path.name.rpartition("-")[2] for path in folders}) == 1, "two runs"
-    content = b"".join(file.read_bytes() for path in folders for file in path.glob("*.wandb"))
-    steps = {int(number) for number in re.findall(rb"_step\x82\x01.([0-9])", content)}
+    until = time.monotonic() + 30  # a process of wandb's own writes, also after the run's end
+    steps: set[int] = set()
+    while len(steps) < 4 and time.monotonic() < until:
+        content = b"".join(file.read_bytes() for path in folders for file in path.glob("*.wandb"))
+        steps = {int(number) for number in re.findall(rb"_step\x82\x01.([0-9])", content)}
     text = content.decode(errors="replace")
     return sorted(steps), text, text
 
