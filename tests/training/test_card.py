@@ -43,9 +43,7 @@ EVALUATION = {"step": 2, "val/loss": 2.0, "val/perplexity": 7.38905, "val/bits_p
 
 def card_of(data: Data, *given: str, mixer: str = "retention", evaluation=EVALUATION, code=True):
     begun = [key.partition("=")[2] for key in given if key.startswith("model.init_from=")]
-    keys = [
-        key for key in given if not key.startswith("model.init_from=")
-    ]
+    keys = [key for key in given if not key.startswith("model.init_from=")]
     config = load_config(None, ["data.seq_len=24", f"model.mixer={mixer}", *keys])
     config = replace(config, model=replace(config.model, init_from=begun[0] if begun else None))
     trained = Trained(3, 4, 0.5, evaluation)

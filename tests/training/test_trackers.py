@@ -1,6 +1,7 @@
 """Each tracker for real, where it is installed: what it keeps of a run that goes on later."""
 
 import importlib
+import importlib.util
 import re
 import sqlite3
 import time
@@ -108,7 +109,10 @@ def test_every_tracker_has_its_place() -> None:
 
 
 def test_one_that_is_not_installed(options, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda one, *more: None if one == "mlflow" else real(one, *more)
+    )
     assert run([*options, "train.trackers=[mlflow]"]) == 2
     line = "error: train.trackers (mlflow) is not installed: pip install mlflow"
     assert capsys.readouterr().err.splitlines()[-1] == line
@@ -123,7 +127,10 @@ def test_one_that_is_not_installed(options, tmp_path: Path, capsys, monkeypatch)
 def test_one_that_would_write_elsewhere(
     name: str, variable: str, options, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda one, *more: one == name or real(one, *more)
+    )
     monkeypatch.setenv(variable, "https://tracker.example")
     assert run([*options, f"train.trackers=[{name}]"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
