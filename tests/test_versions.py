@@ -37,7 +37,7 @@ def test_an_extra_is_what_the_tests_run_with() -> None:
     tried = listed("requirements-dev.txt")
     extras = [Requirement(line) for of in project["optional-dependencies"].values() for line in of]
     shared = [extra for extra in extras if extra.name in tried]
-    assert {extra.name for extra in shared} >= {"peft", "wandb", "tensorboard"}
+    assert {extra.name for extra in shared} >= {"peft", "tensorboard"}
     assert all(extra.specifier == tried[extra.name] for extra in shared)
 
 
