@@ -7,19 +7,38 @@ takes the package away again. It needs a package index and minutes.
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.training.test_elsewhere import TASK
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "retnet",
            "retnet_commands.py", "configs")  # fmt: skip
-Run = Callable[..., subprocess.CompletedProcess]
+
+
+class Run:
+    """Programs of an environment with nothing but the project, started in an empty folder."""
+
+    def __init__(self, project: Path, folder: Path) -> None:
+        self.project, self.bin, self.folder = project, project / "env/bin", folder
+        inside = ("PYTHONPATH", "VIRTUAL_ENV")
+        self.env = {name: value for name, value in os.environ.items() if name not in inside}
+
+    def __call__(self, program: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+        command = [str(self.bin / program), *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
+        return done
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a program of an environment with nothing but the project, in an empty folder."""
     place = tmp_path_factory.mktemp("fresh")
     for name in SOURCES:  # a copy: building leaves files among the sources
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, place / name)
     subprocess.run([sys.executable, "-m", "venv", place / "env"], check=True)
-    outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
-    def call(program: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-        command = [str(place / "env/bin" / program), *arguments]
-        done = subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True)
-        assert done.returncode == code, f"{command}: {done.stdout}{done.stderr}"
-        return done
-
+    call = Run(place, folder)
     # of a torch that is not there yet, the one that CI runs: else a build of gigabytes comes
     call("pip", "install", str(place), "-c", str(ROOT / "constraints.txt"))
     return call
@@ -76,20 +87,38 @@ def test_train_generate_compare(run: Run, trained: str, folder: Path) -> None:
     assert len(json.loads((folder / "a.json").read_text())["models"]) == 2
 
 
-@pytest.mark.skipif(
-    not (ROOT / "retnet/checkpoints/push.py").exists(), reason="there is no push yet"
-)
 def test_what_would_be_uploaded(run: Run, trained: str) -> None:
     listed = run("python", "-m", "retnet.checkpoints.push", trained, "me/model", "--dry-run")
     assert "model.safetensors" in listed.stdout + listed.stderr
 
 
+CLIENT = """
+import openai, sys
+client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=40)
+(model,) = [one.id for one in client.models.list()]
+asked = {"model": model, "prompt": "def ", "max_tokens": 8}
+print(len(client.completions.create(**asked).choices[0].text), model)
+parts = [part.choices[0].text for part in client.completions.create(**asked, stream=True)]
+print(len("".join(parts)))
+"""
+
+
+def test_a_server_answers(run: Run, trained: str, folder: Path) -> None:
+    run("pip", "install", f"{run.project}[serve]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [str(run.bin / "python"), "-m", "retnet.serve", trained, "--port", port]
+    with subprocess.Popen(command, cwd=folder, env=run.env, stderr=subprocess.DEVNULL) as server:
+        try:
+            printed = run("python", "-c", CLIENT, f"http://127.0.0.1:{port}/v1").stdout.splitlines()
+        finally:
+            server.send_signal(signal.SIGINT)
+    assert int(printed[0].split()[0]) > 0 and printed[0].endswith("run") and int(printed[1]) > 0
+
+
 def test_a_process_without_the_package(run: Run, trained: str, folder: Path) -> None:
-    """The last one: it takes the package away."""
+    """And those after it: it takes the package away."""
     final = f"{trained}/final"
-    if "auto_map" not in json.loads((folder / final / "config.json").read_text()):
-        run("python", "-m", "retnet.checkpoints.export", trained, "exported")
-        final = "exported"
     run("pip", "uninstall", "--yes", "retnet-lm")
     run("python", "-c", "import retnet", code=1)
     program = (
@@ -98,3 +127,27 @@ def test_a_process_without_the_package(run: Run, trained: str, folder: Path) -> 
         "print(made('def ', max_new_tokens=4, return_full_text=True)[0]['generated_text'])"
     )
     assert run("python", "-c", program).stdout.startswith("def ")
+
+
+def test_the_harness_without_the_package(run: Run, trained: str, folder: Path) -> None:
+    """Its own command line, on the folder that the run left."""
+    run("pip", "install", "lm_eval")
+    (folder / "rows.jsonl").write_text(json.dumps({"text": "def state(head): return head"}))
+    (folder / "task.yaml").write_text(TASK.replace("FILE", str(folder / "rows.jsonl")))
+    arguments = f"pretrained={trained}/final,trust_remote_code=True,add_bos_token=False"
+    own = ("--tasks", "own_text", "--include_path", ".", "--output_path", "found")
+    run(
+        "python",
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        arguments,
+        "--device",
+        "cpu",
+        *own,
+    )
+    (file,) = (folder / "found").rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["own_text"]["bits_per_byte,none"]
+    assert 0 < found < 20
