@@ -5,9 +5,10 @@ import uuid
 from collections.abc import Coroutine
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.utils import logging as transformers_logging
@@ -125,5 +126,10 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _error(error: RequestError) -> JSONResponse:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    content = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    told = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    # a name in a request may be no text, half of a surrogate pair
+    content = {
+        name: value and value.encode(errors="backslashreplace").decode()
+        for name, value in told.items()
+    }
     return JSONResponse({"error": content}, status_code=error.status)

@@ -15,6 +15,7 @@ from tests.serve.test_answers import TEMPLATE
 
 pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai", reason="needs the packages of the extra serve")
+httpx = pytest.importorskip("httpx", reason="needs the packages of the extra serve")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the packages of the extra serve")
 pytest.importorskip("fastapi", reason="needs the packages of the extra serve")
 
@@ -115,6 +116,22 @@ def test_a_body_that_is_no_object(client: Any) -> None:
     for body in ([1], "a"):
         with pytest.raises(openai.BadRequestError, match="must be a JSON object"):
             client.post("/completions", body=body, cast_to=object)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"prompt": "\xff"}', "There was an error parsing the body"),
+        (b"[" * 100_000, "There was an error parsing the body"),
+        (rb'{"prompt": "a", "\ud800": 1}', r"\ud800 (1) is not supported here: leave it out"),
+        (rb'{"model": "\ud800"}', r"model ('\ud800') is not here: this server has tiny"),
+    ],
+)
+def test_bytes_that_are_no_request(client: Any, address: str, body: bytes, words: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{address}/completions", content=body, headers=headers)
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"].startswith(words)
 
 
 def test_chat_without_and_with_a_template(client: Any, own: Checkpoint, monkeypatch) -> None:

@@ -151,7 +151,7 @@ def _read(file: Path, stored: Mapping[str, Any]) -> RetNetConfig:
             value_size=round(width * expand),
             intermediate_size=told["intermediate_size"] or _default_width(told),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: {error}: correct it, or {COPY_AGAIN}") from error
 
 

@@ -15,7 +15,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -41,6 +46,10 @@ def find_source(text: str) -> Path:
     """
     path = expand(text, "source")
     if kind_of(path, "source") is not None or not HUB_NAME.fullmatch(text):
+        return path
+    try:
+        validate_repo_id(text)
+    except HFValidationError:  # two dots, a dash at the end, other letters
         return path
     import huggingface_hub
 

@@ -176,7 +176,7 @@ def _config(
             tie_word_embeddings=head is None or torch.equal(head, embedding),
             max_position_embeddings=stored.get("max_target_positions", 2048),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"source ({source}): {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Whole models of flash-linear-attention, converted, compute what it does; and back again."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixtur
         "other": {"model_type": "llama"}, "port": {"decoder_embed_dim": 64},
         "width": {"num_heads": 3}, "type": {"hidden_size": "wide"},
         "deep": {"num_hidden_layers": 10**9}, "number": {"vocab_size": 10**30},
+        "endless": {"expand_v": math.inf}, "ratio": {"hidden_ratio": 1e308, "intermediate_size": None},
     }.items():  # fmt: skip
         source_folder(CASES[0], tmp_path / name, **told)
     cut = source_folder(CASES[0], tmp_path / "cut")
@@ -264,6 +266,8 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixtur
         "type": "config.json: ",
         "deep": "lacks whole blocks",
         "number": "vocab_size (10000000000000000000000000000",
+        "endless": "endless/config.json: cannot convert float infinity to integer",
+        "ratio": "ratio/config.json: cannot convert float infinity to integer",
         "cut": "is damaged (part1.safetensors: ",
         "lost": "is incomplete, part1.safetensors is missing",
         "bare": "has no config.json, which says what its weights are of",

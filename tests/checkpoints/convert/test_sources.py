@@ -61,6 +61,11 @@ def test_a_folder_of_that_name_comes_first(hub: dict[str, Any], tmp_path: Path) 
     assert find_source(NAME) == Path(NAME) and not hub["asked"]
 
 
+@pytest.mark.parametrize("name", ["é/x", "a..b/x", "a/b--c", "a/b-"])
+def test_what_cannot_be_a_name_is_a_path(hub: dict[str, Any], name: str) -> None:
+    assert find_source(name) == Path(name) and not hub["asked"]
+
+
 def test_offline(hub: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     hub["online"] = False
     assert convert("from-fla", NAME, tmp_path / "new") == 2
