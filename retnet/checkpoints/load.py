@@ -219,7 +219,7 @@ def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> PreTr
     if not (folder / TOKENIZER).is_file():
         raise UserError(
             f"checkpoint ({folder}) has no tokenizer, {TOKENIZER} is missing: copy it there from "
-            "the run's other checkpoints"
+            "the run's other checkpoints, or from where the model comes from"
         )
     check_tokenizer_files(folder, "copy its tokenizer files again")
     try:

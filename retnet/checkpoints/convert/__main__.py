@@ -16,6 +16,7 @@ from typing import Any
 
 from retnet.checkpoints.convert.fla import from_fla, to_fla
 from retnet.checkpoints.convert.inspect import inspect
+from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.convert.rwkv import from_rwkv
 from retnet.checkpoints.convert.sources import find_source
 from retnet.checkpoints.convert.target import (
@@ -25,7 +26,9 @@ from retnet.checkpoints.convert.target import (
     write_checkpoint,
 )
 from retnet.checkpoints.convert.torchscale import ACTIVATIONS, Told, from_torchscale
+from retnet.checkpoints.format import is_run
 from retnet.cli import ArgumentParser, file_path, number, positive_int, run
+from retnet.errors import UserError
 from retnet.terminal import shown, write_out
 
 FORMATS: dict[str, tuple[Callable[[Path, Any], Converted], str]] = {
@@ -91,6 +94,17 @@ def _told(arguments: Any) -> Told:
     )
 
 
+def _check_format(source: Path, command: str) -> None:
+    """Raise a ``UserError`` where it is seen that another command is for the source, or none."""
+    if not source.is_dir():
+        return
+    found = recognise(source)
+    if found is not None and found.converter != command:
+        raise UserError(f"source ({source}) is {found.name}: {found.advice(source)}")
+    if found is None and is_run(source):
+        raise UserError(f"source ({source}) is a run of this package: it needs no conversion")
+
+
 def convertible(command: str, source: Path) -> Any:
     """Our configuration of a source that the command's converter takes; else a ``UserError``."""
     arguments = build_parser().parse_args([command, str(source), "TARGET"])
@@ -111,6 +125,7 @@ def main(argv: Sequence[str]) -> None:
         write_out(f"{source} converted for flash-linear-attention: {target}")
         return
     source = find_source(arguments.source)
+    _check_format(source, arguments.format)
     converted = FORMATS[arguments.format][0](source, arguments)
     tokenizer = find_tokenizer(source, arguments.tokenizer, converted.config.vocab_size)
     write_checkpoint(target, converted, tokenizer)
@@ -118,8 +133,8 @@ def main(argv: Sequence[str]) -> None:
     if tokenizer is None:
         print(
             shown(
-                f"{target} has no tokenizer, which generate.py needs: convert again with "
-                "--tokenizer NAME_OR_FOLDER",
+                f"{target} has no tokenizer, which generate.py needs: copy its files there, or "
+                "convert to another folder with --tokenizer NAME_OR_FOLDER",
                 sys.stderr,
             ),
             file=sys.stderr,

@@ -17,7 +17,7 @@ from retnet.checkpoints.configuration import read_config
 from retnet.checkpoints.convert.recognise import Format, by_names, recognise
 from retnet.checkpoints.convert.sources import PICKLES, read_tensors
 from retnet.checkpoints.find import find_checkpoint
-from retnet.checkpoints.format import CONFIG, TOKENIZER, TRAINING_STATE, read_progress
+from retnet.checkpoints.format import CONFIG, TOKENIZER, TRAINING_STATE, is_adapter, read_progress
 from retnet.checkpoints.load import check_loads
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import file_heads
@@ -49,7 +49,9 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
     own = found is None and str(stored.get("model_type", "")).endswith("_lm")
     yield f"checkpoint   {place}"
     kind = "this package's" if own else "not known" if found is None else found.name
-    yield f"format       {kind} (model_type {stored.get('model_type', 'not told')})"
+    kind += f" (model_type {stored.get('model_type', 'not told')})"
+    adapts = place.is_dir() and is_adapter(place)
+    yield f"format       {'an adapter of PEFT' if adapts else kind}"
     if heads:
         types = Counter(TYPES.get(name, name) for _, name in heads.values())
         size = sum(file.stat().st_size for file in files)
@@ -149,6 +151,8 @@ def _verdict(
     """
     config = None
     try:
+        if place.is_dir() and is_adapter(place):
+            return None, "with its base model: generate.py and compare.py take it (--base)"
         if found is not None:
             config = None if found.converter is None else convertible(found.converter, place)
             return config, f"no: {found.advice(place)}"

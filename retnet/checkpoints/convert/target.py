@@ -4,7 +4,7 @@ import logging
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,12 +135,26 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which then stands at the target; a ``UserError`` where that fails."""
     with (
         os_errors(f"target ({target}) cannot be written", "name another one, or free space there"),
+        _with_parents(target),
         replacing(target) as new,
     ):
         yield new
         ordinary = stat.S_IMODE(new.stat().st_mode) & 0o666
         for file in new.iterdir():
             file.chmod(ordinary)  # safetensors writes files that only their owner can read
+
+
+@contextmanager
+def _with_parents(target: Path) -> Iterator[None]:
+    """The folders above, which are made; and removed where nothing came into them."""
+    made = [folder for folder in target.absolute().parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:  # from the innermost one on
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def write_weights(

@@ -29,6 +29,8 @@ from retnet.model.ops.decay import DECAY_SCHEDULES, head_log_decay
 from retnet.model.ops.rotary import rotary_theta
 
 ACTIVATIONS = {"swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
+VALUES = {"activation": "|".join(ACTIVATIONS), "scale-embedding": "yes|no", "norm-eps": "NUMBER",
+          "num-heads": "N"}  # fmt: skip
 FIXED: dict[str, Any] = {
     "norm": "rmsnorm", "head_norm": "rmsnorm", "rotary_layout": "interleaved",
     "rotary_frequencies": "linspace",
@@ -196,7 +198,7 @@ def _found(
     for name in found:
         own = getattr(told, name.replace("-", "_"))
         found[name] = found[name] if own is None else own
-    if lacking := [f"--{name}" for name, value in found.items() if value is None]:
+    if lacking := [f"--{name} {VALUES[name]}" for name, value in found.items() if value is None]:
         raise UserError(
             f"source ({source}) does not say all of its model: add {' and '.join(lacking)}, or "
             "--config with the JSON of its configuration"

@@ -92,7 +92,7 @@ def test_checkpoints_of_others(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     torch.save(weights, official)
     found = inspected(official, capsys)
     assert found["format"].startswith("torchscale's format") and "step" not in found
-    assert "add --activation and --scale-embedding" in found["read here"]
+    assert "add --activation swish|gelu|relu and --scale-embedding yes|no" in found["read here"]
     torch.save(weights | {"layers.0.ffn.fc1.bias": torch.ones(1)}, official)
     found = inspected(official, capsys)
     assert found["format"].startswith("torchscale's format of before September 2023")
@@ -111,3 +111,28 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert convert("inspect", tmp_path / path) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: checkpoint (") and error.count("\n") == 1
+
+
+def test_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
+    save_file({"factor": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
+    found = inspected(tmp_path, capsys)
+    assert found["format"] == "an adapter of PEFT"
+    assert found["read here"].startswith("with its base model: generate.py and compare.py take it")
+
+
+def test_a_command_for_another_format(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One line names the right one; nothing is written, also not the folders above."""
+    theirs = source_folder("fla_fused_untied", tmp_path / "theirs")
+    shutil.copytree(saved, tmp_path / "run/final")
+    for source, words in (
+        (theirs, "is flash-linear-attention's format: make it ours by"),
+        (tmp_path / "run", "is a run of this package: it needs no conversion"),
+    ):
+        assert convert("from-rwkv", source, tmp_path / "models/new") == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+    assert convert("from-fla", theirs, tmp_path / "models/new") == 0
+    assert (tmp_path / "models/new/config.json").is_file()

@@ -47,6 +47,6 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(target, "save_file", full)
     words = r"target \(.*new\) cannot be written \(No space left"
-    with pytest.raises(ValueError, match=words), target.new_folder(tmp_path / "new") as new:
+    with pytest.raises(ValueError, match=words), target.new_folder(tmp_path / "a/b/new") as new:
         target.write_weights(new, [("w", torch.ones(3))], 12)
     assert not list(tmp_path.iterdir())

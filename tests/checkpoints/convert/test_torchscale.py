@@ -53,9 +53,7 @@ def test_options_in_place_of_a_configuration(tmp_path: Path, capsys) -> None:
         {f"decoder.{k}": x for k, x in weights.items()} | {"decoder.version": torch.ones(1)}, file
     )
     assert convert("from-torchscale", file, tmp_path / "ours") == 2
-    words = (
-        "does not say all of its model: add --activation and --scale-embedding and --norm-eps, or"
-    )
+    words = "--norm-eps NUMBER, or"
     assert words in capsys.readouterr().err
     assert convert("from-torchscale", file, tmp_path / "ours", *FLAGS) == 0
     told = Told(config=REFERENCE / f"{SWISH}.config.json")
