@@ -238,7 +238,8 @@ def test_mistakes_are_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixtur
         "other": {"model_type": "llama"}, "port": {"decoder_embed_dim": 64},
         "width": {"num_heads": 3}, "type": {"hidden_size": "wide"},
         "deep": {"num_hidden_layers": 10**9}, "number": {"vocab_size": 10**30},
-        "endless": {"expand_v": math.inf}, "ratio": {"hidden_ratio": 1e308, "intermediate_size": None},
+        "endless": {"expand_v": math.inf},
+        "ratio": {"hidden_ratio": 1e308, "intermediate_size": None},
     }.items():  # fmt: skip
         source_folder(CASES[0], tmp_path / name, **told)
     cut = source_folder(CASES[0], tmp_path / "cut")
