@@ -199,7 +199,7 @@ def test_other_weights_are_refused_by_what_differs(tmp_path: Path, capsys) -> No
         ({"decoder_retention_heads": "2"}, "decoder_retention_heads (2) must be a whole number"),
         ({"layernorm_eps": -1}, "norm_eps (-1) must be between 0 and 1"),
     ):
-        source = source_folder(SWISH, tmp_path / words[:9], **told)
+        source = source_folder(SWISH, tmp_path / words[:20], **told)
         assert convert("from-torchscale", source, tmp_path / "new") == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
