@@ -203,7 +203,7 @@ def _found(
             f"source ({source}) does not say all of its model: add {' and '.join(lacking)}, or "
             "--config with the JSON of its configuration"
         )
-    if found["activation"] not in ACTIVATIONS:
+    if found["activation"] not in [*ACTIVATIONS]:  # it may be a list, of which there is no hash
         raise UserError(
             f"source ({source}): activation_fn ({found['activation']}) must be one of "
             f"{', '.join(ACTIVATIONS)}: only those can be converted"

@@ -192,11 +192,12 @@ def test_other_weights_are_refused_by_what_differs(tmp_path: Path, capsys) -> No
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     for told, words in (
         ({"activation_fn": "tanh"}, "activation_fn (tanh) must be one of swish, gelu, relu"),
+        ({"activation_fn": ["gelu"]}, "activation_fn (['gelu']) must be one of swish, gelu, relu"),
         ({"decoder_retention_heads": 3}, "retnet_rel_pos.decay is of 2 heads with other decays"),
         ({"decoder_retention_heads": "2"}, "decoder_retention_heads (2) must be a whole number"),
         ({"layernorm_eps": -1}, "norm_eps (-1) must be between 0 and 1"),
     ):
-        source = source_folder(SWISH, tmp_path / words[:9], **told)
+        source = source_folder(SWISH, tmp_path / words[:20], **told)
         assert convert("from-torchscale", source, tmp_path / "new") == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
