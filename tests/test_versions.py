@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from retnet.checkpoints.adapter import PEFT
 from retnet.versions import TRIED, warn_of_untried
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +52,8 @@ def test_what_is_installed_is_no_reason_to_warn() -> None:
 def test_older_and_newer_ones_are_warned_of(tried: tuple[str, str]) -> None:
     with pytest.warns(UserWarning, match="torch 2.* was not tried"):
         warn_of_untried({"torch": tried, "no-such-library": tried})
+
+
+def test_a_message_asks_for_the_peft_that_was_tried() -> None:
+    asked = Requirement(PEFT)
+    assert asked.specifier == listed("requirements-dev.txt")[asked.name]

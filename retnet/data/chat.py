@@ -1,7 +1,7 @@
 """Conversations as tokens, by the chat template that a tokenizer has.
 
 A message's text is text, whatever it spells: only the template writes control tokens ("markers").
-The template is rendered with a placeholder for each message, and what stands between two of its
+The template is rendered with a stand-in for each message, and what stands between two of its
 markers is encoded as one text, so that the ids are those of ``tokenizer.apply_chat_template`` for
 messages that spell no marker. An answer is what the assistant says and the marker after it.
 """
@@ -46,7 +46,7 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")  # of private use: no template has them
+STAND_IN = re.compile("\ue000([0-9]+)\ue001")  # of private use: no template has them
 TRIED = [
     {"role": "user", "content": "Hello"},
     {"role": ASSISTANT, "content": "Hi there"},
@@ -132,7 +132,7 @@ class ChatFormat:
         fails, or changes what messages say.
         """
         held = [{**own, "content": f"\ue000{number}\ue001"} for number, own in enumerate(messages)]
-        pieces = PLACEHOLDER.split(self._render(held, prompt))
+        pieces = STAND_IN.split(self._render(held, prompt))
         parts: Parts = [int(one) if i % 2 else one for i, one in enumerate(pieces)]
         rendered = self._render(messages, prompt)
         given = [own["content"] for own in messages]

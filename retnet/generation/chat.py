@@ -13,7 +13,13 @@ from retnet.errors import UserError
 from retnet.generation.checks import check_text_fits, fit_length
 from retnet.generation.decode import Memory, NotFiniteError, Usage, generate, make_step
 from retnet.generation.sampling import MAX_SEED, Sampling
-from retnet.generation.stream import PRIMING_TOKENS, TextStream, evaluation_mode, last_tokens
+from retnet.generation.stream import (
+    PRIMING_TOKENS,
+    TextStream,
+    evaluation_mode,
+    last_tokens,
+    whole_text,
+)
 from retnet.model.causal_lm import DecoderForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -137,9 +143,4 @@ def sample_answer(
     """
     with evaluation_mode(model):
         chat = Chat(model, tokenizer, sampling=sampling, max_new_tokens=max_new_tokens)
-        text: list[str] = []
-        try:
-            text += chat.answer(message)
-        except NotFiniteError as error:
-            text.append(f" [{error}]")
-        return "".join(text)
+        return whole_text(chat.answer(message))

@@ -1,6 +1,6 @@
 """Text as it is made: whole characters only, and nothing from a stop string on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerFast
@@ -225,12 +225,17 @@ def sample_text(
         pieces = stream_text(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling
         )
-        text: list[str] = []
-        try:
-            text += (piece for (piece,) in pieces)
-        except NotFiniteError as error:
-            text.append(f" [{error}]")
-        return "".join(text)
+        return whole_text(piece for (piece,) in pieces)
+
+
+def whole_text(pieces: Iterable[str]) -> str:
+    """All pieces as one text, with a note at its end where the logits are no numbers any more."""
+    text: list[str] = []
+    try:
+        text += pieces
+    except NotFiniteError as error:
+        text.append(f" [{error}]")
+    return "".join(text)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import BatchEncoding
-from transformers.cli.serving.utils import GenerateManager, GenerationState, _StreamError
+from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _StreamError
 
 from retnet.checkpoints import Checkpoint
 from retnet.errors import UserError, is_out_of_memory
@@ -251,8 +251,6 @@ class OneModel:
         return self._checkpoint.model, self._prompts
 
     def get_model_modality(self, model: Any, processor: Any = None) -> Any:
-        from transformers.cli.serving.utils import Modality
-
         return Modality.LLM
 
     def list_models(self) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.paths import kind_of
 
+ADAPTS = "with its base model: generate.py and compare.py take it (--base)"
 Heads = Mapping[str, tuple[tuple[int, ...], str]]
 TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -48,10 +49,11 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
     found = by_names(heads) or (recognise(place, stored) if place.is_dir() else None)
     own = found is None and str(stored.get("model_type", "")).endswith("_lm")
     yield f"checkpoint   {place}"
-    kind = "this package's" if own else "not known" if found is None else found.name
-    kind += f" (model_type {stored.get('model_type', 'not told')})"
-    adapts = place.is_dir() and is_adapter(place)
-    yield f"format       {'an adapter of PEFT' if adapts else kind}"
+    if adapts := place.is_dir() and is_adapter(place):
+        yield "format       an adapter of PEFT"
+    else:
+        kind = "this package's" if own else "not known" if found is None else found.name
+        yield f"format       {kind} (model_type {stored.get('model_type', 'not told')})"
     if heads:
         types = Counter(TYPES.get(name, name) for _, name in heads.values())
         size = sum(file.stat().st_size for file in files)
@@ -59,7 +61,7 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
         yield f"weights      {size:,} bytes in {named}, {', '.join(types)}"
         parameters = sum(prod(shape) for shape, _ in heads.values())
         yield f"parameters   {parameters:,}, as stored in {len(heads):,} tensors"
-    config, verdict = _verdict(place, own, found, convertible)
+    config, verdict = (None, ADAPTS) if adapts else _verdict(place, own, found, convertible)
     if config is not None:
         yield f"model        {_model(config)}"
     if place.is_dir():
@@ -151,8 +153,6 @@ def _verdict(
     """
     config = None
     try:
-        if place.is_dir() and is_adapter(place):
-            return None, "with its base model: generate.py and compare.py take it (--base)"
         if found is not None:
             config = None if found.converter is None else convertible(found.converter, place)
             return config, f"no: {found.advice(place)}"
