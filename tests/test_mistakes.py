@@ -1,8 +1,9 @@
 """Every mistake is answered: exit code 2, one line with key, value and fix, nothing written.
 
-One row a mistake: the entry point, its arguments, and the words its answer must have. ``{...}`` in
-arguments and words are paths of the ``places`` fixture. Mistakes that need more than arguments are
-in test_mistakes_outside.py.
+Those of train.py stand here, one row a mistake: its arguments, and the words its answer must have.
+``{...}`` in arguments and words are paths of the ``places`` fixture. Those of generate.py and
+compare.py are in test_mistakes_checkpoints.py, and what needs more than arguments in
+test_mistakes_outside.py.
 """
 
 import io
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from retnet import cli
-from tests.places import AFT, MAINS, RUN, C, F, G
+from tests.places import AFT, MAINS, RUN
 
 CONFIGURATION = [
     ("", "the following arguments are required: config"),
@@ -226,161 +227,10 @@ DATA = [
     ),
 ]
 
-GENERATION = [
-    (G + " --chat", "has no chat template (chat_template.jinja): train one on conversations"),
-    (
-        G + " --chat --prompt a",
-        "--prompt has no effect with --chat, where each line of standard in",
-    ),
-    (G + " --chat --prompt-file {corpus}", "--prompt-file has no effect with --chat"),
-    (G + " --chat -", "- has no effect with --chat"),
-    (G + " --chat --num-samples 2", "--num-samples has no effect with --chat"),
-    (G + " --system a", "--system has no effect without --chat: add that, or leave it out"),
-    ("", "the following arguments are required: checkpoint"),
-    ("{runs}/retentoin", "retention/final"),
-    ("{long}", "checkpoint ({long}) cannot be reached (File name too long)"),
-    ("{runs}/retention/final/config.json", "is a file: name its folder"),
-    ("{bad}", "checkpoint ({bad}) holds no config.json"),
-    ("{broken}/weightless", "model.safetensors is missing: copy it again"),
-    ("{broken}/cut", "checkpoint ({broken}/cut) is damaged"),
-    ("{broken}/config", "config.json is not readable JSON"),
-    ("{broken}/other", "{broken}/other"),
-    ("{broken}/tokenless", "tokenizer.json is missing"),
-    ("{broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that cannot be loaded"),
-    ("{broken}/unsettled", "checkpoint ({broken}/unsettled) has a tokenizer that cannot be loaded"),
-    ("{broken}/typeless", "{broken}/typeless/config.json: dtype ('float7') is none of"),
-    ("{broken}/foreign", "use the tokenizer the model was trained with"),
-    ("{broken}/nan --prompt ab", "checkpoint ({broken}/nan) gives logits that are not finite"),
-    ("{broken}/nan --num-samples 2", "checkpoint ({broken}/nan) gives logits that are not finite"),
-    (G + " --max-new-tokens -1", "--max-new-tokens: '-1' must be a whole number of at least 1"),
-    (G + " --max-new-tokens many", "--max-new-tokens: 'many' must be"),
-    (G + " --temperature 0", "temperature (0.0) must be above 0: use --greedy"),
-    (G + " --temperature -1", "temperature (-1.0) must be above 0"),
-    (G + " --temperature nan", "temperature (nan)"),
-    (G + " --temperature warm", "--temperature: 'warm' must be a number"),
-    (G + " --temperature " + "9" * 400, "temperature (inf) must be above 0"),
-    (G + " --top-k many", "--top-k: 'many' must be a whole number of at most 9223372036854775807"),
-    (G + " --seed " + "9" * 5000, "must be a whole number of at most 9223372036854775807"),
-    (G + " --max-new-tokens " + "9" * 400, "must be a whole number of at most 9223372036854775807"),
-    (G + " --max-new-tokens " + "9" * 5000, "... (5,002 characters) must be a whole number"),
-    (G + " --max-new-tokens ²", "--max-new-tokens: '²' must be a whole number of at least 1"),
-    (G + " --num-samples 999999999", "--num-samples (999,999,999) of 201 tokens need"),
-    (G + " --prompt -x", "one that begins with a dash is joined to it: --prompt=-x"),
-    (G + " --device hpu", "--device (hpu) cannot be used"),
-    (G + " --device xla:0", "--device (xla:0) cannot be used"),
-    (G + " --device cpu:-1", "--device (cpu:-1) cannot be used"),
-    (G + " --top-p 0", "top_p (0.0)"),
-    (G + " --top-p 1.5", "top_p (1.5)"),
-    (G + " --top-k 0", "top_k (0)"),
-    (G + " --repetition-penalty 0", "repetition_penalty (0.0)"),
-    (G + " --repetition-penalty 1e-300", "repetition_penalty (1e-300) must be from 1e-06 to 1000"),
-    (G + " --repetition-penalty 1e300", "repetition_penalty (1e+300) must be from 1e-06 to 1000"),
-    (G + " --seed -1", "seed (-1)"),
-    (G + " --greedy --top-k 3", "--top-k has no effect with --greedy"),
-    (G + " --num-samples 0", "--num-samples: '0' must be"),
-    (G + " --prompt-file=", "--prompt-file: '' must be the path of a file"),
-    ("~nobodyx/x", "checkpoint (~nobodyx/x) has no home folder"),
-    (G + " --prompt-file ~nobodyx/x", "--prompt-file: the path (~nobodyx/x) has no home folder"),
-    (G + " --prompt-file {new}/no", "--prompt-file ({new}/no) cannot be read"),
-    (G + " --prompt-file {bad}/binary.txt", "{bad}/binary.txt is not UTF-8 at byte"),
-    (G + " -", "standard input is not UTF-8 at byte 1 (0xff): convert it"),
-    (G + " --prompt a -", "give one of them"),
-    (G + " --dtype float8", "--dtype: invalid choice: 'float8'"),
-    (G + " --device cuda:99", "--device (cuda:99) cannot be used"),
-    (G + " --device gpu", "--device (gpu) cannot be used"),
-    (G + " --device meta", "--device (meta) cannot be used"),
-    (G + " --prompt a --max-new-tokens 999999999999", "--max-new-tokens (999,999,999,999) need"),
-    (G + " --prompt a --stop \udcff", "has no token in the model's vocabulary"),
-    (G + " --base {runs}/attention", "--base ({runs}/attention) has no effect, checkpoint ({runs}"),
-    ("{runs}/aft --max-new-tokens 16", "--max-new-tokens (16) after a prompt of 1 tokens leads"),
-    ("{runs}/aft --prompt fifteen_letters --max-new-tokens 1", "has 16 tokens (with <bos>) and"),
-    ("{runs}/aft --prompt fifteen_letters", "has 16 tokens (with <bos>) and leaves no room"),
-    (G + " --wrong", "unrecognized arguments: --wrong"),
-]
-
-COMPARISON = [
-    ("", "the following arguments are required: CHECKPOINT"),
-    ("{runs}/retention", "compares with nothing: name a second one"),
-    ("{runs}/retention {runs}/no", "checkpoint ({runs}/no) does not exist"),
-    ("{runs}/retention {broken}/cut", "checkpoint ({broken}/cut) is damaged"),
-    (
-        C + " --base {runs}/aft",
-        "--base ({runs}/aft) has no effect, none of {runs}/retention, {runs}",
-    ),
-    (C + " --text {new}/no.txt", "--text ({new}/no.txt) does not exist"),
-    ("{runs}/retention {broken}/nan --no-speed", "checkpoint ({broken}/nan) gives a loss that is"),
-    (C + " --text=", "--text: '' must be the path of a file"),
-    (C + " --json=", "--json: '' must be the path of a file"),
-    (C + " --text {long}", "--text ({long}) cannot be reached (File name too long)"),
-    (C + " --text {bad}/empty.txt", "--text ({bad}/empty.txt) is empty"),
-    (C + " --text {bad}/latin.txt", "{bad}/latin.txt is not UTF-8 text"),
-    (C + " --text {corpus} --text-field body", "--text-field (body) is not a field of"),
-    (C + " --text-field body", "--text-field (body) has no effect without --text"),
-    (C + " --contexts 8 " + "9" * 5000, "must be a whole number of at most 9223372036854775807"),
-    (C + " --context " + "9" * 400, "must be a whole number of at most 9223372036854775807"),
-    (C + " --stride ²", "--stride: '²' must be a whole number of at least 1"),
-    (C + " --batch-size " + "9" * 5000, "must be a whole number of at most 9223372036854775807"),
-    (C + " --json {runs}/retention/final/config.json", "lies among the files of a checkpoint or r"),
-    (C + " --json {corpus}", "--json ({corpus}) is a file that the text is read from"),
-    (C + " --json {bad}/../corpus.jsonl --text {corpus}", "is a file that the text is read from"),
-    (C + " --context 0", "--context: '0' must be a whole number of at least 1"),
-    (C + " --context 99999", "--context (99999) is longer than the text"),
-    (C + " --context 8 --stride 9", "--stride (9) must be from 1 to --context (8)"),
-    (C + " --carry-state", "--carry-state needs a recurrent model"),
-    ("{runs}/retention {runs}/aft --no-speed --context 17", "--context (17) is beyond the 16"),
-    ("{runs}/retention {runs}/aft --no-speed --carry-state", "--carry-state leads beyond the 16"),
-    (C + " --contexts 8", "not allowed with argument --no-speed"),
-    (
-        "{runs}/retention {runs}/attention --contexts 8 99999999999999",
-        "--contexts (99,999,999,999,999) needs 799,",
-    ),
-    (C + " --json ~nobodyx/x", "--json: the path (~nobodyx/x) has no home folder"),
-    (C + " --text ~nobodyx/x", "--text: the path (~nobodyx/x) has no home folder"),
-    (C + " --json {new}/no/out.json", "--json ({new}/no/out.json)"),
-    ("{runs}/retention {runs}/unrecorded --no-speed", "{runs}/unrecorded"),
-    ("{runs}/retention {runs}/lost --no-speed", "--text FILE"),
-    ("{runs}/partial {runs}/partial --no-speed", "is damaged, 'split' is missing"),
-    ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
-    ("{foreign}/gpt2", "one checkpoint ({foreign}/gpt2) compares with nothing: name a second one"),
-    ("{runs}/retention {foreign}/gpt2", "{foreign}/gpt2 has no data.json that says what it was"),
-    (F + "mute", "checkpoint ({foreign}/mute) has no tokenizer"),
-    (F + "empty", "{foreign}/empty: its tokenizer does not know the letter a"),
-    (F + "bert", "its BertLMHeadModel is no causal language model, later tokens change what"),
-    (F + "seq2seq", "model_type (t5) is of encoder and decoder"),
-    (F + "unknown", "{foreign}/unknown/config.json: model_type ('nonsense') is none that is k"),
-    (F + "coded", "it needs code from the checkpoint's own folder: read that code, then add --tru"),
-    (F + "pickled", "checkpoint ({foreign}/pickled) has pickled weights (pytorch_model.bin)"),
-    (F + "kernel", "attn_implementation ('someone/kernel') names code from elsewhere: remove it"),
-    (F + "patched", "checkpoint ({foreign}/patched) has an adapter (adapter_config.json) beside"),
-    (F + "less", "is incomplete, transformer.h.1.mlp.c_fc.weight is missing from the weights"),
-    (F + "gpt2 --context 33", "--context (33) is beyond the 32 tokens for which a GPT2LMHeadModel"),
-    (
-        F + "gpt2 --carry-state",
-        "--carry-state is for models of this package, and a GPT2LMHeadModel",
-    ),
-    (F + "gpt2 --report {foreign}/gpt2", "--report ({foreign}/gpt2) lies in a run or checkpoint"),
-    (F + "gpt2 --report {foreign}/gpt2/new", "lies in a run or checkpoint ({foreign}/gpt2)"),
-    (F + "gpt2 --json {foreign}/gpt2/x.json", "lies among the files of a checkpoint or run"),
-    (
-        "--text {corpus} {runs}/retention {foreign}/gpt2 --contexts 8 99999999999999",
-        "--contexts (99,999,999,999,999) needs 799,",
-    ),
-    (
-        C + " nobody/nothing",
-        "checkpoint (nobody/nothing) is no local path, and the Hub cannot be r",
-    ),
-    (C + " --json {long}", "--json ({long}) cannot be reached (File name too long)"),
-    (C + " --json /proc/out.json", "--json (/proc/out.json) cannot be written"),
-    (C + " --json /dev/null", "--json (/dev/null) is a device or pipe: name a file"),
-]
-
 ROWS = [
-    pytest.param((entry, arguments, words), id=f"{entry}-{number:02}")
-    for entry, table in (
-        ("train", CONFIGURATION), ("train", DATA), ("generate", GENERATION), ("compare", COMPARISON)
-    )
-    for number, (arguments, words) in enumerate(table)
-]  # fmt: skip
+    pytest.param(("train", arguments, words), id=f"train-{number:03}")
+    for number, (arguments, words) in enumerate([*CONFIGURATION, *DATA])
+]
 
 
 def tree(*folders: Path) -> dict[str, int]:

@@ -11,7 +11,8 @@ from retnet.model.mixers import MIXERS
 from retnet.training.spec import mixer_keys
 from tests.generation.builders import save_checkpoint
 from tests.places import RUN, make_broken_checkpoints
-from tests.test_mistakes import CONFIGURATION, GENERATION, is_answered
+from tests.test_mistakes import CONFIGURATION, is_answered
+from tests.test_mistakes_checkpoints import GENERATION
 
 OTHERS = [mixer for mixer in MIXERS if mixer != "retention"]
 START = RUN + " model."

@@ -10,10 +10,7 @@ from retnet.generation import decode_one, generate, make_step, prefill
 from retnet.model.fast_decode.graph import StepGraph
 from retnet.model.fast_decode.step import DecodeStep
 from tests.generation.builders import tiny_model
-
-
-def random_ids(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(250, (rows, length), generator=torch.Generator().manual_seed(1))
+from tests.model.fast_decode.cases import random_ids
 
 
 class Stream:
