@@ -22,28 +22,29 @@ ASKED_EVERY_S = 0.25  # whether a client is still there
 CLIENT_LEFT = 499  # as other servers log it; nobody reads it
 
 
-class Completions(CompletionHandler):
+class _Asked:
+    """What transformers' handlers ask about a request, answered for one ``kind`` of ``FIELDS``."""
+
+    kind: str
+    model_manager: Any
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        check_fields(body, self.kind, str(self.model_manager.force_model))
+
+    def _build_generation_config(self, body: dict[str, Any], *_: Any, **__: Any) -> Wanted:
+        return wanted_of(body, self.kind)
+
+
+class Completions(_Asked, CompletionHandler):  # type: ignore[misc]
     """/v1/completions."""
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        check_fields(body, "completion", str(self.model_manager.force_model))
-
-    def _build_generation_config(  # type: ignore[override]
-        self, body: dict[str, Any], *_: Any, **__: Any
-    ) -> Wanted:
-        return wanted_of(body, "completion")
+    kind = "completion"
 
 
-class ChatCompletions(ChatCompletionHandler):
+class ChatCompletions(_Asked, ChatCompletionHandler):  # type: ignore[misc]
     """/v1/chat/completions."""
 
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        check_fields(body, "chat", str(self.model_manager.force_model))
-
-    def _build_generation_config(  # type: ignore[override]
-        self, body: dict[str, Any], *_: Any, **__: Any
-    ) -> Wanted:
-        return wanted_of(body, "chat")
+    kind = "chat"
 
 
 def build_app(checkpoint: Checkpoint, name: str, answers: Answers) -> FastAPI:
