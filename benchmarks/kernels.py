@@ -29,6 +29,8 @@ def kernels(plan: Plan, results: Results, shapes: tuple = SHAPES) -> None:
         results.absent[FLA] = f"its kernels need a GPU, the device is {plan.device.type}"
         return
     names: dict[str, Kernel] = {"RetNet chunkwise": chunkwise(None)}
+    if plan.compiled:
+        names["RetNet chunkwise compiled"] = torch.compile(chunkwise(None))
     try:
         names[FLA] = _fla_kernel()
     except ImportError as error:
@@ -77,7 +79,9 @@ def chunkwise(chunk_size: int | None) -> Kernel:
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, width = q.shape[2:]
         size = chunk_size or RetNetConfig(hidden_size=heads * width, num_heads=heads).chunk_size
-        return _by_heads(functools.partial(retention_chunkwise, chunk_size=size), q, k, v)
+        narrow = None if q.dtype == torch.float32 else q.dtype  # as under autocast
+        form = functools.partial(retention_chunkwise, chunk_size=size, products=narrow)
+        return _by_heads(form, q, k, v)
 
     return kernel
 

@@ -12,7 +12,7 @@ from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
 TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
-FAMILY, STEPS, LAYER = "family", "steps", "layer"
+FAMILY, STEPS, LAYER, UTILISATION = "family", "steps", "layer", "utilisation"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
 

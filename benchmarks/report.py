@@ -86,19 +86,19 @@ def _processor() -> str:
 
 def format_report(plan: Plan, results: Results, about: dict[str, Any]) -> str:
     """Heading, a table per case, and the table of targets."""
-    parts = [_heading(results, about)]
+    parts = [heading(results, about)]
     for benchmark in (TRAIN, PREFILL, DECODE, FORMS, FAMILY, STEPS):
         groups = list(results.groups(benchmark))
         if groups:
             parts.append([f"== {benchmark}", *NOTES[benchmark].splitlines()])
-        parts += [[case, *_times(group)] for case, group in groups]
+        parts += [[case, *times(group)] for case, group in groups]
     if results.peaks:
         parts.append([f"== {MEMORY}", *NOTES[MEMORY].splitlines(), "", *_peaks(results)])
     parts.append(["== targets", "", *format_targets(targets(plan, results))])
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
-def _heading(results: Results, about: dict[str, Any]) -> list[str]:
+def heading(results: Results, about: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     loads = about["load_average"]
     lines = [
@@ -121,7 +121,7 @@ def _heading(results: Results, about: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _times(group: list[Measurement]) -> list[str]:
+def times(group: list[Measurement]) -> list[str]:
     """Times of the contenders; the RetNet's speed over theirs, and their fraction of the limit."""
     first = group[0]
     limits = {one.contender: one.timing for one in group if one.contender.startswith(LIMIT)}

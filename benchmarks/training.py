@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.contenders import Contender, Field, Llama, add_ours, make_llama, with_compiled
+from benchmarks.contenders import Contender, Field, Llama, Size, add_ours, make_llama, with_compiled
 from benchmarks.decoding import decoding_field
 from benchmarks.limits import linear_flops, linear_products, matmul_products
 from benchmarks.measure import (
@@ -28,10 +28,15 @@ def prefill_case(length: int) -> str:
 
 
 def passes(
-    contenders: Sequence[Contender], rows: int, length: int, plan: Plan, case: str
+    contenders: Sequence[Contender],
+    rows: int,
+    length: int,
+    plan: Plan,
+    case: str,
+    size: Size | None = None,
 ) -> list[Piece]:
     """A forward and backward pass of each that can train rows of this length."""
-    ids = random_ids(rows, length + 1, plan, plan.size)
+    ids = random_ids(rows, length + 1, plan, size or plan.size)
     ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     return [
         Piece(case, one.name, rows * length, one.training_step(ids, targets))

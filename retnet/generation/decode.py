@@ -123,11 +123,12 @@ class Step:
             self.model = torch.compile(model, dynamic=True, fullgraph=True) if compile else model
             self.path = f"plain step{compiled}: {reason}"
             return
-        self.path = self.fast_path = f"fast step{compiled}"
         if compile:
             self.fast = self.lean.compile()
-            if model.device.type == "cuda" and not self.lean.grows:
-                self.fast = StepGraph(self.lean)
+        graph = model.device.type == "cuda" and not self.lean.grows
+        if graph:
+            self.fast = StepGraph(self.lean)
+        self.path = self.fast_path = f"fast step{compiled}{', CUDA graph' if graph else ''}"
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:

@@ -14,7 +14,7 @@ from benchmarks.family import PLAIN, STATE_FACT, variants
 from benchmarks.limits import decode_bytes, linear_flops, linear_products, matmul_products
 from benchmarks.measure import LIMIT, MATMULS, Measurement, Plan, Results
 from benchmarks.others import TORCHSCALE, YET_ANOTHER, add_others
-from benchmarks.report import _times
+from benchmarks.report import times
 from benchmarks.speed import BENCHMARKS
 from benchmarks.steps import ADAMW, MATRICES, MUON, NARROW, TORCHS
 from benchmarks.targets import targets
@@ -199,7 +199,7 @@ def test_the_limit_in_another_type_has_operands_of_it() -> None:
     group = [
         Measurement("steps", "pass", name, 1, Timing(s, s, s, 1, (s,))) for name, s in names.items()
     ]
-    last = [line.split()[-1] for line in _times(group)[2:]]
+    last = [line.split()[-1] for line in times(group)[2:]]
     assert last == ["0.50", "0.25", "1.00", "1.00"]
 
 

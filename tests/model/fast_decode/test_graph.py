@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from retnet.generation import decode_one, generate, make_step, prefill
+from retnet.generation import Usage, decode_one, generate, make_step, prefill
 from retnet.model.fast_decode.graph import StepGraph
 from retnet.model.fast_decode.step import DecodeStep
 from tests.generation.builders import tiny_model
@@ -81,15 +81,17 @@ def test_it_follows_a_cache_whose_rows_change(captures: list[StepGraph]) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mixer", ["retention", "attention"])
-def test_on_a_gpu(mixer: str) -> None:
+def test_on_a_gpu(mixer: str, compile: bool) -> None:
     model = tiny_model(mixer, dtype=torch.float32).cuda()
     ids = random_ids(2, 9).cuda()
-    expected = list(generate(model, ids, max_new_tokens=20))
-    assert list(generate(model, ids, max_new_tokens=20, compile=True)) == expected
-    cache, plain, step = model.new_cache(), model.new_cache(), make_step(model, compile=True)
+    prompt, usage = ids[:, :4], Usage()
+    cache, plain, step = model.new_cache(), model.new_cache(), make_step(model, compile=compile)
     for memory in (cache, plain):
-        prefill(model, ids, memory)
-    for token in ids.T:
+        prefill(model, prompt, memory)
+    for token in ids.T[4:]:
         logits = step(token, cache)
         torch.testing.assert_close(logits, decode_one(model, token, plain), rtol=1e-3, atol=1e-3)
+    assert len(list(generate(model, ids, max_new_tokens=20, compile=compile, usage=usage))) == 20
+    assert usage.path.endswith("CUDA graph") is (mixer == "retention")

@@ -1,0 +1,43 @@
+"""Every mixer on a GPU: what it computes on the CPU."""
+
+import pytest
+import torch
+
+from retnet.generation import decode_one, make_step, prefill
+from retnet.model import MIXERS
+from tests.generation.builders import tiny_model
+from tests.model.fast_decode.cases import random_ids
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_logits_and_grads_are_those_of_the_cpu(mixer: str) -> None:
+    """In float64, on rows longer than a chunk."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(mixer, dtype=torch.float64).to(device)
+        ids = random_ids(2, 40).to(device)
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        grads = [x.grad.cpu() for x in model.parameters()]
+        results.append([output.loss.detach().cpu(), output.logits.detach().cpu(), *grads])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_steps_are_those_of_the_model(mixer: str) -> None:
+    """The fast step, where there is one, after a prompt."""
+    model = tiny_model(mixer, dtype=torch.float32).cuda().eval()
+    ids = random_ids(2, 12).cuda()
+    cache, plain, step = model.new_cache(), model.new_cache(), make_step(model)
+    for memory in (cache, plain):
+        prefill(model, ids[:, :5], memory)
+    for token in ids.T[5:]:
+        expected = decode_one(model, token, plain)
+        torch.testing.assert_close(step(token, cache), expected, rtol=1e-3, atol=1e-3)
+    assert step.path.startswith("fast step"), step.path
