@@ -14,6 +14,7 @@ compare the two) and differs in this:
 ``make_decode_step`` is the one place that decides whether a model takes it.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -156,9 +157,7 @@ class DecodeStep:
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
         """
-        options: dict[str, Any] = {"recompile_limit": MOST_COMPILED}  # left out of the stubs
-        options["options"] = {"guard_filter_fn": _guards_of_arguments}
-        compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True, **options)
+        compiled = _compile(self._compute, self.grows)
         torch._dynamo.mark_static(self.embedding)
         for product in self._products():
             torch._dynamo.mark_static(product.weight)
@@ -218,6 +217,28 @@ class DecodeStep:
 
 
 _numbers = itertools.count()
+
+
+def _compile(function: Callable[..., Tensor], dynamic: bool) -> Callable[..., Tensor]:
+    """``torch.compile``, up to MOST_COMPILED times; its argument for that came after torch 2.11."""
+    options: dict[str, Any] = {"options": {"guard_filter_fn": _guards_of_arguments}}
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    if has_limit:
+        options["recompile_limit"] = MOST_COMPILED
+    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, **options)
+    if has_limit:
+        return compiled
+    # config.patch would do the same, in 30 microseconds a token instead of 1
+    set_limit = torch._dynamo.config._make_closure_patcher(recompile_limit=MOST_COMPILED)
+
+    def limited(*args: Any) -> Tensor:
+        reset_limit = set_limit()
+        try:
+            return compiled(*args)
+        finally:
+            reset_limit()
+
+    return limited
 
 
 def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
