@@ -45,7 +45,8 @@ def build_accelerator(spec: TrainSpec) -> Accelerator:
     _check_environment(spec)
     cpu = runs_on_cpu(spec)
     world_size = _world_size()
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    # an earlier run of this process may have had another precision, or another device
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
         accelerator = Accelerator(
             cpu=cpu,
