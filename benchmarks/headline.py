@@ -14,6 +14,7 @@ the launches of its kernels. The limit is the time to read the weights, and to r
 state (to read the cache), once, at the speed at which a large block of memory is read here.
 """
 
+import copy
 import os
 import statistics
 import sys
@@ -50,6 +51,7 @@ CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768]
 BATCHES = [1, 2, 4, 8, 16, 32]
 PAPER = {"throughput": 8.4, "memory": 3.4, "latency": 15.6}
 PAPER_CONTEXT = 8192
+WARM_UPS = 2  # tokens of a cell that are not counted
 BLOCK = 2**32  # bytes that are read to know the memory's speed, on a GPU; less on a CPU
 
 
@@ -81,27 +83,26 @@ def make_model(name: str, size: Size, plan: Plan) -> DecoderForCausalLM:
         return MAKERS[name](size).to(plan.dtype).eval()
 
 
-def remembered(model: DecoderForCausalLM, ids: torch.Tensor, rows: int, room: int) -> DecoderCache:
-    """The memory of as many rows that have read the same tokens [1, T], with room for more."""
+def remembered(model: DecoderForCausalLM, ids: torch.Tensor, room: int) -> DecoderCache:
+    """The memory of tokens [1, T], with room for more."""
     cache = model.new_cache(max_length=ids.shape[1] + room)
     prefill(model, ids, cache)
-    if rows > 1:
-        cache.batch_repeat_interleave(rows)
     return cache
 
 
 @torch.inference_mode()
-def decode(name: str, model: Any, ids: torch.Tensor, rows: int, tokens: int) -> Cell:
-    """Measure one cell; the first two tokens are not counted."""
-    device = ids.device
-    cell = Cell(name, ids.shape[1], rows)
+def decode(name: str, model: Any, memory: DecoderCache, rows: int, tokens: int) -> Cell:
+    """Measure one cell, of rows that remember the same; ``WARM_UPS`` tokens are not counted."""
+    device = model.device
+    cell, seconds = Cell(name, memory.length, rows), []
     try:
-        cache, seconds = remembered(model, ids, rows, tokens + 2), []
-        token = ids[:, -1].expand(rows).contiguous()
+        cache = copy.deepcopy(memory)
+        cache.batch_repeat_interleave(rows)
+        token = torch.zeros(rows, dtype=torch.int64, device=device)
         step = make_step(model)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(tokens + 2):
+        for _ in range(WARM_UPS + tokens):
             synchronize(device)
             started = time.perf_counter()
             token = step(token, cache).argmax(dim=-1)
@@ -110,9 +111,13 @@ def decode(name: str, model: Any, ids: torch.Tensor, rows: int, tokens: int) -> 
     except torch.cuda.OutOfMemoryError:
         return cell
     states = cache.num_bytes() if model.grows else 2 * cache.num_bytes()
+    held = None
+    if device.type == "cuda":  # less what only this program holds, for the next cell
+        held = torch.cuda.max_memory_allocated(device)
+        held -= sum(x.nbytes for x in memory.tensors().values())
     return Cell(
-        name, ids.shape[1], rows, statistics.median(seconds[2:]),
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        name, memory.length, rows, statistics.median(seconds[WARM_UPS:]),
+        held,
         decode_bytes(model, 0) + states,
     )  # fmt: skip
 
@@ -127,15 +132,16 @@ def cells(
             model = make_model(name, size, plan)
             for context in contexts:
                 ids, fits = random_ids(1, context, plan, size), True
+                memory = remembered(model, ids, WARM_UPS + plan.tokens)
                 for rows in batches:
                     cell = Cell(name, context, rows)
-                    cell = decode(name, model, ids, rows, plan.tokens) if fits else cell
+                    cell = decode(name, model, memory, rows, plan.tokens) if fits else cell
                     fits = fits and cell.seconds is not None
                     if plan.device.type == "cuda":
                         torch.cuda.empty_cache()
                     bar.update()
                     yield cell
-            del model
+            del model, memory
 
 
 def memory_speed(device: torch.device) -> float:

@@ -29,6 +29,7 @@ from ..causal_lm import DecoderForCausalLM
 from ..decoder import DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part, Step
+from ..ops.sdpa import for_any_length
 from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
@@ -185,7 +186,8 @@ class DecodeStep:
         if slow:
             switch_onednn(False)
         try:
-            logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
+            with for_any_length(tokens.device):
+                logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
         finally:
             if slow:
                 switch_onednn(True)
