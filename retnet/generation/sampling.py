@@ -89,42 +89,43 @@ def draw(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     if top_p == 1:
         return drawn[:, 0]
     kept_of = _kept_in_turn if probabilities.device.type == "cpu" else _kept_at_once
-    return kept_of(drawn, probabilities, top_p, uniform[:, ATTEMPTS:])
+    return kept_of(drawn, probabilities, top_p, uniform)
 
 
 def _inverted(weights: Tensor, shares: Tensor) -> Tensor:
     """Where the running sums of [B, vocab] weights exceed [B, n] shares of the whole sums."""
     running = weights.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(running, shares * running[:, -1:], right=True)
+    whole = running.narrow(1, weights.shape[1] - 1, 1)
+    return torch.searchsorted(running, shares * whole, right=True)
 
 
-def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tensor) -> Tensor:
-    """The first of each row's drawn tokens [B, ATTEMPTS] that is kept, or one of ``last`` [B, 1].
+def _kept_in_turn(drawn: Tensor, probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
+    """The first of each row's drawn tokens [B, ATTEMPTS] that is kept, or one by a last draw.
 
     Looks at no more of them than it needs.
     """
-    tokens = drawn[:, 0]
-    for row, (attempts, values) in enumerate(zip(drawn.tolist(), probabilities, strict=True)):
+    tokens = drawn.select(1, 0)
+    rows = probabilities.numpy()  # whose operators start in less time
+    for row, (attempts, values) in enumerate(zip(drawn.tolist(), rows, strict=True)):
         if attempts[0] == len(values):  # sums of nan
             continue
         for token in attempts:
-            likelier = F.threshold(values, values[token].item(), 0.0)
-            if likelier.sum().item() < top_p:
+            if values @ (values > values[token]) < top_p:
                 break
         else:
-            kept = keep_top_p(values[None], top_p)
-            token = _inverted(kept, last[row : row + 1]).item()
+            kept = keep_top_p(probabilities[row : row + 1], top_p)
+            token = _inverted(kept, uniform[row : row + 1, ATTEMPTS:]).item()
         if token != attempts[0]:
             tokens[row] = token
     return tokens
 
 
-def _kept_at_once(drawn: Tensor, probabilities: Tensor, top_p: float, last: Tensor) -> Tensor:
+def _kept_at_once(drawn: Tensor, probabilities: Tensor, top_p: float, uniform: Tensor) -> Tensor:
     """``_kept_in_turn`` without a look at a value, which a device would have to wait for."""
     most = probabilities.shape[1] - 1
     every, own = probabilities[:, None], probabilities.gather(1, drawn.clamp(max=most))[..., None]
     kept = torch.where(every > own, every, 0).sum(-1) < top_p  # [B, ATTEMPTS]
-    tokens = _inverted(keep_top_p(probabilities, top_p), last)[:, 0]
+    tokens = _inverted(keep_top_p(probabilities, top_p), uniform[:, ATTEMPTS:])[:, 0]
     for attempt in reversed(range(ATTEMPTS)):
         tokens = torch.where(kept[:, attempt], drawn[:, attempt], tokens)
     return tokens

@@ -99,15 +99,19 @@ class PartStep:
             weights = [layer.weight.detach() for layer in layers]
         self.inputs = [Product(weight) for weight in weights]
         self.output = Product(getattr(part, part.output).weight.detach())
+        self.same_input = type(self.core).inputs is Step.inputs
+        self.gates = type(self.core).gate is not Step.gate
 
     def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
         """[B, d] -> [B, d]; the state is changed in place."""
-        inputs = self.core.inputs(x, state) or itertools.repeat(x)
-        joined = [product(y) for product, y in zip(self.inputs, inputs, strict=False)]
-        whole = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+        if self.same_input and len(self.inputs) == 1:
+            whole = self.inputs[0](x)
+        else:
+            inputs = itertools.repeat(x) if self.same_input else self.core.inputs(x, state)
+            pairs = zip(self.inputs, inputs, strict=False)
+            whole = torch.cat([product(y) for product, y in pairs], dim=1)
         out = self.output(self.core(whole, shared, state))
-        gate = self.core.gate(whole)
-        return out if gate is None else gate * out
+        return self.core.gate(whole) * out if self.gates else out
 
 
 class DecodeStep:
@@ -186,12 +190,13 @@ class DecodeStep:
         if slow:
             switch_onednn(False)
         try:
+            positions = cache.record.select(1, NEXT_POSITION)
             with for_any_length(tokens.device):
-                logits = self.compute(tokens, cache.record[:, NEXT_POSITION], length, states)
+                logits = self.compute(tokens, positions, length, states)
         finally:
             if slow:
                 switch_onednn(True)
-        cache.record[:, :SEGMENT] += 1
+        cache.record.narrow(1, 0, SEGMENT).add_(1)
         cache.length += 1
         cache.rows.pop("last_hidden", None)
         return logits
@@ -214,7 +219,7 @@ class DecodeStep:
             hidden = self.embedding_norm(hidden)
         shared = [part.core.shared(positions, length) for part in self.first]
         for (norm, part, kind), state in zip(self.parts, states, strict=True):
-            hidden = hidden + part(norm(hidden), shared[kind], state)
+            hidden = hidden.add_(part(norm(hidden), shared[kind], state))
         return self.output(self.norm(hidden))
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.batched import batched_product
+
 BLOCKS = 16  # of W; measured: anything from 8 to 64 is as fast
 MOST_LEFT = 4  # rows up to which W x^T in blocks is the faster way, above it x W^T
 MOST_ROWS = 64  # of a product in blocks; more rows are a matrix product like any other
@@ -163,16 +165,13 @@ def _in_blocks(x: Tensor, weight: Tensor) -> Tensor:
     whole = weight.shape[0] // BLOCKS * BLOCKS
     blocks = weight if whole == weight.shape[0] else weight[:whole]
     blocks = blocks.view(BLOCKS, -1, inputs)
-    # torch's bmm, under a name that compilers call as it is: for one row or column they write loops
-    # of their own, which are slower on a CPU
-    unused = x.new_empty(1, 1, 1)
     if rows <= MOST_LEFT:
         # MKL wants the strides of a transposed matrix, also where compilers think them irrelevant
         columns = x.contiguous().as_strided((BLOCKS, inputs, rows), (0, 1, inputs))
-        y = torch.baddbmm(unused, blocks, columns, beta=0).view(whole, rows)
-        y = y.view(1, whole) if rows == 1 else y.t().contiguous()
+        y = batched_product(blocks, columns)
+        y = y.view(1, whole) if rows == 1 else y.view(whole, rows).t().contiguous()
     else:
-        y = torch.baddbmm(unused, x.expand(BLOCKS, -1, -1), blocks.mT, beta=0)
+        y = batched_product(x.expand(BLOCKS, -1, -1), blocks.mT)
         y = y.transpose(0, 1).contiguous().view(rows, whole)
     if whole == weight.shape[0]:
         return y

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from ..cache import State
 from ..configuration import DecoderConfig
 from ..documents import TokenInfo
+from ..ops.batched import batched_product
 from ..ops.precision import wide_dtype
 from ..ops.rotary import Rotation, rotary_angles, rotary_theta, rotation
 
@@ -296,14 +297,12 @@ def make_rotation(config: Any, tokens: TokenInfo) -> Rotation:
 
 
 class RotaryStep(Step):
-    """A step that rotates queries and keys together, [B, 2H, 1, K], keys times ``key_scale``.
+    """A step that rotates queries and keys together, [B, 2H, 1, K]."""
 
-    ``key_heads``: of the keys, where they are fewer.
-    """
-
-    def __init__(self, mixer: Any, key_scale: float = 1.0, key_heads: int | None = None) -> None:
+    def __init__(self, mixer: Any) -> None:
         config, weight = mixer.config, mixer.o_proj.weight
         self.layout, self.num_heads = config.rotary_layout, config.num_heads
+        self.dtype = wide_dtype(weight.dtype)  # of what is summed
         self.theta = rotary_theta(
             config.head_dim,
             frequencies=config.rotary_frequencies,
@@ -312,20 +311,15 @@ class RotaryStep(Step):
         )
         if config.positions != "rotary":
             self.theta = torch.zeros_like(self.theta)
-        ones = weight.new_ones(config.num_heads, 1, 1, dtype=wide_dtype(weight.dtype))
-        self.scale = torch.cat((ones, ones[:key_heads] * key_scale))
 
     def shared(self, positions: Tensor, length: int) -> Any:
         angles = positions[:, None, None] * self.theta  # float64 [B, 1, K/2]
-        cos, sin = rotation(angles, self.scale.dtype, positions.device)
-        return Rotation(cos * self.scale, sin * self.scale, self.layout)
+        return Rotation(*rotation(angles, self.dtype, positions.device), self.layout)
 
 
 def read_state(q: Tensor, state: Tensor) -> Tensor:
     """q S for a step: [B, H, 1, K], [B, H, K, V] -> [B, H, 1, V]."""
     rows, heads, _, width = q.shape
-    # strides as of a matrix of one row, also where compilers think them irrelevant, and torch's bmm
-    # under a name that they call as it is: for one row they write slower loops of their own
+    # strides as of a matrix of one row, also where compilers think them irrelevant
     q = q.contiguous().as_strided((rows * heads, 1, width), (width, width, 1))
-    state = state.flatten(0, 1)
-    return torch.baddbmm(q.new_empty(1, 1, 1), q, state, beta=0).view(rows, heads, 1, -1)
+    return batched_product(q, state.flatten(0, 1)).view(rows, heads, 1, -1)

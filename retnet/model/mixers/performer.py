@@ -55,7 +55,7 @@ class PerformerStep(LinearStep):
     def __init__(self, mixer: "PerformerAttention") -> None:
         super().__init__(mixer)
         scale = mixer.config.head_dim**-0.25
-        self.projection = mixer.projection.detach().to(self.scale.dtype) * scale
+        self.projection = mixer.projection.detach().to(self.dtype) * scale
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
         q = query_features(q, self.projection)  # [B, H, 1, m]

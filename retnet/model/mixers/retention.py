@@ -5,6 +5,7 @@
 Each head rotates its queries and keys by their position and retains with a decay of its own.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers import initialization as init
 from ..configuration import DecoderConfig, nearest_multiple, option
 from ..documents import TokenInfo, describe_tokens
 from ..ops.decay import DECAY_SCHEDULES, head_log_decay, head_windows
-from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm
+from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm, no_change
 from ..ops.precision import full_precision, products_dtype, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
@@ -134,12 +135,10 @@ class RetentionStep(RotaryStep):
     """``MultiScaleRetention`` for one token per row, its state updated in place."""
 
     def __init__(self, mixer: "MultiScaleRetention") -> None:
+        super().__init__(mixer)
         config = mixer.config
-        self.key_heads = config.key_value_heads
-        super().__init__(mixer, config.head_dim**-0.5, self.key_heads)
-        self.norm = (config.head_norm, config.head_norm_eps)
-        weight = mixer.head_norm_weight
-        self.norm_weight = None if weight is None else weight.detach()
+        self.key_heads, self.key_scale = config.key_value_heads, config.head_dim**-0.5
+        self.norm = step_head_norm(mixer, self.dtype)
         self.parts = [config.hidden_size + mixer.k_proj.out_features, mixer.v_proj.out_features]
         self.parts += [config.value_size] if config.gate else []
         self.set_decay(config)
@@ -148,7 +147,7 @@ class RetentionStep(RotaryStep):
     def set_decay(self, config: Any) -> None:
         """What decays need; where they are computed, they are the last of ``parts``."""
         log_decay = head_log_decay(config.decay, config.num_heads, self.theta.device)
-        self.decay = log_decay.to(self.scale.dtype).exp()[:, None, None]
+        self.decay = log_decay.to(self.dtype).exp()[:, None, None]
 
     def take_decay(self, others: list[Tensor]) -> Tensor:
         """g [B or 1, H, 1, 1], taken out of the parts after the values."""
@@ -162,20 +161,32 @@ class RetentionStep(RotaryStep):
         with full_precision(joined.device):
             qk = shared(qk.view(rows, heads + self.key_heads, 1, -1))
             q, k = qk.split_with_sizes([heads, self.key_heads], dim=1)
-            k = for_each_query(k, heads)  # [B, H, 1, K]
+            k = for_each_query(k, heads).mT  # [B, H, K, 1]
             v = for_each_query(v.view(rows, self.key_heads, 1, -1), heads).to(memory.dtype)
             decay = self.take_decay(others)
             if torch.compiler.is_compiling():  # so the new state is written once, and not read
-                out = read_state(q, memory) * decay + (q * k).sum(-1, keepdim=True) * v
-                memory.mul_(decay).addcmul_(k.mT, v)
+                own = (q * k.mT).sum(-1, keepdim=True) * self.key_scale
+                out = read_state(q, memory) * decay + own * v
+                memory.mul_(decay).addcmul_(k, v, value=self.key_scale)
             else:
-                memory.mul_(decay).addcmul_(k.mT, v)
+                memory.mul_(decay).addcmul_(k, v, value=self.key_scale)
                 out = read_state(q, memory)
-            out = head_norm(out.view(rows, heads, -1), *self.norm)
-            if self.norm_weight is not None:
-                out = out * self.norm_weight
+            out = self.norm(out.view(rows, heads, -1))
         out = out.view(rows, -1).to(joined.dtype)
-        return F.silu(others[0]) * out if others else out
+        return F.silu(others[0]).mul_(out) if others else out
+
+
+def step_head_norm(mixer: "MultiScaleRetention", dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The norm of a token's heads [B, H, V]; what it needs is made once."""
+    kind, eps = mixer.config.head_norm, mixer.config.head_norm_eps
+    if mixer.head_norm_weight is not None:
+        weight = mixer.head_norm_weight.detach()
+        return lambda x: head_norm(x, kind, eps) * weight
+    if kind != "groupnorm":
+        return lambda x: head_norm(x, kind, eps)
+    shape = (mixer.config.value_size // mixer.config.num_heads,)
+    one, zero = no_change(mixer.o_proj.weight.new_empty(shape, dtype=dtype))
+    return lambda x: torch.layer_norm(x, shape, one, zero, eps)
 
 
 class MultiScaleRetention(Mixer):

@@ -79,6 +79,8 @@ class Rotation:
         """[B, H, T, K] -> [B, H, T, K], in the wider dtype of x and the rotation."""
         if self.factor is not None and not torch.compiler.is_compiling():
             x = x.to(torch.promote_types(x.dtype, self.cos.dtype))
+            if not torch.is_grad_enabled():  # which these views have none for
+                return (x.view(x.dtype.to_complex()) * self.factor).view(x.dtype)
             pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
             return torch.view_as_real(pairs * self.factor).flatten(-2)
         cos, sin = self.cos, self.sin
