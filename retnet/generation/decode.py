@@ -129,7 +129,10 @@ class Step:
         graph = model.device.type == "cuda" and not self.lean.grows
         if graph:
             self.fast = StepGraph(self.lean)
-        self.path = self.fast_path = f"fast step{compiled}{', CUDA graph' if graph else ''}"
+        graph_said = ", CUDA graph" if graph else ""
+        weights = f", {self.lean.weights} weights" if self.lean.weights else ""
+        plain = f" by plain products: {self.lean.problem}" if self.lean.problem else ""
+        self.path = self.fast_path = f"fast step{compiled}{graph_said}{weights}{plain}"
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:

@@ -1,0 +1,222 @@
+"""x W^T for the few rows x of a decode step where W is quantised, see ``model.quantised``.
+
+torch has operators that read the stored numbers as they are. They are private, and right on some
+processors only: before one is used it is asked for a small product, and where each is absent or
+answers otherwise the plain product takes over, of the weight as it would be without quantisation;
+``problem`` says so.
+
+* Very few rows: the time is that of reading W, so the fewer bytes the better.
+* More: on a CPU that computes in bfloat16 a copy of W in that type, packed by oneDNN, is faster.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values, quantise
+from .weights import MOST_LEFT, Packed, PackedWeight, bfloat16_product, joined, packs_bfloat16
+
+MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
+TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
+OUTPUTS = 16  # that torch's int4 operators have a multiple of
+REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
+
+
+class QuantisedProduct:
+    """x W^T for [rows, in]: with the weights of layers of one format, one after the other.
+
+    Attributes:
+        problem: Why the plain product takes the place of torch's operator; empty where it does not.
+    """
+
+    def __init__(self, layers: Sequence[QuantisedLinear]) -> None:
+        self.weights, self.inputs = layers[0].weights, layers[0].in_features
+        self.outputs = sum(layer.out_features for layer in layers)
+        self.stored = _together(layers)
+        self.packed: PackedWeight | None = None
+        kind, self.problem = _choose(self.weights, self.stored["values"].device.type)
+        self.operator = None if kind is None else kind(self.stored)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All that it holds, for compilers."""
+        return (*self.stored.values(), *getattr(self.operator, "tensors", ()))
+
+    @property
+    def packed_bytes(self) -> int:
+        """What a packed copy takes."""
+        return 2 * self.outputs * self.inputs
+
+    def pack(self, rows: int) -> None:
+        """Make a copy for products with that many rows, where it pays."""
+        values = self.stored["values"]
+        if rows <= MOST_LEFT or not packs_bfloat16(values.device):
+            return
+        if self.weights == "int8":  # whose values are exact in bfloat16: scaled afterwards
+            weight = values[:, : self.inputs].to(torch.bfloat16)
+        else:
+            weight = dequantise(self.weights, self.stored, self.inputs, torch.float32).bfloat16()
+        self.packed = PackedWeight(weight, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        rows = x.shape[0]
+        if rows > MOST_LEFT and self.packed is not None:
+            y = self.packed(x.to(torch.bfloat16)).to(x.dtype)
+            return y * self.stored["scale"] if self.weights == "int8" else y
+        if self.operator is not None and rows <= MOST_DIRECT:
+            missing = 0 if self.weights == "bf16" else -self.inputs % GROUP
+            wide = x.float()
+            y = self.operator(F.pad(wide, (0, missing)) if missing else wide)
+            return y[:, : self.outputs].to(x.dtype)
+        weight = dequantise(self.weights, self.stored, self.inputs, torch.float32)
+        if x.device.type == "cpu":
+            return F.linear(x, weight.to(x.dtype))
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
+
+
+def _together(layers: Sequence[QuantisedLinear]) -> Stored:
+    """The tensors of layers as of one layer; copied where they are not stored so."""
+    found: Stored = {}
+    for name in layers[0].stored:
+        parts = [layer.stored[name] for layer in layers]
+        whole = joined(parts)
+        found[name] = torch.cat(parts) if whole is None else whole
+    return found
+
+
+class Bfloat16:
+    """Of activations rounded to bfloat16."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.tensors = (stored["values"],)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return bfloat16_product(x.to(torch.bfloat16), *self.tensors)
+
+
+class Int8(Packed):
+    """FBGEMM's product of int8 with int8, which adds up in int32: for CPUs that have it (VNNI).
+
+    The activations are two rows of int8, what the first leaves over being the second: 15 bits.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        values, scale = stored["values"], stored["scale"].double()
+        with warnings.catch_warnings(action="ignore"):  # torch has plans for quantised tensors
+            whole = torch._make_per_channel_quantized_tensor(
+                values, scale, torch.zeros(len(values), dtype=torch.long), 0
+            )
+            self.weight = torch.ops.quantized.linear_prepack(whole, None)
+        super().__init__(len(values))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        largest = torch.linalg.vector_norm(x, float("inf")).item()
+        step = largest / 127 if largest != 0 else 1.0  # one that is not finite stays so
+        rows, nearest = len(x), torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
+        both = torch.cat((nearest, (x - nearest).mul_(REST)))
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = product(both, step, 128, self.weight)
+        return torch.add(y[:rows], y[rows:], alpha=1 / REST)
+
+
+class Int8Bfloat16:
+    """torch's product of bfloat16 with int8 (many times slower with float32)."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.tensors = stored["values"], stored["scale"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch._weight_int8pack_mm(x.to(torch.bfloat16), *self.tensors)
+        return y
+
+
+class Int4:
+    """torch's product of bfloat16 with int4 on a CPU."""
+
+    def __init__(self, stored: Stored) -> None:
+        values, lines = _int4_lines(stored)
+        self.tensors = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1), lines
+
+    def __call__(self, x: Tensor) -> Tensor:
+        packed, lines = self.tensors
+        x = x.to(torch.bfloat16)
+        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, lines)
+        return y
+
+
+class Int4Cuda:
+    """torch's product of bfloat16 with int4 on a GPU."""
+
+    def __init__(self, stored: Stored) -> None:
+        values, lines = _int4_lines(stored)
+        tiles = 2  # of 16 inputs each, which every multiple of 32 has
+        packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], tiles)
+        self.tensors = packed, lines
+
+    def __call__(self, x: Tensor) -> Tensor:
+        packed, lines = self.tensors
+        y: Tensor = torch._weight_int4pack_mm(x.to(torch.bfloat16), packed, GROUP, lines)
+        return y
+
+
+def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
+    """The values uint8 [out', in], and scales and zeros [groups, out', 2]; out' filled up."""
+    more = -stored["values"].shape[0] % OUTPUTS
+    values, lines = int4_values(stored["values"]), torch.stack((stored["scale"], stored["zero"]), 2)
+    values, lines = F.pad(values, (0, 0, 0, more)), F.pad(lines, (0, 0, 0, 0, 0, more))
+    return values, lines.transpose(0, 1).contiguous()
+
+
+Operator = Callable[[Stored], Any]
+# by format and kind of device, the fastest first
+OPERATORS: dict[tuple[str, str], tuple[Operator, ...]] = {
+    ("bf16", "cpu"): (Bfloat16,),
+    ("bf16", "cuda"): (Bfloat16,),
+    ("int8", "cpu"): (Int8, Int8Bfloat16),
+    ("int8", "cuda"): (Int8Bfloat16,),
+    ("int4", "cpu"): (Int4,),
+    ("int4", "cuda"): (Int4Cuda,),
+}
+
+
+@functools.cache
+def _choose(weights: str, device: str) -> tuple[Operator | None, str]:
+    """The first operator that is right there; None and why, where there is none."""
+    reason = f"torch has no {weights} product for {device}"
+    for kind in OPERATORS.get((weights, device), ()):
+        reason = _problem(kind, weights, device)
+        if not reason:
+            return kind, ""
+    return None, reason
+
+
+def _problem(kind: Operator, weights: str, device: str) -> str:
+    """Why an operator can't be used; empty where it can.
+
+    Among the sums is one of the largest possible products, which some processors can't add.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 96, generator=generator, device="cpu")
+    weight[0] = 1.0
+    stored = quantise(weight, weights)
+    plain = dequantise(weights, stored, 96, torch.float64)
+    try:
+        operator = kind({name: x.to(device) for name, x in stored.items()})
+        for rows in (1, 3):
+            x = torch.randn(rows, 96, generator=generator, device="cpu")
+            x[0] = x[0].sign() if rows > 1 else 1.0
+            y: Any = operator(x.to(device))[:, :48].cpu().double()
+            expected = F.linear(x.double(), plain)
+            if not (y - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                return f"torch's {weights} product for {device} answers wrongly"
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        said = str(error).splitlines()[0][:80]
+        return f"torch's {weights} product for {device} fails ({said})"
+    return ""
