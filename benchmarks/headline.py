@@ -37,6 +37,8 @@ from retnet.generation import device_of, make_step, prefill
 from retnet.generation.decode import synchronize
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.model.fast_decode.weights import lay_out_for_decoding
+from retnet.model.quantised import FORMATS, replace_linears
 
 PROGRAM = "benchmarks.headline"
 RETNET, TRANSFORMER = "RetNet", "Transformer"
@@ -77,10 +79,13 @@ class Cell:
         return self.rows / self.seconds if self.seconds else None
 
 
-def make_model(name: str, size: Size, plan: Plan) -> DecoderForCausalLM:
+def make_model(name: str, size: Size, plan: Plan, weights: str | None) -> DecoderForCausalLM:
     """With random weights, made where it is measured."""
     with torch.device(plan.device):
-        return MAKERS[name](size).to(plan.dtype).eval()
+        model = MAKERS[name](size).to(torch.float32 if weights else plan.dtype).eval()
+    replace_linears(model, weights)
+    lay_out_for_decoding(model)  # as load_checkpoint does
+    return model
 
 
 def remembered(model: DecoderForCausalLM, ids: torch.Tensor, room: int) -> DecoderCache:
@@ -123,13 +128,13 @@ def decode(name: str, model: Any, memory: DecoderCache, rows: int, tokens: int) 
 
 
 def cells(
-    size: Size, contexts: Sequence[int], batches: Sequence[int], plan: Plan
+    size: Size, contexts: Sequence[int], batches: Sequence[int], plan: Plan, weights: str | None
 ) -> Iterator[Cell]:
     """All of them, one model after the other; after a batch that does not fit none is tried."""
     bar = tqdm(total=len(MAKERS) * len(contexts) * len(batches), disable=None, leave=False)
     with bar:
         for name in MAKERS:
-            model = make_model(name, size, plan)
+            model = make_model(name, size, plan, weights)
             for context in contexts:
                 ids, fits = random_ids(1, context, plan, size), True
                 memory = remembered(model, ids, WARM_UPS + plan.tokens)
@@ -228,6 +233,7 @@ def build_parser() -> ArgumentParser:
     add("--tokens", type=positive_int, default=16, help="counted tokens of a cell (16)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(bfloat16)")
+    add("--weights", choices=FORMATS, help="quantised ones, of models that compute in float32")
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     return parser
 
@@ -244,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
     about, before = environment(plan, argv, PROGRAM), os.getloadavg()[0]
     results, speed = Results(), memory_speed(plan.device)
     results.facts["bytes a second at which memory is read"] = speed
-    found = list(cells(SIZES[arguments.size], contexts, batches, plan))
+    found = list(cells(SIZES[arguments.size], contexts, batches, plan, arguments.weights))
     about["load_average"] = [round(load, 2) for load in (before, os.getloadavg()[0])]
     if arguments.json:
         body = {"environment": about, "facts": results.facts, "cells": [asdict(x) for x in found]}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import Prepare
+from retnet.model.quantised import QuantisedLinear
 
 
 def linear_products(model: nn.Module, tokens: int, dtype: torch.dtype | None = None) -> Prepare:
@@ -95,7 +96,9 @@ def decode_bytes(model: nn.Module, state_bytes: int) -> int:
     embeddings = {id(x.weight) for x in model.modules() if isinstance(x, nn.Embedding)}
     embeddings -= {id(x.weight) for x in model.modules() if isinstance(x, nn.Linear)}
     weights = [x for x in model.parameters() if id(x) not in embeddings]
-    return sum(x.numel() * x.element_size() for x in weights) + 2 * state_bytes
+    quantised = (x for x in model.modules() if isinstance(x, QuantisedLinear))
+    weights += [x for layer in quantised for x in layer.stored.values()]
+    return sum(x.nbytes for x in weights) + 2 * state_bytes
 
 
 def reading(num_bytes: int, device: torch.device, times: int) -> Prepare:

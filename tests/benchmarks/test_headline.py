@@ -29,6 +29,16 @@ def test_every_cell_is_measured_and_printed(tmp_path, capsys) -> None:
     assert all(part in printed for part in ("== after 8 tokens", "== after 16 tokens", "15.6"))
 
 
+def test_fewer_bits_are_fewer_bytes(tmp_path) -> None:
+    """Of the weights; embeddings are looked up."""
+    path, moved = tmp_path / "x.json", []
+    for weights in ([], ["--weights", "bf16"], ["--weights", "int8"], ["--weights", "int4"]):
+        options = ["--contexts", "4", "--batches", "1", "--dtype", "float32"]
+        assert run(headline.main, [*SMALL, *options, *weights, "--json", str(path)]) == 0
+        moved.append(json.loads(path.read_text())["cells"][1]["moved"])
+    assert moved == sorted(moved, reverse=True) and len({*moved}) == 4
+
+
 def cell(name: str, rows: int, seconds: float | None, gb: float | None) -> Cell:
     return Cell(name, 8192, rows, seconds, None if gb is None else int(gb * 1e9), 10**9)
 

@@ -8,6 +8,7 @@ import torch
 
 from retnet.generation import decode_one, make_step, prefill
 from retnet.model import MIXERS
+from retnet.model.quantised import FORMATS, replace_linears
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
 
@@ -59,3 +60,21 @@ def test_a_growing_cache_plans_nothing_anew_for_each_token() -> None:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     assert statistics.median(seconds) < 0.02
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_quantised_weights_are_those_of_the_cpu(weights: str) -> None:
+    """Their step, whose activations are rounded to bfloat16, beside plain products of them."""
+    model = tiny_model("retention", dtype=torch.float32).eval()
+    replace_linears(model, weights)
+    ids, cache = random_ids(2, 9), model.new_cache()
+    expected = model(ids).logits[:, 4:].detach()
+    model.cuda()
+    step = make_step(model)
+    cache = model.new_cache()
+    prefill(model, ids[:, :4].cuda(), cache)
+    found = torch.stack([step(token, cache) for token in ids[:, 4:].T.cuda()], dim=1)
+    assert step.path == f"fast step, CUDA graph, {weights} weights"
+    torch.testing.assert_close(
+        found.cpu(), expected, rtol=0, atol=0.05 * expected.abs().max().item()
+    )
