@@ -53,6 +53,7 @@ CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768]
 BATCHES = [1, 2, 4, 8, 16, 32]
 PAPER = {"throughput": 8.4, "memory": 3.4, "latency": 15.6}
 PAPER_CONTEXT = 8192
+DOES_NOT_FIT = "does not fit"
 WARM_UPS = 2  # tokens of a cell that are not counted
 BLOCK = 2**32  # bytes that are read to know the memory's speed, on a GPU; less on a CPU
 
@@ -145,6 +146,8 @@ def cells(
                     if plan.device.type == "cuda":
                         torch.cuda.empty_cache()
                     bar.update()
+                    told = f"{1000 * cell.seconds:.2f} ms" if cell.seconds else DOES_NOT_FIT
+                    print(f"{name}, {rows} rows after {context:,} tokens: {told}", file=sys.stderr)
                     yield cell
             del model, memory
 
@@ -172,7 +175,7 @@ def table(found: Sequence[Cell], context: int, speed: float) -> list[str]:
 
 def _shown(one: Cell, speed: float) -> list[str]:
     if one.seconds is None:
-        return ["", "does not fit", "", ""]
+        return ["", DOES_NOT_FIT, "", ""]
     held = f"{one.num_bytes / 1e9:.1f}" if one.num_bytes else ""
     limit = one.moved / speed / one.seconds
     return [f"{1000 * one.seconds:.2f}", f"{one.tokens_per_second:,.0f}", held, f"{limit:.2f}"]
