@@ -16,6 +16,7 @@ compare the two) and differs in this:
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..causal_lm import DecoderForCausalLM
 from ..decoder import DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part, Step
+from .ahead import AheadOfTime
 from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
@@ -122,6 +124,7 @@ class DecodeStep:
 
     def __init__(self, model: DecoderForCausalLM) -> None:
         self.compute = self._compute
+        self.config = model.config
         self.number = next(_numbers)
         self.packed = self.compiled = False
         self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
@@ -154,8 +157,10 @@ class DecodeStep:
             plain = plain and cache.length < self.longest and not cache.shifted
         return cache.record is not None and plain and not is_locked(cache.record)
 
-    def compile(self) -> "DecodeStep":
+    def compile(self, folder: Path | None = None) -> "DecodeStep":
         """Compile the step at its first call; a growing cache compiles nothing anew.
+
+        With a folder, steps that it may hold are compiled ahead of time and kept there.
 
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
@@ -168,11 +173,14 @@ class DecodeStep:
             torch._dynamo.mark_static(product.weight)
 
         def compute(tokens: Tensor, positions: Tensor, length: int, states: Any) -> Tensor:
-            torch._dynamo.mark_static(tokens)
-            torch._dynamo.mark_static(positions)
+            if self.grows:
+                torch._dynamo.mark_static(tokens)
+                torch._dynamo.mark_static(positions)
             return compiled(tokens, positions, length, states)
 
-        self.compute, self.compiled = compute, True
+        self.compute, self.compiled = self._compute, True
+        ahead = folder is not None and not self.grows
+        self.compute = AheadOfTime(self, self.config, compute, folder) if ahead else compute
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
