@@ -139,6 +139,12 @@ def computes_in_bfloat16() -> bool:
     return any(bool(has) for name, has in abilities.items() if name.endswith("bf16"))
 
 
+def steps_folder() -> Path:
+    """Where compiled decode steps are kept for later processes."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "retnet" / "steps"
+
+
 def set_up_compiler(device: torch.device, key: str) -> None:
     """Find a C++ compiler for torch.compile, for which ``key`` asks; a ``UserError`` without one.
 

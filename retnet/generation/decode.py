@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retnet.errors import UserError
 from retnet.generation.sampling import Sampler, Sampling
-from retnet.machine import set_up_compiler
+from retnet.machine import set_up_compiler, steps_folder
 from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.fast_decode.graph import StepGraph
@@ -125,7 +125,7 @@ class Step:
             self.path = f"plain step{compiled}: {reason}"
             return
         if compile:
-            self.fast = self.lean.compile()
+            self.fast = self.lean.compile(steps_folder())
         graph = model.device.type == "cuda" and not self.lean.grows
         if graph:
             self.fast = StepGraph(self.lean)

@@ -151,6 +151,7 @@ def test_compiled_equals_eager(mixer: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda m, **kw: real(m, backend=backend, **kw))
+    monkeypatch.setattr("retnet.generation.decode.steps_folder", lambda: None)
     torch._dynamo.reset()
     model = tiny_model(mixer)
     plain = collect(model, prompts(2), 12)

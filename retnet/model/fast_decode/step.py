@@ -17,6 +17,7 @@ compare the two) and differs in this:
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part, Step
 from ..ops.sdpa import for_any_length
 from ..quantised import QuantisedLinear, quantised_format
+from .ahead import AheadOfTime
 from .products import AnyProduct, make_product, make_products
 from .weights import MOST_LEFT, joint_layers, onednn_is_on, switch_onednn
 
@@ -125,7 +127,10 @@ class DecodeStep:
     """
 
     def __init__(self, model: DecoderForCausalLM) -> None:
-        self.compute = self._compute
+        # no bound method: a step that refers to itself would keep its weights until the next search
+        # for cycles, beside those of the model after it
+        self.faster: Callable[..., Tensor] | None = None
+        self.config = model.config
         self.number = next(_numbers)
         self.packed = self.compiled = False
         self.grows, self.longest = model.grows, model.config.longest
@@ -160,8 +165,10 @@ class DecodeStep:
             plain = plain and cache.length < self.longest and not cache.shifted
         return cache.record is not None and plain and not is_locked(cache.record)
 
-    def compile(self) -> "DecodeStep":
+    def compile(self, folder: Path | None = None) -> "DecodeStep":
         """Compile the step at its first call; a growing cache compiles nothing anew.
+
+        With a folder, steps that it may hold are compiled ahead of time and kept there.
 
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
@@ -173,11 +180,16 @@ class DecodeStep:
                 torch._dynamo.mark_static(tensor)
 
         def compute(tokens: Tensor, positions: Tensor, length: int, states: Any) -> Tensor:
-            torch._dynamo.mark_static(tokens)
-            torch._dynamo.mark_static(positions)
+            if self.grows:
+                torch._dynamo.mark_static(tokens)
+                torch._dynamo.mark_static(positions)
             return compiled(tokens, positions, length, states)
 
-        self.compute, self.compiled = compute, True
+        self.compiled = True
+        if folder is None or self.grows:
+            self.faster = compute
+        else:
+            self.faster = AheadOfTime(self, self.config, compute, folder)
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
@@ -197,7 +209,7 @@ class DecodeStep:
         try:
             positions = cache.record.select(1, NEXT_POSITION)
             with for_any_length(tokens.device):
-                logits = self.compute(tokens, positions, length, states)
+                logits = (self.faster or self._compute)(tokens, positions, length, states)
         finally:
             if slow:
                 switch_onednn(True)

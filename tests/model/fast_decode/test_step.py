@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -210,3 +212,17 @@ def test_steps_are_compiled_for_any_number_of_row_counts(
                 logits = step(ids[:, 8], cache)
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_a_step_that_is_dropped_leaves_nothing_in_memory() -> None:
+    """At once: it holds the weights, and the next model may need their place."""
+    step = make_decode_step(tiny_model("retention"))[0]
+    assert step is not None
+    weight = weakref.ref(step.embedding)
+    gc.collect()
+    gc.disable()
+    try:
+        del step
+        assert weight() is None
+    finally:
+        gc.enable()

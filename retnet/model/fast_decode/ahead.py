@@ -1,0 +1,218 @@
+"""A decode step compiled ahead of time: one call of C++ a token, kept for later processes.
+
+``torch.compile`` looks at each token whether what it compiled still holds, and hands over every
+weight; for a small model that takes as long as the computation. A program made ahead of time has
+its weights from the start and takes tokens, positions and states.
+
+What is kept in a folder has no weights in it: it says which of the step's tensors each of them is,
+and is found by everything that it was made of. What cannot be read is made anew.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weights import MOST_LEFT, onednn_is_on
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[Tensor, Tensor, int, Sequence[Any]], Tensor]  # as ``DecodeStep._compute``
+
+
+class AheadOfTime:
+    """``DecodeStep._compute`` for few rows on the CPU; other calls, and failures, go ``otherwise``.
+
+    Args:
+        step: A ``DecodeStep``, whose state must not grow.
+        config: All else that the computation depends on.
+        otherwise: The step compiled at its first call.
+        folder: Of the programs, made where it lacks.
+    """
+
+    def __init__(self, step: Any, config: Any, otherwise: Compute, folder: Path) -> None:
+        self.plain, self.config, self.otherwise, self.folder = (
+            step._compute, config, otherwise, folder,
+        )  # fmt: skip
+        self.tensors = tensors_of(step)
+        self.programs: dict[int, Program | None] = {}  # by rows
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, length: int, states: Sequence[Any]
+    ) -> Tensor:
+        rows = len(tokens)
+        if rows not in self.programs:
+            wanted = rows <= MOST_LEFT and tokens.device.type == "cpu"
+            self.programs[rows] = self._program(rows, states) if wanted else None
+        program = self.programs[rows]
+        if program is None:
+            return self.otherwise(tokens, positions, length, states)
+        return program(tokens, positions, states)
+
+    def _program(self, rows: int, states: Sequence[Any]) -> "Program | None":
+        places = [(i, name) for i, state in enumerate(states) for name in state or ()]
+        held = [states[i][name] for i, name in places]
+        if not all(x.is_contiguous() for x in held):
+            return None
+        path = self.folder / f"{self._key(rows, held)}.pt2"
+        try:
+            return Program(path, self.tensors, places)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if path.exists():
+                logger.info(f"{path} is compiled anew: {error}")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                made = Path(folder) / path.name
+                self._make(made, rows, places, states)
+                program = Program(made, self.tensors, places)
+            except Exception as error:  # compilers raise anything
+                logger.info(f"the step is compiled at its first call, not ahead of time: {error}")
+                return None
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for file in (_map_of(made), made):  # the program last: it is looked for
+                    _put(file, self.folder)
+            except OSError as error:
+                logger.info(f"the compiled step is not kept for later: {error}")
+        return program
+
+    def _key(self, rows: int, held: Sequence[Tensor]) -> str:
+        """A name that says all that a program depends on."""
+        parts = [
+            torch.__version__,
+            torch.backends.cpu.get_cpu_capability(),
+            torch.cpu.get_capabilities(),
+            torch.get_num_threads(),
+            onednn_is_on(),
+            _code(),
+            self.config.to_dict(),
+            rows,
+            [_shape(x) for x in held],
+            [(name, *_shape(x)) for name, x in self.tensors.items()],
+        ]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _make(
+        self,
+        path: Path,
+        rows: int,
+        places: Sequence[tuple[int, str]],
+        states: Sequence[Any],
+    ) -> None:
+        plain = self.plain
+
+        class Computation(nn.Module):
+            """Of tensors only."""
+
+            def forward(self, tokens: Tensor, positions: Tensor, *held: Tensor) -> Tensor:
+                given: list[dict[str, Tensor] | None] = [None if s is None else {} for s in states]
+                for (i, name), x in zip(places, held, strict=True):
+                    given[i][name] = x  # type: ignore[index]
+                return plain(tokens, positions, 0, given)
+
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = torch.zeros(rows, dtype=torch.int64)
+            held = [torch.zeros_like(states[i][name]) for i, name in places]
+            exported = torch.export.export(
+                Computation(), (tokens, tokens.clone(), *held), strict=False
+            )
+            torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(path),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
+        _map_of(path).write_text(json.dumps(_places(exported.constants, self.tensors)))
+
+
+class Program:
+    """A program with the tensors of a step.
+
+    Raises:
+        OSError, RuntimeError, ValueError, KeyError: It is not there, or no whole one.
+    """
+
+    def __init__(
+        self, path: Path, tensors: dict[str, Tensor], places: Sequence[tuple[int, str]]
+    ) -> None:
+        names = json.loads(_map_of(path).read_text())
+        if not path.exists():
+            raise FileNotFoundError(path)
+        program: Any = torch._inductor.aoti_load_package(str(path))
+        constants = {name: tensors[names[name]] for name in program.get_constant_fqns()}
+        program.load_constants(constants, check_full_update=True, user_managed=True)
+        self.constants = constants  # which are the program's only as long as they live
+        self.program, self.places = program, places
+        # without the look for tensors in nested arguments, which takes as long as a small layer
+        self.run: Callable[[list[Tensor]], Sequence[Tensor]] = program.loader.boxed_run
+
+    def __call__(self, tokens: Tensor, positions: Tensor, states: Sequence[Any]) -> Tensor:
+        """The logits; the states are changed in place."""
+        held = [states[i][name] for i, name in self.places]
+        return self.run([tokens, positions.contiguous(), *held])[0]
+
+
+def tensors_of(thing: Any, name: str = "") -> dict[str, Tensor]:
+    """All that a step computes with, by where it is: weights, and what was made of them."""
+    parts: Any = ()
+    if isinstance(thing, Tensor):
+        return {name: thing} if thing.layout == torch.strided else {}
+    if isinstance(thing, list | tuple):
+        parts = enumerate(thing)
+    elif inspect.isfunction(thing):
+        parts = inspect.getclosurevars(thing).nonlocals.items()
+    elif type(thing).__module__.startswith(__name__.split(".fast_decode")[0] + "."):
+        parts = getattr(thing, "__dict__", {}).items()
+    return {
+        place: x
+        for key, part in parts
+        if not isinstance(part, nn.Module)
+        for place, x in tensors_of(part, f"{name}.{key}").items()
+    }
+
+
+def _places(constants: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Where each of a program's constants is.
+
+    Raises:
+        ValueError: One of them is no tensor of the step.
+    """
+    known = {_where(x): name for name, x in tensors.items()}
+    unknown = [name for name, x in constants.items() if _where(x) not in known]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} are no tensors of the step")
+    return {name: known[_where(x)] for name, x in constants.items()}
+
+
+def _map_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _where(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), *_shape(x)
+
+
+def _shape(x: Tensor) -> tuple[Any, ...]:
+    return str(x.dtype), tuple(x.shape), x.stride()
+
+
+@functools.cache
+def _code() -> str:
+    """What the model's code says."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _put(file: Path, folder: Path) -> None:
+    """A copy in a folder, whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
+        copy.write(file.read_bytes())
+    Path(copy.name).replace(folder / file.name)

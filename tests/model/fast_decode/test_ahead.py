@@ -1,0 +1,163 @@
+"""Decode steps that are compiled ahead of time and kept: with a stand-in for the compiler, which
+runs what it was given with the constants that it is told, and once with torch's own."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retnet.generation import generate, prefill
+from retnet.model.fast_decode.ahead import AheadOfTime
+from retnet.model.fast_decode.step import DecodeStep
+from retnet.model.fast_decode.weights import MOST_LEFT
+from tests.generation.builders import tiny_model
+from tests.model.fast_decode.cases import random_ids
+
+
+class Loaded:
+    """What the stand-in makes of a package."""
+
+    def __init__(self, exported: Any) -> None:
+        self.exported, self.loader = exported, self
+
+    def get_constant_fqns(self) -> list[str]:
+        return list(self.exported.constants)
+
+    def load_constants(self, constants: dict[str, torch.Tensor], **options: bool) -> None:
+        assert options == {"check_full_update": True, "user_managed": True}
+        self.constants = constants
+
+    def boxed_run(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        given = iter(inputs)
+        arguments = [
+            self.constants[spec.target] if spec.target else next(given)
+            for spec in self.exported.graph_signature.input_specs
+        ]
+        return self.exported.graph_module(*arguments)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that the stand-in has compiled."""
+    made: list[Any] = []
+
+    def compile(exported: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        assert inductor_configs == {"aot_inductor.package_constants_in_so": False}
+        Path(package_path).write_text(str(len(made)))
+        made.append(exported)
+
+    def load(path: str) -> Loaded:
+        return Loaded(made[int(Path(path).read_text())])  # a ValueError where it was damaged
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    return made
+
+
+def refused(*args: Any, **options: Any) -> torch.Tensor:
+    raise AssertionError("the step went the other way")
+
+
+def run(model: Any, folder: Path, rows: int = 1, otherwise: Any = refused) -> AheadOfTime:
+    """Some tokens by the step, as by the plain one; the same states afterwards."""
+    ids, cache = random_ids(rows, 9), model.new_cache()
+    prefill(model, ids[:, :6], cache)
+    plain, plain_cache = DecodeStep(model), copy.deepcopy(cache)
+    step = DecodeStep(model)
+    step.faster = AheadOfTime(step, model.config, otherwise, folder)
+    with torch.inference_mode():
+        for t in range(6, 9):
+            expected = plain(ids[:, t], plain_cache)
+            torch.testing.assert_close(step(ids[:, t], cache), expected)
+    for mine, other in zip(cache.tensors().values(), plain_cache.tensors().values(), strict=True):
+        torch.testing.assert_close(mine, other)
+    return step.faster
+
+
+# rwkv: of whose weights some tensors are made; performer: whose projection is one
+SLOW = (pytest.param(mixer, marks=pytest.mark.slow) for mixer in ("rwkv", "performer"))
+
+
+@pytest.mark.parametrize("mixer", ["retention", *SLOW])
+def test_a_kept_program_takes_the_weights_of_the_next_model(
+    mixer: str, compiled: list[Any], tmp_path: Path
+) -> None:
+    run(tiny_model(mixer), tmp_path / "steps")
+    run(tiny_model(mixer, seed=1), tmp_path / "steps")
+    assert len(compiled) == 1
+    assert sorted(f.suffix for f in (tmp_path / "steps").iterdir()) == [".json", ".pt2"]
+
+
+@pytest.mark.parametrize("ending", [".pt2", pytest.param(".json", marks=pytest.mark.slow)])
+def test_what_is_damaged_is_compiled_anew(ending: str, compiled: list[Any], tmp_path: Path) -> None:
+    model = tiny_model("retention")
+    run(model, tmp_path)
+    (kept,) = tmp_path.glob(f"*{ending}")
+    whole = kept.read_bytes()
+    kept.write_text("?")
+    run(model, tmp_path)
+    assert len(compiled) == 2
+    assert len(kept.read_bytes()) == len(whole)
+
+
+def test_a_folder_that_cannot_be_written(compiled: list[Any], tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level("INFO"):
+        run(tiny_model("retention"), tmp_path / "file" / "steps")
+    assert len(compiled) == 1
+    assert "the compiled step is not kept for later" in caplog.text
+
+
+def test_who_goes_the_other_way(compiled: list[Any], tmp_path: Path, caplog: Any) -> None:
+    """Many rows, and what the compiler fails at; it is not asked twice."""
+    model = tiny_model("retention")
+    plain = DecodeStep(model)._compute
+    many = run(model, tmp_path, MOST_LEFT + 1, plain)
+    assert many.programs == {MOST_LEFT + 1: None}
+    assert not compiled
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(torch.export, "export", refused)
+        failed = run(model, tmp_path, 2, plain)
+    assert failed.programs == {2: None}
+    assert caplog.text.count("not ahead of time: the step went the other way") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_that_a_program_depends_on_is_in_its_name() -> None:
+    def key(model: Any, rows: int = 1) -> str:
+        held = [torch.zeros(rows, 2)]
+        return AheadOfTime(DecodeStep(model), model.config, refused, Path())._key(rows, held)
+
+    model = tiny_model("retention")
+    keys = [key(model), key(model, 2), key(tiny_model("retention", dtype=torch.float32))]
+    changed = tiny_model("retention")
+    changed.config.norm_eps *= 2
+    keys.append(key(changed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    keys.append(key(model))
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    keys.append(key(model))
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    assert len(set(keys)) == len(keys)
+    assert key(tiny_model("retention", seed=1)) == keys[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("mixer", ["retention", "gated_retention", "linear", "rwkv"])
+def test_torchs_own_compiler(mixer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, ids = tiny_model(mixer, dtype=torch.float32), random_ids(1, 6)
+    expected = list(generate(model, ids, max_new_tokens=8))
+    assert list(generate(model, ids, max_new_tokens=8, compile=True)) == expected
+    assert len(list((tmp_path / "retnet" / "steps").iterdir())) == 2
+    monkeypatch.setattr(torch.export, "export", refused)
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: refused)
+    run(model, tmp_path / "retnet" / "steps")
