@@ -67,6 +67,14 @@ def test_every_option_changes_the_answers(main, plain: str, options: list[str]) 
     assert main(b"a\nb\n", *most, *options)[1] != plain
 
 
+def test_a_system_message_is_the_bytes_that_were_typed(main) -> None:
+    """Whatever the locale's encoding: escapes are of bytes, which must be UTF-8."""
+    said = (main(b"a\n", "--system", text)[:2] for text in ("\xe9", "\udcc3\udca9"))
+    assert next(said) == next(said)
+    code, _, err = main(b"a\n", "--system", "\udcff")
+    assert code == 2 and err == "error: --system is not UTF-8 at byte 0 (0xff): convert it\n"
+
+
 def test_a_text_to_stop_at(main) -> None:
     whole = main(b"a\n", "--max-new-tokens", "60")[1]
     letter = next(one for one in whole[9:] if one.isascii() and one.isalpha())

@@ -57,6 +57,7 @@ CONFIGURATION = [
     (RUN + " train.decay_fraction=0.5", "(0.5) has no meaning with train.schedule=cosine"),
     (RUN + " train.schedule=wsd train.decay_fraction=0", "train.decay_fraction (0.0) is a share"),
     (RUN + " train.trackers=[comet_ml]", "train.trackers (comet_ml) must be any of wandb, "),
+    (RUN + " train.trackers=[wandb,wandb]", "train.trackers names wandb twice: leave one out"),
     (RUN + " train.trackers=wandb", "train.trackers (wandb) must be a list, as [a, b]"),
     (RUN + " train.trackers={{a:1}}", "train.trackers (a mapping) must be a list, as [a, b]"),
     (RUN + " train.weight_decay=inf", "train.weight_decay (inf) times train.learning_rate (0.004)"),

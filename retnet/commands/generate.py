@@ -103,8 +103,12 @@ def prompt_of(arguments: argparse.Namespace) -> str:
         return read_prompt(None)
     if arguments.prompt_file:
         return read_prompt(arguments.prompt_file)
-    typed = arguments.prompt or ""  # with escapes for bytes that are no UTF-8
-    return decode_utf8(typed.encode("utf-8", "surrogateescape"), "--prompt")
+    return _typed(arguments.prompt or "", "--prompt")
+
+
+def _typed(text: str, option: str) -> str:
+    """An argument's text, which has escapes for bytes that are no UTF-8."""
+    return decode_utf8(text.encode("utf-8", "surrogateescape"), option)
 
 
 def check_chat_options(arguments: argparse.Namespace) -> None:
@@ -136,7 +140,7 @@ def talk(arguments: argparse.Namespace, checkpoint: Checkpoint, sampling: Sampli
     chat = Chat(
         checkpoint.model,
         checkpoint.tokenizer,
-        system=arguments.system,
+        system=None if arguments.system is None else _typed(arguments.system, "--system"),
         sampling=sampling,
         max_new_tokens=arguments.max_new_tokens or LONGEST_ANSWER,
         stop=arguments.stop,

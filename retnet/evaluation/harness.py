@@ -200,7 +200,8 @@ def _one_line(what: str, fix: str) -> Iterator[None]:
     except Exception as error:  # each library below it has its own
         if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(f"{error}: {error.__cause__ or ''}".split())[:300].rstrip(": ")
+        reason = reason or type(error).__name__
         raise UserError(f"{what} cannot be used ({reason}): {fix}") from error
 
 
@@ -227,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
         if kind_of(arguments.include, "--include") != "folder":
             raise UserError(f"--include ({arguments.include}) is no folder: name one")
         if arguments.json:
-            check_not_read(arguments.json, arguments.include.rglob("*"), "tasks")
+            check_not_read(arguments.json, arguments.include.rglob("*"), "task")
     loading = loading_arguments(arguments)
     manager = task_manager(tasks, arguments.include)
     checkpoint = load_checkpoint(arguments.checkpoint, **loading)

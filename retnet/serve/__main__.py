@@ -77,6 +77,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere this would share a port that is in use
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen()  # till then another may have the same address
     except OSError as error:
         listening.close()
         if error.errno == errno.EADDRINUSE:
@@ -115,7 +116,6 @@ def serve(checkpoint: Any, name: str, listening: socket.socket) -> None:
         access_log=False,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    listening.listen()
     host, number = listening.getsockname()[:2]
     where = f"[{host}]" if ":" in host else host
     logger.info(f"{name} answers at http://{where}:{number}/v1 (Ctrl-C ends)")

@@ -37,6 +37,8 @@ def problems(config: Config) -> Iterator[str]:
     for key in NO_PATHS:  # paths may have bytes that are no text
         if any("\ud800" <= letter <= "\udfff" for letter in given[key] or ""):
             yield f"{key} ({given[key]!r}) has half a surrogate pair: write it in UTF-8"
+    if twice := {name for name in train.trackers if train.trackers.count(name) > 1}:
+        yield f"train.trackers names {', '.join(sorted(twice))} twice: leave one out"
     for tracker in train.trackers:
         if tracker not in TRACKERS:
             names = ", ".join(TRACKERS)

@@ -164,6 +164,11 @@ def test_a_task_that_nobody_knows(tiny: Path, tasks: Path, tmp_path: Path, capsy
     (tmp_path / "bad.yaml").write_text(moved)
     assert run(tiny, "--tasks", "wsc_local", "--include", tmp_path) == cli.EXIT_USER_ERROR
     assert "error: --tasks (wsc_local) cannot be used" in capsys.readouterr().err
+    (tmp_path / "cut.jsonl").write_text('{"label"')
+    cut = (tasks / "wsc_local.yaml").read_text().replace(f"{tasks}/wsc_local", f"{tmp_path}/cut")
+    (tmp_path / "bad.yaml").write_text(cut)
+    assert run(tiny, "--tasks", "wsc_local", "--include", tmp_path) == cli.EXIT_USER_ERROR
+    assert "JSON" in capsys.readouterr().err.splitlines()[-1]  # and not only that it fails
 
 
 @pytest.mark.parametrize(

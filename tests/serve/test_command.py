@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from retnet import cli
+from retnet.errors import UserError
 from retnet.serve import __main__ as command
 from tests.generation.builders import save_checkpoint
 
@@ -38,6 +39,14 @@ def test_a_port_in_use(tiny: Path, with_packages: None, capsys) -> None:
         assert refused(capsys, tiny, "--port", number) == (
             f"--port ({number}) is in use at 127.0.0.1: name another one, or 0 for any that is free"
         )
+
+
+def test_two_that_start_at_once() -> None:
+    """While one still loads its model, its port is in use."""
+    with command.bound_socket("127.0.0.1", 0) as listening:
+        number = listening.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port \({number}\) is in use at 127\.0\.0\.1"):
+            command.bound_socket("127.0.0.1", number)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,12 @@ def _unpickled(file: Path) -> Any:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
+        with file.open("rb") as start:
+            is_pickle = start.read(1) == b"\x80"
+        if "mmap" in reason and not is_pickle:
+            raise UserError(
+                f"source ({file}) is no file of torch.save: copy it again, or name another one"
+            ) from error
         if "mmap" in reason:
             raise UserError(
                 f"source ({file}) is in torch's format of before 2020: load it and torch.save it "

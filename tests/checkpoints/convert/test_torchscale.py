@@ -190,6 +190,10 @@ def test_other_weights_are_refused_by_what_differs(tmp_path: Path, capsys) -> No
         assert convert("from-torchscale", tmp_path / f"{name}.pt", tmp_path / "new", *FLAGS) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    for name, content in (("empty", b""), ("text", b"hello")):
+        (tmp_path / f"{name}.pt").write_bytes(content)
+        assert convert("from-torchscale", tmp_path / f"{name}.pt", tmp_path / "new", *FLAGS) == 2
+        assert f"{name}.pt) is no file of torch.save: copy it" in capsys.readouterr().err
     for told, words in (
         ({"activation_fn": "tanh"}, "activation_fn (tanh) must be one of swish, gelu, relu"),
         ({"activation_fn": ["gelu"]}, "activation_fn (['gelu']) must be one of swish, gelu, relu"),
