@@ -138,8 +138,8 @@ class Step:
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         if self.lean is None or self.fast is None:
             return decode_one(self.model, tokens, cache)
-        if not self.lean.fits(cache):
-            self.path = "plain step: the cache needs a mask, or is empty"
+        if reason := self.lean.obstacle(cache):
+            self.path = f"plain step: {reason}"
             return decode_one(self.model, tokens, cache)
         self.path = self.fast_path
         return _widened(self.fast(tokens, cache))

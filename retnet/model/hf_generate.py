@@ -36,6 +36,7 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
 
     # a state can't go back: transformers then refuses assisted decoding
     _is_stateful = True
+    _told: frozenset[str] = frozenset()  # how single tokens were made, and why so: logged once each
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Have the class in the table by which libraries tell what a causal language model is.
@@ -131,7 +132,17 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
             model_kwargs[MEMORY] = cache
         elif cache is None and generation_config.use_cache is not False:
             model_kwargs[MEMORY] = self.new_cache()
-        model_kwargs["decode_step"] = _decode_step(self)
+        model_kwargs["decode_step"], reason = _decode_step(self)
+        if model_kwargs.get(MEMORY) is None:
+            self._tell("plain step: use_cache is False")
+        elif reason:
+            self._tell(f"plain step: {reason}", logging.WARNING)
+
+    def _tell(self, path: str, level: int = logging.INFO) -> None:
+        """Log once by which step single tokens are made; a warning where a call can't change it."""
+        if path not in self._told:
+            self._told |= {path}
+            logger.log(level, f"{type(self).__name__}.generate: {path}")
 
     def _room(
         self,
@@ -192,10 +203,12 @@ class GeneratingDecoder(DecoderForCausalLM, GenerationMixin):
                 inputs["segment_ids"] = segment_ids[:, columns]
         given = {name: value for name, value in inputs.items() if value is not None}
         others = set(given) - {"input_ids", MEMORY, "logits_to_keep"}
-        plain = all(given[name] is _NO_MATTER.get(name) for name in others)
-        one = tokens is not None and tokens.shape[1] == 1
-        if decode_step is not None and plain and one and cache is not None:
-            inputs["decode_step"] = decode_step if decode_step.fits(cache) else None
+        asked = sorted(name for name in others if given[name] is not _NO_MATTER.get(name))
+        one = tokens is not None and tokens.shape[1] == 1 and cache is not None
+        if decode_step is not None and one and cache.record is not None:
+            reason = f"the call gives {', '.join(asked)}" if asked else decode_step.obstacle(cache)
+            inputs["decode_step"] = None if reason else decode_step
+            self._tell(f"plain step: {reason}" if reason else "fast step")
         if cache is not None:  # peft looks for it by this name, and else puts its prompt anew
             inputs["past_key_values"] = inputs.pop(MEMORY)
         return inputs
@@ -240,10 +253,10 @@ def _check_is_prefix(
         )
 
 
-def _decode_step(model: DecoderForCausalLM) -> Any:
-    """The lean step of one token, where the model has one; speed only, and its folder may lack."""
+def _decode_step(model: DecoderForCausalLM) -> tuple[Any, str]:
+    """The lean step of one token, or None and why there is none; its folder may lack."""
     try:
         from .fast_decode.step import make_decode_step
     except ModuleNotFoundError:
-        return None
-    return make_decode_step(model)[0]
+        return None, "fast_decode is not here"
+    return make_decode_step(model)

@@ -178,5 +178,9 @@ def test_the_log_says_what_a_text_took(caplog, monkeypatch) -> None:
     monkeypatch.setattr(logging.getLogger("retnet"), "propagate", True)
     caplog.set_level("INFO", logger="retnet")
     ask(checkpoint(), wanted(5))
-    assert "new: 5 tokens" in caplog.text and "fast step" in caplog.text
+    assert "new: 5 tokens" in caplog.text and "| fast step" in caplog.text
     assert "given up" not in caplog.text
+    hooked = checkpoint()
+    hooked.model.lm_head.register_forward_hook(lambda *_: None)
+    ask(hooked, wanted(5))
+    assert caplog.text.endswith("| plain step: lm_head has hooks\n")

@@ -62,19 +62,31 @@ def _obstacle(model: DecoderForCausalLM) -> str | None:
         return "the device has no float64"
     for name, weight in model.named_parameters():
         if type(weight) is not nn.Parameter:
-            return f"{name} is a {type(weight).__name__}"
+            return f"{name} is {_named(weight)}"
     for name, module in model.named_modules():
-        name, kind = name or "the model", type(module).__name__
+        name = name or "the model"
         if isinstance(module, Part) and module.step is None:
-            article = "an" if kind[0] in "AEIOU" else "a"
-            return f"{article} {kind} has no step of its own"
+            return f"{_named(module)} has no step of its own"
         if not _is_own(module):
-            return f"{name} is a {kind}"
+            return f"{name} is {_named(module)}"
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            return f"{name} has a bias"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
-        if "forward" in vars(module) or module._compiled_call_impl is not None:
-            return f"{name} has another forward"
+        if module._compiled_call_impl is not None:
+            return f"{name} is compiled"
+        if "forward" in vars(module):
+            by = ", wrapped by accelerate" if hasattr(module, "_hf_hook") else ""
+            return f"{name} has another forward{by}"
     return None
+
+
+def _named(thing: Any) -> str:
+    """The class of a thing with its article; with its module where torch has one of that name."""
+    name, kind = type(thing).__name__, type(thing)
+    if name in {leaf.__name__ for leaf in LEAVES}:
+        name = f"{kind.__module__}.{name}"
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -155,15 +167,19 @@ class DecodeStep:
         self.weights = quantised_format(model)
         self.problem = next((x.problem for x in self._products() if x.problem), "")
 
-    def fits(self, cache: DecoderCache) -> bool:
-        """Whether the cache holds something, nothing that needs a mask, and can be written here.
+    def obstacle(self, cache: DecoderCache) -> str:
+        """Why only the model's own pass can go on from a cache; nothing where this step may.
 
-        And has room, where that is bounded: the model's own pass says what is wrong otherwise.
+        The cache must hold something, nothing that needs a mask, and be writable here; and have
+        room, where that is bounded: the model's own pass says what is wrong otherwise.
         """
-        plain = cache.rows.keys() <= {"record", "last_hidden"}
-        if self.longest is not None:
-            plain = plain and cache.length < self.longest and not cache.shifted
-        return cache.record is not None and plain and not is_locked(cache.record)
+        if cache.record is None:
+            return "the cache is empty"
+        if not cache.rows.keys() <= {"record", "last_hidden"}:
+            return "the cache needs a mask"
+        if self.longest is not None and (cache.length >= self.longest or cache.shifted):
+            return f"positions may go beyond max_position_embeddings ({self.longest})"
+        return "the cache was made in inference mode" if is_locked(cache.record) else ""
 
     def compile(self, folder: Path | None = None) -> "DecodeStep":
         """Compile the step at its first call; a growing cache compiles nothing anew.
@@ -193,7 +209,7 @@ class DecodeStep:
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
-        """tokens int64 [B] -> logits [B, vocab]; ``fits(cache)`` must hold."""
+        """tokens int64 [B] -> logits [B, vocab]; the cache has no ``obstacle``."""
         assert cache.record is not None
         if self.may_pack and len(tokens) > MOST_LEFT:
             self.may_pack, self.packed = False, True

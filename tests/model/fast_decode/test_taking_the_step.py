@@ -20,7 +20,7 @@ def test_an_empty_cache_takes_the_plain_way(mixer: str) -> None:
     for t in (0, 1):
         parts.append(step(ids[:, t], cache))
         paths.append(step.path)
-    assert paths == ["plain step: the cache needs a mask, or is empty", "fast step"]
+    assert paths == ["plain step: the cache is empty", "fast step"]
     torch.testing.assert_close(torch.stack(parts, 1), model(ids, use_cache=False).logits)
 
 
@@ -40,7 +40,7 @@ def test_what_is_not_plain_takes_the_plain_way(mixer: str) -> None:
     training.train()
     reasons = {
         hooked: "lm_head has hooks",
-        adapted: "model.layers.0.mixer.o_proj is a Adapted",
+        adapted: "model.layers.0.mixer.o_proj is an Adapted",
         training: "the model is in training mode",
     }
     for model, reason in reasons.items():
@@ -157,7 +157,7 @@ def test_compiled_and_subclassed_parts_are_not_plain(mixer: str) -> None:
     compiled.compile()
     weight = quantised.lm_head.weight
     quantised.lm_head.weight = Quantised(weight.detach())
-    assert make_decode_step(compiled) == (None, "the model has another forward")
+    assert make_decode_step(compiled) == (None, "the model is compiled")
     assert make_decode_step(quantised) == (None, "lm_head.weight is a Quantised")
     assert make_decode_step(torch.nn.Linear(1, 1)) == (None, "Linear is no model of this package")
 
