@@ -1,0 +1,161 @@
+"""Our RetNet beside llama.cpp's Llama of the same size: tokens by context, rows, size and format.
+
+All run in one process with the same number of threads and compute in float32. Every context is
+read: llama.cpp's caches hold it, and so do our states, which the float32 model reads for all. What
+has fewer bits is made of the same weights, which are random.
+"""
+
+import copy
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import COMPILED, Ours, Prepare, Size, make_llama, make_retnet
+from benchmarks.llamacpp import BLOCK, KINDS, LlamaCpp, absence, token_ids, write_gguf
+from benchmarks.measure import LLAMA, Piece, Plan, Results, measure, random_ids
+from retnet.machine import memory_of
+from retnet.model.fast_decode.weights import lay_out_for_decoding
+
+NAME, PLAIN = "llama.cpp", "RetNet"
+WEIGHTS = ("bf16", "int8", "int4")  # ours beside float32
+PAIRS = {  # format of ours -> the two that are compared
+    "float32": (PLAIN, f"{NAME} f32"),
+    "int8": (f"{PLAIN} int8", f"{NAME} q8_0"),
+    "int4": (f"{PLAIN} int4", f"{NAME} q4_0"),
+}
+PAUSE = 0.02  # seconds until the idle threads of whoever ran before have stopped spinning
+CPU = torch.device("cpu")
+
+
+def llama_case(size: Size, rows: int, context: int, results: Results) -> str:
+    parameters = results.parameters.get(str(size), {}).get(PLAIN, 0)
+    texts = "1 row" if rows == 1 else f"{rows} rows"
+    return f"{parameters / 1e6:.3g}M parameters, {texts} after {context} tokens"
+
+
+def cases(plan: Plan) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of rows, and the contexts in which each is measured."""
+    yield 1, [*plan.llama_contexts]
+    for rows in plan.llama_batches:
+        yield rows, [*plan.llama_contexts[: 2 if rows == plan.llama_batches[0] else 1]]
+
+
+class Reading(Ours):
+    """One of ours whose contexts another has read."""
+
+    def __init__(
+        self, name: str, model: Any, read: Callable[[int], Any], *, compiled: bool = False
+    ) -> None:
+        super().__init__(name, model, compiled=compiled)
+        self.read_one = read
+
+    def remember(self, ids: Tensor, room: int) -> object:
+        memory = copy.deepcopy(self.read_one(ids.shape[1]))
+        memory.batch_repeat_interleave(len(ids))
+        return memory
+
+
+def our_contenders(plan: Plan, size: Size) -> list[Reading]:
+    """Our RetNet plain, compiled where it is the smallest, and in each format."""
+    model = make_retnet(size).eval()
+    lay_out_for_decoding(model)
+    reader = Ours(PLAIN, model)
+
+    @functools.cache
+    @torch.inference_mode()
+    def read(context: int) -> Any:
+        return reader.read(random_ids(1, context, plan, size))
+
+    contenders = [Reading(PLAIN, model, read)]
+    if plan.compiled and size == plan.llama_sizes[0]:
+        torch._dynamo.reset()
+        contenders.append(Reading(PLAIN + COMPILED, model, read, compiled=True))
+    return contenders
+
+
+@contextmanager
+def their_contenders(size: Size) -> Iterator[list[LlamaCpp]]:
+    """llama.cpp in each format."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = make_llama(size, multiple=BLOCK)
+        contenders = []
+        for kind in KINDS:
+            write_gguf(model, kind, folder / kind)
+            one = LlamaCpp(f"{NAME} {kind}", folder / kind, torch.get_num_threads())
+            stack.callback(one.close)
+            contenders.append(one)
+        yield contenders
+
+
+def against_llama(plan: Plan, results: Results) -> None:
+    """Each size by itself; always on the CPU and in float32, but for the weights."""
+    plan = replace(plan, device=CPU, dtype=torch.float32)
+    problem = absence()
+    if problem:
+        results.absent[NAME] = problem
+    for size in plan.llama_sizes:
+        ours = our_contenders(plan, size)
+        with ExitStack() as stack:
+            theirs = [] if problem else stack.enter_context(their_contenders(size))
+            counts = {one.name: one.num_parameters for one in (*ours, *theirs)}
+            results.parameters.setdefault(str(size), {}).update(counts)
+            for rows, contexts in cases(plan):
+                _measure(Match(size, ours, theirs), rows, contexts, plan, results)
+
+
+@dataclass(frozen=True)
+class Match:
+    """All of one size."""
+
+    size: Size
+    ours: Sequence[Reading]
+    theirs: Sequence[LlamaCpp]
+
+    def texts_bytes(self, rows: int, tokens: int) -> int:
+        """Of llama.cpp's caches: keys and values of f16 in each layer."""
+        token = 4 * self.size.hidden_size * self.size.num_hidden_layers
+        return len(self.theirs) * rows * tokens * token
+
+
+def _measure(
+    match: Match, rows: int, contexts: Sequence[int], plan: Plan, results: Results
+) -> None:
+    """The longest context first: llama.cpp's caches are read once and cut for the others.
+
+    A smaller model is so much faster that a round has more of its tokens.
+    """
+    size = match.size
+    tokens = plan.tokens * plan.llama_sizes[-1].hidden_size // size.hidden_size
+    with ExitStack() as stack:
+        texts = []
+        for one in match.theirs:
+            text = stack.enter_context(one.texts(rows, max(contexts) + tokens))
+            text.read(token_ids(random_ids(1, max(contexts), plan, size)))
+            texts.append((one.name, text))
+        for context in sorted(contexts, reverse=True):
+            ids = random_ids(1, context, plan, size).expand(rows, -1)
+            ours = [one for one in match.ours if rows == 1 or not one.compiled]
+            works = {one.name: one.decoding(ids, tokens) for one in ours}
+            works |= {name: text.decoding(context, tokens) for name, text in texts}
+            case = llama_case(size, rows, context, results)
+            pieces = [Piece(case, name, rows * tokens, _rested(x)) for name, x in works.items()]
+            measure(LLAMA, pieces, plan, results)
+
+
+def _rested(prepare: Prepare) -> Prepare:
+    """The same with a pause before the work, in which the other library's threads fall asleep."""
+
+    def prepare_and_rest() -> Callable[[], object]:
+        work = prepare()
+        time.sleep(PAUSE)
+        return work
+
+    return prepare_and_rest
