@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
+from retnet.checkpoints.quantised import KEY, stored_format
 from retnet.checkpoints.weights import NUMBERS
 from retnet.cli import MOST, SHOWN, shortened
 from retnet.errors import UserError
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 CORRECT = "correct it, or copy the checkpoint again"
 # What says where a file comes from, and nothing about the model.
 NOTES = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype",
-         "transformers_version"}  # fmt: skip
+         "transformers_version", KEY}  # fmt: skip
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in NUMBERS)
 MOST_WARNINGS = 8  # of keys without effect, a line each
 OWN_KERNELS = (None, "eager", "sdpa")  # what transformers has in itself
@@ -82,11 +83,7 @@ def check_values(file: Path, stored: dict[str, Any]) -> None:
             )
         if any(abs(number) > MOST for number in _whole_numbers(value)):
             raise UserError(f"{file}: {key} ({shortened(value)}) is beyond 64 bits: {CORRECT}")
-    if stored.get("quantization_config") is not None:
-        raise UserError(
-            f"{file}: quantization_config is of weights in a format that is not read here: "
-            "save them as floating-point numbers"
-        )
+    stored_format(file, stored)
 
 
 def _entries(stored: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from retnet.checkpoints.format import (
     TRAINING_STATE,
     WEIGHTS_INDEX,
 )
+from retnet.checkpoints.quantised import refuse_quantised
 from retnet.checkpoints.verify import check_weights_unchanged, described_files, write_manifest
 from retnet.checkpoints.weights import weight_files
 from retnet.cli import ArgumentParser, file_path, run
@@ -62,6 +63,7 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
             "as a whole: name one elsewhere"
         )
     check_weights_unchanged(source)
+    refuse_quantised(source, f"checkpoint ({source})", "which transformers can't load")
     config = read_json(source / CONFIG, COPY_AGAIN)
     code = model_code(config.get("model_type"))
     if code is None:

@@ -17,6 +17,15 @@ from retnet.checkpoints.adapter import find_base, merge_adapter
 from retnet.checkpoints.configuration import CORRECT, read_config
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, DATA_RECORD, TOKENIZER
+from retnet.checkpoints.quantised import (
+    bits_of,
+    change_format,
+    check_stored,
+    format_of,
+    refuse_quantised,
+    stored_names,
+    target_format,
+)
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import check_size, stored_shapes, stored_tensors
 from retnet.data.tokenizer import max_token_id, panics_as_errors, tokenizer_hash
@@ -28,6 +37,7 @@ from retnet.model.configuration import DecoderConfig
 from retnet.model.fast_decode.weights import lay_out_for_decoding
 from retnet.model.models import model_class
 from retnet.model.ops.precision import wide_dtype
+from retnet.model.quantised import replace_linears
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +65,14 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     base: str | Path | None = None,
+    weights: str = "auto",
 ) -> Checkpoint:
     """Load a checkpoint without a network; its own code runs with ``trust_remote_code`` only.
 
-    The weights keep the dtype they were saved in when ``dtype`` is None. An adapter beside them is
-    not applied; a folder with an adapter alone is merged into the checkpoint ``base``, else into
+    The weights keep the dtype they were saved in when ``dtype`` is None. ``weights`` says how the
+    matrices are stored: as saved ("auto"), plainly ("fp32"), or in a format of ``model.quantised``
+    ("bf16", "int8", "int4"), whose model computes in float32. An adapter beside the weights is not
+    applied; a folder with an adapter alone is merged into the checkpoint ``base``, else into
     the one that it names itself. Its tokenizer and data record are its own where it has them.
 
     Raises:
@@ -70,9 +83,17 @@ def load_checkpoint(
     with quiet_transformers():
         config = read_config(folder, trust_remote_code=trust_remote_code)
         check_weights_unchanged(folder)
+        stored = format_of(folder)
+        target = target_format(folder, stored, weights, dtype)
+        if target or stored or weights == "fp32":
+            dtype = torch.float32
+        if folder != named:
+            refuse_quantised(folder, f"base ({folder})", "into which no adapter can be merged")
         model = _load_model(folder, config, dtype)
         if folder != named:
             merge_adapter(model, named, folder, why)
+        if target != stored:
+            change_format(folder, model, target)
         model.to(torch.device(device))  # type: ignore[arg-type]
         lay_out_for_decoding(model)
         own = named if (named / TOKENIZER).is_file() else folder
@@ -113,8 +134,10 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
+            replace_linears(model, format_of(folder), fill=False)
         wide: list[str] = getattr(model, "wide_names", list)()  # code of its own may know of none
-        weights = _converted(folder, dtype or config.dtype, wide)
+        weights = _converted(folder, dtype or config.dtype, wide, stored_names(model))
+        check_stored(folder, model, weights)
         _check_tied(folder, model, weights)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
@@ -134,9 +157,10 @@ def check_loads(folder: Path, config: Any) -> None:
 
 def _empty(folder: Path, config: Any) -> Any:
     """The model without memory, which the stored weights fit."""
-    check_size(folder, config)
+    check_size(folder, config, least_bits=bits_of(format_of(folder)))
     with torch.device("meta"):
         model = _build(config)
+        replace_linears(model, format_of(folder), fill=False)
     _check_fits(folder, model, stored_shapes(folder))
     return model
 
@@ -165,13 +189,18 @@ def _build(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
-def _converted(folder: Path, dtype: torch.dtype | None, wide: list[str]) -> dict[str, Tensor]:
+def _converted(
+    folder: Path, dtype: torch.dtype | None, wide: list[str], quantised: set[str]
+) -> dict[str, Tensor]:
     """The weights in memory of their own; numbers of ``dtype``, or of the first one's.
 
-    Those that are named by ``wide`` are never below float32.
+    Those that are named by ``wide`` are never below float32, ``quantised`` ones stay as they are.
     """
     weights = {}
-    for name, tensor in stored_tensors(folder):
+    for name, tensor in stored_tensors(folder, quantised):
+        if name in quantised:
+            weights[name] = tensor.clone()
+            continue
         dtype = dtype or tensor.dtype
         weights[name] = tensor.to(wide_dtype(dtype) if name in wide else dtype, copy=True)
     return weights

@@ -1,7 +1,7 @@
 """The weights of a checkpoint folder: which files they are, and whether they may be loaded."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,17 @@ def file_heads(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return {key: (tuple(x.get_shape()), x.get_dtype()) for key, x in slices.items()}
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A folder's weights one after the other, floating-point numbers; like ``stored_shapes``."""
+def stored_tensors(folder: Path, quantised: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """A folder's weights one after the other, floating-point numbers; like ``stored_shapes``.
+
+    Those that are named by ``quantised`` may be of any type.
+    """
     for name in weight_files(folder):
         with _opened(folder / name) as file:
             names = file.keys()
             for key in names:
                 tensor = file.get_tensor(key)
-                if tensor.dtype not in NUMBERS:
+                if tensor.dtype not in NUMBERS and key not in quantised:
                     raise UserError(
                         f"{folder / name}: {key} is of type {tensor.dtype}, in which nothing is "
                         "computed here: save the weights as floating-point numbers"
@@ -136,12 +139,14 @@ def _opened(path: Path) -> Any:
         ) from error
 
 
-def check_size(folder: Path, config: Any) -> None:
+def check_size(folder: Path, config: Any, least_bits: int = 8) -> None:
     """Find out before a model is built from ``config`` whether its weights are far too few.
 
+    ``least_bits``: what a parameter takes at least.
+
     Raises:
-        UserError: The files have fewer bytes than the model has parameters, or fewer tensors than
-            it has layers.
+        UserError: The files have fewer bytes than the model's parameters take, or fewer tensors
+            than it has layers.
         SafetensorError: A file is cut off or none of the format.
     """
     number = len(stored_shapes(folder))
@@ -151,8 +156,9 @@ def check_size(folder: Path, config: Any) -> None:
     own = [layer_of(i) for i in range(min(layers, number))]
     blocks = [getattr(x, "mixer_parameters", 0) + 2 * width * x.intermediate_size for x in own]
     least = config.vocab_size * width + sum(blocks)
-    described = f"{least:,} parameters" if least > stored else f"{layers:,} layers"
-    if least > stored or layers > number:
+    few = least * least_bits > stored * 8
+    described = f"{least:,} parameters" if few else f"{layers:,} layers"
+    if few or layers > number:
         raise UserError(
             f"checkpoint ({folder}) is incomplete, its weights have {stored:,} bytes in {number:,} "
             f"tensors and config.json describes a model of {described} at least: copy it again"

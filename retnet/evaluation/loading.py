@@ -72,6 +72,7 @@ def load_contender(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     base: str | Path | None = None,
+    weights: str = "auto",
 ) -> Checkpoint:
     """A checkpoint or run of ours, or a causal language model by its folder or name on the Hub.
 
@@ -84,11 +85,16 @@ def load_contender(
     """
     named = find_contender(name, trust_remote_code=trust_remote_code)
     folder, why = find_base(named, base)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "weights": weights}
     options["trust_remote_code"] = trust_remote_code
     stored = read_json(folder / CONFIG, COPY_AGAIN)
     if stored.get("model_type") in {configuration(model_class(x)).model_type for x in MIXERS}:
         return load_checkpoint(named, **options)
+    if weights != "auto":
+        raise UserError(
+            f"--weights ({weights}) is for models of this package, and checkpoint ({folder}) is "
+            f"none (model_type {stored.get('model_type')}): leave it out"
+        )
     with quiet_transformers():
         inner = _load_model(folder, stored, dtype, trust_remote_code)
         if hasattr(inner, "new_cache"):  # the code of one of ours, changed and under another name

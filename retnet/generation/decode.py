@@ -123,7 +123,9 @@ class Step:
             self.model = torch.compile(model, dynamic=True, fullgraph=True) if compile else model
             self.path = f"plain step{compiled}: {reason}"
             return
-        self.path = self.fast_path = f"fast step{compiled}"
+        weights = f", {self.lean.weights} weights" if self.lean.weights else ""
+        plain = f" by plain products: {self.lean.problem}" if self.lean.problem else ""
+        self.path = self.fast_path = f"fast step{compiled}{weights}{plain}"
         if compile:
             self.fast = self.lean.compile()
             if model.device.type == "cuda" and not self.lean.grows:

@@ -33,6 +33,9 @@ _TRANSFORMERS_KEYS = {
 }  # fmt: skip
 
 
+QUANT_METHOD = "retnet"  # of quantization_config: weights that load_checkpoint reads
+
+
 def option(default: Any, text: str, *, meaning: bool = False) -> Any:
     """A key of the ``model`` section of a recipe.
 
@@ -90,6 +93,13 @@ class DecoderConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        quantised = kwargs.get("quantization_config")
+        if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
+            raise ValueError(
+                f"quantization_config ({quantised.get('weights')}) is of quantised weights, which "
+                "retnet.checkpoints.load_checkpoint reads and transformers does not: load the "
+                "checkpoint that they were made of"
+            )
         self._warn_of_unknown(kwargs)
         self.resolve()
         problems = self.problems()

@@ -18,6 +18,7 @@ from .keywords import one_memory, packed_segments, refuse
 from .layers import make_norm
 from .mixers.base import Part
 from .outputs import NAMES, DecoderOutput, as_wanted, named
+from .quantised import QuantisedLinear
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -53,6 +54,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
         """Names of the weights that are never below float32."""
         parts = [(name, part) for name, part in self.named_modules() if isinstance(part, Part)]
         return [f"{name}.{own}" for name, part in parts for own in part.wide]
+
+    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
+        """As transformers counts them, and the weights that are quantised."""
+        quantised = (x for x in self.modules() if isinstance(x, QuantisedLinear))
+        plain: int = super().num_parameters(*args, **kwargs)
+        return plain + sum(x.in_features * x.out_features for x in quantised)
 
     def after_step(self, step: int, seed: int) -> None:
         """To be called in training after each optimizer step 1, 2, ..., see ``Part``."""

@@ -11,6 +11,7 @@ from typing import Any
 from retnet.checkpoints import find_checkpoint
 from retnet.checkpoints.configuration import read_config
 from retnet.checkpoints.format import TOKENIZER
+from retnet.checkpoints.quantised import refuse_quantised
 from retnet.errors import UserError
 from retnet.training.spec import mixer_keys
 
@@ -29,6 +30,7 @@ def taken_over(init_from: str) -> Iterator[tuple[str, Any]]:
     except UserError as error:  # nor is it run with an option, as generate.py has one
         reason = str(error).partition(": read that code")[0]
         raise UserError(f"model.init_from ({init_from}) is no model of ours: {reason}") from error
+    refuse_quantised(folder, f"model.init_from ({init_from})", "which can't be trained")
     yield "model.mixer", config.mixer_class.name
     for key in mixer_keys(config.mixer_class.name):
         if key not in OF_TRAINING:

@@ -20,6 +20,7 @@ from retnet.checkpoints.convert.target import Converted, check_weights, new_fold
 from retnet.checkpoints.export import TOKENIZER_FILES
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN
+from retnet.checkpoints.quantised import refuse_quantised
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import stored_shapes, stored_tensors, weight_files
 from retnet.errors import UserError
@@ -179,6 +180,7 @@ def to_fla(source: str, target: Path) -> Path:
     """
     folder = find_checkpoint(source)
     config = read_config(folder, trust_remote_code=False)
+    refuse_quantised(folder, f"source ({folder})", "which flash-linear-attention can't load")
     _check_expressible(folder, config)
     check_weights_unchanged(folder)
     kept = folder / KEPT

@@ -28,9 +28,12 @@ from ..causal_lm import DecoderForCausalLM
 from ..decoder import DecoderModel
 from ..documents import NEXT_POSITION, SEGMENT
 from ..mixers.base import Part, Step
-from .weights import MOST_LEFT, Product, joint_layers, joint_weights, onednn_is_on, switch_onednn
+from ..quantised import QuantisedLinear, quantised_format
+from .products import AnyProduct, make_product, make_products
+from .weights import MOST_LEFT, joint_layers, onednn_is_on, switch_onednn
 
-LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm}
+LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm,
+          QuantisedLinear}  # fmt: skip
 MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for
 MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of many rows faster
 
@@ -92,11 +95,9 @@ class PartStep:
         assert part.step is not None
         layers = joint_layers(part)
         self.core: Step = part.step(part)
-        weights = joint_weights(layers)
-        if type(self.core).inputs is not Step.inputs:
-            weights = [layer.weight.detach() for layer in layers]
-        self.inputs = [Product(weight) for weight in weights]
-        self.output = Product(getattr(part, part.output).weight.detach())
+        together = type(self.core).inputs is Step.inputs
+        self.inputs = make_products(layers) if together else [*map(make_product, layers)]
+        self.output = make_product(getattr(part, part.output))
 
     def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
         """[B, d] -> [B, d]; the state is changed in place."""
@@ -112,15 +113,15 @@ class DecodeStep:
     """One token per row: tokens [B] in, the logits that follow [B, vocab] out, the cache updated.
 
     It holds the model's weights as they are stored when it is made, and copies none; except on a
-    CPU whose kernels are faster with packed ones, for more rows than a few, up to ``MOST_PACKED``.
-    ``make_decode_step`` makes it.
+    CPU whose kernels are faster with packed ones, for more rows than a few, up to ``MOST_PACKED``,
+    and those of int4. ``weights`` is their format, None for plain ones; ``problem`` says why the
+    plain product takes the place of torch's for that format. ``make_decode_step`` makes it.
     """
 
     def __init__(self, model: DecoderForCausalLM) -> None:
         self.compute = self._compute
         self.number = next(_numbers)
         self.packed = self.compiled = False
-        self.may_pack = sum(weight.nbytes for weight in model.parameters()) <= MOST_PACKED
         self.grows, self.longest = model.grows, model.config.longest
         self.embedding = model.model.embed_tokens.weight.detach()
         self.embedding_scale = model.model.embedding_scale
@@ -128,7 +129,7 @@ class DecodeStep:
         self.positions = None if table is None else table.weight.detach()
         self.embedding_norm = None if first is None else step_norm(first)
         self.norm = step_norm(model.model.norm)
-        self.output = Product(model.lm_head.weight.detach())
+        self.output = make_product(model.lm_head)
         kinds: list[type] = []
         self.first: list[PartStep] = []  # of each class of parts: it says what they share
         self.parts: list[tuple[Callable[[Tensor], Tensor], PartStep, int]] = []
@@ -139,6 +140,9 @@ class DecodeStep:
                     kinds.append(type(part))
                     self.first.append(step)
                 self.parts.append((step_norm(norm), step, kinds.index(type(part))))
+        self.may_pack = sum(product.packed_bytes for product in self._products()) <= MOST_PACKED
+        self.weights = quantised_format(model)
+        self.problem = next((x.problem for x in self._products() if x.problem), "")
 
     def fits(self, cache: DecoderCache) -> bool:
         """Whether the cache holds something, nothing that needs a mask, and can be written here.
@@ -161,7 +165,8 @@ class DecodeStep:
         compiled = torch.compile(self._compute, dynamic=self.grows, fullgraph=True, **options)
         torch._dynamo.mark_static(self.embedding)
         for product in self._products():
-            torch._dynamo.mark_static(product.weight)
+            for tensor in product.tensors:
+                torch._dynamo.mark_static(tensor)
 
         def compute(tokens: Tensor, positions: Tensor, length: int, states: Any) -> Tensor:
             torch._dynamo.mark_static(tokens)
@@ -195,7 +200,7 @@ class DecodeStep:
         cache.rows.pop("last_hidden", None)
         return logits
 
-    def _products(self) -> Iterator[Product]:
+    def _products(self) -> Iterator[AnyProduct]:
         yield self.output
         for _, part, _ in self.parts:
             yield from (*part.inputs, part.output)

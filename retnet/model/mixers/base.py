@@ -38,6 +38,8 @@ class Part(nn.Module):
             class whose instances are made of the part, see ``Step``; or None.
         no_matrices: Names of parameters with two dimensions or more that are no matrices for an
             optimizer: embeddings over positions, say. They are not decayed.
+        exact: Names of linear layers whose weights are never quantised: what they give is read by
+            exponential functions, say.
         wide: Names of its own parameters and buffers that are never below float32, whatever the
             model is cast to.
     """
@@ -46,6 +48,7 @@ class Part(nn.Module):
     output: ClassVar[str] = "o_proj"
     step: ClassVar[Any] = None  # a subclass of Step
     no_matrices: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[tuple[str, ...]] = ()
     wide: ClassVar[tuple[str, ...]] = ()
     config: Any
 

@@ -42,6 +42,7 @@ class GatedRetention(MultiScaleRetention):
     name = "gated_retention"
     options = GatedRetentionOptions
     joint = (*MultiScaleRetention.joint, "d_proj")
+    exact = ("d_proj",)
     step = GatedRetentionStep
 
     def __init__(self, config: Any, layer_idx: int = 0) -> None:
