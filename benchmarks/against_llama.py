@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from benchmarks.contenders import COMPILED, Ours, Prepare, Size, make_llama, mak
 from benchmarks.llamacpp import BLOCK, KINDS, LlamaCpp, absence, token_ids, write_gguf
 from benchmarks.measure import LLAMA, Piece, Plan, Results, measure, random_ids
 from retnet.machine import memory_of
+from retnet.model.fast_decode.step import make_decode_step
 from retnet.model.fast_decode.weights import lay_out_for_decoding
+from retnet.model.quantised import FORMATS, replace_linears
 
 NAME, PLAIN = "llama.cpp", "RetNet"
-WEIGHTS = ("bf16", "int8", "int4")  # ours beside float32
 PAIRS = {  # format of ours -> the two that are compared
     "float32": (PLAIN, f"{NAME} f32"),
     "int8": (f"{PLAIN} int8", f"{NAME} q8_0"),
@@ -32,6 +34,8 @@ PAIRS = {  # format of ours -> the two that are compared
 }
 PAUSE = 0.02  # seconds until the idle threads of whoever ran before have stopped spinning
 CPU = torch.device("cpu")
+MS, TOKENS = "ms a token", "tokens/s"
+Place = tuple[int, int]  # rows, context
 
 
 def llama_case(size: Size, rows: int, context: int, results: Results) -> str:
@@ -62,8 +66,8 @@ class Reading(Ours):
         return memory
 
 
-def our_contenders(plan: Plan, size: Size) -> list[Reading]:
-    """Our RetNet plain, compiled where it is the smallest, and in each format."""
+def our_contenders(plan: Plan, size: Size, results: Results) -> list[Reading]:
+    """Our RetNet plain, compiled where it is the smallest, and in each format that torch has."""
     model = make_retnet(size).eval()
     lay_out_for_decoding(model)
     reader = Ours(PLAIN, model)
@@ -77,6 +81,15 @@ def our_contenders(plan: Plan, size: Size) -> list[Reading]:
     if plan.compiled and size == plan.llama_sizes[0]:
         torch._dynamo.reset()
         contenders.append(Reading(PLAIN + COMPILED, model, read, compiled=True))
+    for weights in FORMATS:
+        narrow = copy.deepcopy(model)
+        replace_linears(narrow, weights)
+        lay_out_for_decoding(narrow)
+        step, problem = make_decode_step(narrow)
+        if problem := problem or (step.problem if step else ""):
+            results.absent[f"{PLAIN} {weights}"] = problem
+        else:
+            contenders.append(Reading(f"{PLAIN} {weights}", narrow, read))
     return contenders
 
 
@@ -102,10 +115,10 @@ def against_llama(plan: Plan, results: Results) -> None:
     if problem:
         results.absent[NAME] = problem
     for size in plan.llama_sizes:
-        ours = our_contenders(plan, size)
+        ours = our_contenders(plan, size, results)
         with ExitStack() as stack:
             theirs = [] if problem else stack.enter_context(their_contenders(size))
-            counts = {one.name: one.num_parameters for one in (*ours, *theirs)}
+            counts = {one.name: one.num_parameters for one in (ours[0], *theirs)}
             results.parameters.setdefault(str(size), {}).update(counts)
             for rows, contexts in cases(plan):
                 _measure(Match(size, ours, theirs), rows, contexts, plan, results)
@@ -119,10 +132,11 @@ class Match:
     ours: Sequence[Reading]
     theirs: Sequence[LlamaCpp]
 
-    def texts_bytes(self, rows: int, tokens: int) -> int:
-        """Of llama.cpp's caches: keys and values of f16 in each layer."""
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether half of the memory holds llama.cpp's caches: f16 keys and values of all layers."""
         token = 4 * self.size.hidden_size * self.size.num_hidden_layers
-        return len(self.theirs) * rows * tokens * token
+        have = memory_of(CPU)
+        return have is None or 2 * len(self.theirs) * rows * tokens * token <= have
 
 
 def _measure(
@@ -134,6 +148,10 @@ def _measure(
     """
     size = match.size
     tokens = plan.tokens * plan.llama_sizes[-1].hidden_size // size.hidden_size
+    for context in contexts:
+        if not match.fits(rows, context + tokens):
+            results.absent[llama_case(size, rows, context, results)] = "not enough memory"
+    contexts = [context for context in contexts if match.fits(rows, context + tokens)]
     with ExitStack() as stack:
         texts = []
         for one in match.theirs:
@@ -159,3 +177,29 @@ def _rested(prepare: Prepare) -> Prepare:
         return work
 
     return prepare_and_rest
+
+
+def summary(plan: Plan, results: Results) -> list[list[str]]:
+    """All cases in two tables of Markdown: of one row ms a token, of more tokens a second."""
+    places = [(rows, context) for rows, contexts in cases(plan) for context in contexts]
+    one, more = ([x for x in places if (x[0] == 1) == alone] for alone in (True, False))
+    return [_table(MS, one, plan, results), _table(TOKENS, more, plan, results)]
+
+
+def _table(unit: str, places: Sequence[Place], plan: Plan, results: Results) -> list[str]:
+    titles = [llama_case(size, *place, results) for size in plan.llama_sizes for place in places]
+    own = [x for x in results.measurements if x.benchmark == LLAMA and x.case in titles]
+    names = dict.fromkeys(one.contender for one in own)
+    pairs = {weights: pair for weights, pair in PAIRS.items() if names.keys() >= {*pair}}
+    rows = [[unit, *names, *(f"{weights}: x faster" for weights in pairs)]]
+    rows.append(["---"] * len(rows[0]))
+    for case in titles:
+        found = {name: results.find(LLAMA, case, name) for name in names}
+        speeds = [None if x is None else x.tokens_per_second for x in found.values()]
+        ratios = [results.speedup(found[a], found[b]) for a, b in pairs.values()]
+        if unit == TOKENS:
+            cells = ["" if x is None else f"{x:,.0f}" for x in speeds]
+        else:
+            cells = ["" if x is None else f"{1000 / x:.2f}" for x in speeds]
+        rows.append([case, *cells, *("" if x is None else f"{x:.2f}" for x in ratios)])
+    return [f"| {' | '.join(row)} |" for row in rows]

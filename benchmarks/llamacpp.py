@@ -74,7 +74,7 @@ def write_gguf(model: LlamaForCausalLM, kind: str, path: Path) -> None:
 
 
 def _pairs_side_by_side(weight: Logits, heads: int) -> Logits:
-    """Rows of [heads * D, in] in the order in which llama.cpp turns them: 0, D/2, 1, D/2 + 1, ..."""
+    """Rows of [heads * D, in] in the order in which llama.cpp turns them: 0, D/2, 1, ..."""
     halves = weight.reshape(heads, 2, -1, weight.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
@@ -106,16 +106,16 @@ class LlamaCpp:
         self.library.llama_model_free(self.model)
 
     @contextlib.contextmanager
-    def rows(self, rows: int, longest: int) -> Iterator["Rows"]:
+    def texts(self, rows: int, longest: int) -> Iterator["Texts"]:
         """So many texts side by side, each of at most so many tokens."""
-        one = Rows(self, rows, longest)
+        one = Texts(self, rows, longest)
         try:
             yield one
         finally:
             one.close()
 
 
-class Rows:
+class Texts:
     """Texts side by side in one context of llama.cpp, each with a key-value cache of its own.
 
     Its settings are llama.cpp's defaults: keys and values are f16, flash attention is used where

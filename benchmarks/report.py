@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.against_llama import summary
 from benchmarks.measure import (
     DECODE,
     FAMILY,
@@ -25,7 +26,6 @@ from benchmarks.measure import (
     Plan,
     Results,
 )
-from benchmarks.against_llama import summary
 from benchmarks.others import TIMM_NOTE, TORCHSCALE
 from benchmarks.steps import NARROW
 from benchmarks.targets import Target, targets
@@ -42,8 +42,8 @@ NOTES = {
     "128 at a time.",
     DECODE: "Greedy. The limit: reading as many bytes as the RetNet's weights and states (these\n"
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
-    LLAMA: "Greedy, in float32 but for the weights; llama.cpp with its defaults: its caches are f16,\n"
-    "and each text has its own.",
+    LLAMA: "Greedy, in float32 but for the weights. llama.cpp has its defaults: caches of f16, one\n"
+    "for each text.",
     FORMS: "Retention alone, forward and backward; V = 2 K.",
     FAMILY: "Every mixer. Decoding is greedy, by the fast step where the mixer has one.",
     STEPS: "The models in float32 and under autocast; the limits: the matrix products of the\n"
@@ -166,7 +166,8 @@ def format_targets(rows: Sequence[Target]) -> list[str]:
         sign = "at least" if row.at_least else "at most"
         value = "not measured" if row.value is None else f"{row.value:.2f}"
         verdict = {True: "yes", False: "no", None: "-"}[row.reached]
-        lines.append([row.title, f"{sign} {row.bound:g}", value, verdict])
+        gate = "" if row.gate is None else f" (gate {row.gate:g})"
+        lines.append([row.title, f"{sign} {row.bound:g}{gate}", value, verdict])
     return format_table(lines)
 
 

@@ -1,6 +1,6 @@
 """How fast, in how much memory, against whom, and how near the machine's limit.
 
-    python -m benchmarks.speed [train|prefill|decode|llama|memory|forms|family|steps|all] [OPTION ...]
+    python -m benchmarks.speed [BENCHMARK] [OPTION ...]
 
 The contenders run in turn in one process (A B A B ...) after a round that is not counted; times are
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
