@@ -1,8 +1,8 @@
 """Our RetNet beside llama.cpp's Llama of the same size: tokens by context, rows, size and format.
 
 All run in one process with the same number of threads and compute in float32. Every context is
-read: llama.cpp's caches hold it, and so do our states, which the float32 model reads for all. What
-has fewer bits is made of the same weights, which are random.
+read, on either side by the model of float32 for all: llama.cpp's caches hold it, and so do our
+states. What has fewer bits is made of the same weights, which are random.
 """
 
 import copy
@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import COMPILED, Ours, Prepare, Size, make_llama, make_retnet
-from benchmarks.llamacpp import BLOCK, KINDS, LlamaCpp, absence, token_ids, write_gguf
+from benchmarks.llamacpp import BLOCK, KINDS, LlamaCpp, Texts, absence, token_ids, write_gguf
 from benchmarks.measure import LLAMA, Piece, Plan, Results, measure, random_ids
 from retnet.machine import memory_of
 from retnet.model.fast_decode.step import make_decode_step
@@ -44,11 +44,13 @@ def llama_case(size: Size, rows: int, context: int, results: Results) -> str:
     return f"{parameters / 1e6:.3g}M parameters, {texts} after {context} tokens"
 
 
-def cases(plan: Plan) -> Iterator[tuple[int, list[int]]]:
-    """Numbers of rows, and the contexts in which each is measured."""
-    yield 1, [*plan.llama_contexts]
-    for rows in plan.llama_batches:
-        yield rows, [*plan.llama_contexts[: 2 if rows == plan.llama_batches[0] else 1]]
+def places(plan: Plan) -> Iterator[Place]:
+    """Rows and contexts that are measured, in the order of the tables."""
+    for context in plan.llama_contexts:
+        yield 1, context
+    for i, rows in enumerate(plan.llama_batches):
+        for context in plan.llama_contexts[: 1 if i else 2]:
+            yield rows, context
 
 
 class Reading(Ours):
@@ -120,52 +122,47 @@ def against_llama(plan: Plan, results: Results) -> None:
             theirs = [] if problem else stack.enter_context(their_contenders(size))
             counts = {one.name: one.num_parameters for one in (ours[0], *theirs)}
             results.parameters.setdefault(str(size), {}).update(counts)
-            for rows, contexts in cases(plan):
-                _measure(Match(size, ours, theirs), rows, contexts, plan, results)
-
-
-@dataclass(frozen=True)
-class Match:
-    """All of one size."""
-
-    size: Size
-    ours: Sequence[Reading]
-    theirs: Sequence[LlamaCpp]
-
-    def fits(self, rows: int, tokens: int) -> bool:
-        """Whether half of the memory holds llama.cpp's caches: f16 keys and values of all layers."""
-        token = 4 * self.size.hidden_size * self.size.num_hidden_layers
-        have = memory_of(CPU)
-        return have is None or 2 * len(self.theirs) * rows * tokens * token <= have
+            for rows, context in places(plan):
+                _measure(size, ours, theirs, rows, context, plan, results)
 
 
 def _measure(
-    match: Match, rows: int, contexts: Sequence[int], plan: Plan, results: Results
+    size: Size,
+    ours: Sequence[Reading],
+    theirs: Sequence[LlamaCpp],
+    rows: int,
+    context: int,
+    plan: Plan,
+    results: Results,
 ) -> None:
-    """The longest context first: llama.cpp's caches are read once and cut for the others.
-
-    A smaller model is so much faster that a round has more of its tokens.
-    """
-    size = match.size
+    """All of one size; the smaller, the more tokens in a round."""
     tokens = plan.tokens * plan.llama_sizes[-1].hidden_size // size.hidden_size
-    for context in contexts:
-        if not match.fits(rows, context + tokens):
-            results.absent[llama_case(size, rows, context, results)] = "not enough memory"
-    contexts = [context for context in contexts if match.fits(rows, context + tokens)]
+    case = llama_case(size, rows, context, results)
+    ids = random_ids(1, context, plan, size)
+    works = {
+        one.name: one.decoding(ids.expand(rows, -1), tokens)
+        for one in ours
+        if rows == 1 or not one.compiled
+    }
     with ExitStack() as stack:
-        texts = []
-        for one in match.theirs:
-            text = stack.enter_context(one.texts(rows, max(contexts) + tokens))
-            text.read(token_ids(random_ids(1, max(contexts), plan, size)))
-            texts.append((one.name, text))
-        for context in sorted(contexts, reverse=True):
-            ids = random_ids(1, context, plan, size).expand(rows, -1)
-            ours = [one for one in match.ours if rows == 1 or not one.compiled]
-            works = {one.name: one.decoding(ids, tokens) for one in ours}
-            works |= {name: text.decoding(context, tokens) for name, text in texts}
-            case = llama_case(size, rows, context, results)
-            pieces = [Piece(case, name, rows * tokens, _rested(x)) for name, x in works.items()]
-            measure(LLAMA, pieces, plan, results)
+        if theirs and not caches_fit(len(theirs), size, rows, context + tokens):
+            results.absent[f"{NAME}, {case}"] = "its caches would take half of the memory or more"
+            theirs = []
+        texts: list[Texts] = []
+        for one in theirs:
+            text = stack.enter_context(one.texts(rows, context + tokens))
+            text.take(texts[0]) if texts else text.read(token_ids(ids))
+            texts.append(text)
+            works[one.name] = text.decoding(context, tokens)
+        pieces = [Piece(case, name, rows * tokens, _rested(work)) for name, work in works.items()]
+        measure(LLAMA, pieces, plan, results)
+
+
+def caches_fit(contenders: int, size: Size, rows: int, tokens: int) -> bool:
+    """Whether half of the memory holds llama.cpp's caches: keys and values of f16 a layer."""
+    token = 4 * size.hidden_size * size.num_hidden_layers
+    have = memory_of(CPU)
+    return have is None or 2 * contenders * rows * tokens * token <= have
 
 
 def _rested(prepare: Prepare) -> Prepare:
@@ -181,13 +178,16 @@ def _rested(prepare: Prepare) -> Prepare:
 
 def summary(plan: Plan, results: Results) -> list[list[str]]:
     """All cases in two tables of Markdown: of one row ms a token, of more tokens a second."""
-    places = [(rows, context) for rows, contexts in cases(plan) for context in contexts]
-    one, more = ([x for x in places if (x[0] == 1) == alone] for alone in (True, False))
+    one = [place for place in places(plan) if place[0] == 1]
+    more = [place for place in places(plan) if place[0] > 1]
     return [_table(MS, one, plan, results), _table(TOKENS, more, plan, results)]
 
 
-def _table(unit: str, places: Sequence[Place], plan: Plan, results: Results) -> list[str]:
-    titles = [llama_case(size, *place, results) for size in plan.llama_sizes for place in places]
+def _table(
+    unit: str, rows_and_contexts: Sequence[Place], plan: Plan, results: Results
+) -> list[str]:
+    sizes = plan.llama_sizes
+    titles = [llama_case(size, *x, results) for size in sizes for x in rows_and_contexts]
     own = [x for x in results.measurements if x.benchmark == LLAMA and x.case in titles]
     names = dict.fromkeys(one.contender for one in own)
     pairs = {weights: pair for weights, pair in PAIRS.items() if names.keys() >= {*pair}}

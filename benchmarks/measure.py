@@ -88,7 +88,7 @@ class Plan:
             step_tokens=32, train_lengths=(8, 16, 32, 64), train_short=32, train_long=64,
             prefill_lengths=(16, 32), prefill_short=16, prefill_long=32, contexts=(4, 8, 16),
             family_contexts=(4, 8), family_positions=64, batch=2, tokens=2, loop_tokens=2,
-            llama_sizes=(small,), llama_contexts=(4, 8, 16), llama_batches=(2, 3),
+            llama_sizes=(small,), llama_contexts=(4, 8, 300), llama_batches=(2, 3),
             keep_memory=self.keep_memory, form_widths=(4,),
             form_chunks=(4, 8), form_lengths=(8, 16),
         )  # fmt: skip

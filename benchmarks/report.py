@@ -42,8 +42,8 @@ NOTES = {
     "128 at a time.",
     DECODE: "Greedy. The limit: reading as many bytes as the RetNet's weights and states (these\n"
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
-    LLAMA: "Greedy, in float32 but for the weights. llama.cpp has its defaults: caches of f16, one\n"
-    "for each text.",
+    LLAMA: "Greedy, in float32 but for the weights. llama.cpp as it comes: caches of f16, and\n"
+    "each text has its own.",
     FORMS: "Retention alone, forward and backward; V = 2 K.",
     FAMILY: "Every mixer. Decoding is greedy, by the fast step where the mixer has one.",
     STEPS: "The models in float32 and under autocast; the limits: the matrix products of the\n"
