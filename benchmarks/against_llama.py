@@ -120,7 +120,8 @@ def against_llama(plan: Plan, results: Results) -> None:
         ours = our_contenders(plan, size, results)
         with ExitStack() as stack:
             theirs = [] if problem else stack.enter_context(their_contenders(size))
-            counts = {one.name: one.num_parameters for one in (ours[0], *theirs)}
+            counts = {one.name: one.num_parameters for one in theirs}
+            counts[PLAIN] = ours[0].num_parameters
             results.parameters.setdefault(str(size), {}).update(counts)
             for rows, context in places(plan):
                 _measure(size, ours, theirs, rows, context, plan, results)

@@ -42,7 +42,7 @@ def absence() -> str | None:
 def write_gguf(model: LlamaForCausalLM, kind: str, path: Path) -> None:
     """Write a model, one of ``KINDS``, under the names and in the order of rows of llama.cpp."""
     gguf: Any = importlib.import_module("gguf")
-    config = model.config
+    config: Any = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     stored = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
@@ -57,12 +57,11 @@ def write_gguf(model: LlamaForCausalLM, kind: str, path: Path) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    turned = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.named_parameters():  # tied weights once: llama.cpp ties them, too
         array = weight.detach().float().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads
-            if "k_proj" in name:
-                heads = config.num_key_value_heads
+        heads = turned.get(name.split(".")[-2])
+        if heads:
             array = _pairs_side_by_side(array, heads)
         own = names.get_name(name, try_suffixes=(".weight",))
         if array.ndim > 1:
