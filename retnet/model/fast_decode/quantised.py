@@ -1,15 +1,16 @@
 """x W^T for the few rows x of a decode step where W is quantised, see ``model.quantised``.
 
-torch has operators that read the stored numbers as they are, for bfloat16 activations (for float32
-ones they are many times slower than a plain product). They are private: before one is used it is
-asked for a small product, and where it is absent or answers otherwise the plain product takes over,
-of the weight as it would be without quantisation; ``problem`` says so.
+torch has operators that read the stored numbers as they are. They are private, and right on some
+processors only: before one is used it is asked for a small product, and where each is absent or
+answers otherwise the plain product takes over, of the weight as it would be without quantisation;
+``problem`` says so.
 
 * Very few rows: the time is that of reading W, so the fewer bytes the better.
 * More: on a CPU that computes in bfloat16 a copy of W in that type, packed by oneDNN, is faster.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values, quantise
-from .weights import MOST_LEFT, PackedWeight, bfloat16_product, joined, packs_bfloat16
+from .weights import MOST_LEFT, Packed, PackedWeight, bfloat16_product, joined, packs_bfloat16
 
-MOST_DIRECT = 16  # rows up to which a product that is not packed reads the stored numbers
-TOLERANCE = 0.02  # of the largest output: activations and outputs are rounded to 8 bits
+MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
+TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
-Operands = tuple[Tensor, ...]
+REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
 
 
 class QuantisedProduct:
@@ -38,16 +39,13 @@ class QuantisedProduct:
         self.outputs = sum(layer.out_features for layer in layers)
         self.stored = _together(layers)
         self.packed: PackedWeight | None = None
-        device = self.stored["values"].device.type
-        self.problem = _problem(self.weights, device)
-        self.operands: Operands = ()
-        if not self.problem:
-            self.operands = OPERATORS[self.weights, device][0](self.stored)
+        kind, self.problem = _choose(self.weights, self.stored["values"].device.type)
+        self.operator = None if kind is None else kind(self.stored)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """All that it holds, for compilers."""
-        return (*self.stored.values(), *self.operands)
+        return (*self.stored.values(), *getattr(self.operator, "tensors", ()))
 
     @property
     def packed_bytes(self) -> int:
@@ -60,7 +58,7 @@ class QuantisedProduct:
         if rows <= MOST_LEFT or not packs_bfloat16(values.device):
             return
         if self.weights == "int8":  # whose values are exact in bfloat16: scaled afterwards
-            weight = values.to(torch.bfloat16)
+            weight = values[:, : self.inputs].to(torch.bfloat16)
         else:
             weight = dequantise(self.weights, self.stored, self.inputs, torch.float32).bfloat16()
         self.packed = PackedWeight(weight, rows)
@@ -69,20 +67,13 @@ class QuantisedProduct:
         """[rows, in] -> [rows, out]."""
         rows = x.shape[0]
         if rows > MOST_LEFT and self.packed is not None:
-            y = self.packed(self._narrow(x)).to(x.dtype)
+            y = self.packed(x.to(torch.bfloat16)).to(x.dtype)
             return y * self.stored["scale"] if self.weights == "int8" else y
-        if self.problem or (rows > MOST_DIRECT and self.weights != "bf16"):
-            return self._plain(x)
-        operator = OPERATORS[self.weights, x.device.type][1]
-        return operator(self._narrow(x), *self.operands)[:, : self.outputs].to(x.dtype)
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        """In bfloat16, filled up with zeros as the weight is."""
-        missing = 0 if self.weights == "bf16" else -self.inputs % GROUP
-        y = x.to(torch.bfloat16)
-        return F.pad(y, (0, missing)) if missing else y
-
-    def _plain(self, x: Tensor) -> Tensor:
+        if self.operator is not None and rows <= MOST_DIRECT:
+            missing = 0 if self.weights == "bf16" else -self.inputs % GROUP
+            wide = x.float()
+            y = self.operator(F.pad(wide, (0, missing)) if missing else wide)
+            return y[:, : self.outputs].to(x.dtype)
         weight = dequantise(self.weights, self.stored, self.inputs, torch.float32)
         if x.device.type == "cpu":
             return F.linear(x, weight.to(x.dtype))
@@ -99,17 +90,80 @@ def _together(layers: Sequence[QuantisedLinear]) -> Stored:
     return found
 
 
-def _bf16_operands(stored: Stored) -> Operands:
-    return (stored["values"],)
+class Bfloat16:
+    """Of activations rounded to bfloat16."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.tensors = (stored["values"],)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return bfloat16_product(x.to(torch.bfloat16), *self.tensors)
 
 
-def _int8_operands(stored: Stored) -> Operands:
-    return stored["values"], stored["scale"]
+class Int8(Packed):
+    """FBGEMM's product of int8 with int8, which adds up in int32: for CPUs that have it (VNNI).
+
+    The activations are two rows of int8, what the first leaves over being the second: 15 bits.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        values, scale = stored["values"], stored["scale"].double()
+        with warnings.catch_warnings(action="ignore"):  # torch has plans for quantised tensors
+            whole = torch._make_per_channel_quantized_tensor(
+                values, scale, torch.zeros(len(values), dtype=torch.long), 0
+            )
+            self.weight = torch.ops.quantized.linear_prepack(whole, None)
+        super().__init__(len(values))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        largest = torch.linalg.vector_norm(x, float("inf")).item()
+        step = largest / 127 if largest != 0 else 1.0  # one that is not finite stays so
+        rows, nearest = len(x), torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
+        both = torch.cat((nearest, (x - nearest).mul_(REST)))
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        y = product(both, step, 128, self.weight)
+        return torch.add(y[:rows], y[rows:], alpha=1 / REST)
 
 
-def _int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    y: Tensor = torch._weight_int8pack_mm(x, values, scale)
-    return y
+class Int8Bfloat16:
+    """torch's product of bfloat16 with int8 (many times slower with float32)."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.tensors = stored["values"], stored["scale"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch._weight_int8pack_mm(x.to(torch.bfloat16), *self.tensors)
+        return y
+
+
+class Int4:
+    """torch's product of bfloat16 with int4 on a CPU."""
+
+    def __init__(self, stored: Stored) -> None:
+        values, lines = _int4_lines(stored)
+        self.tensors = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1), lines
+
+    def __call__(self, x: Tensor) -> Tensor:
+        packed, lines = self.tensors
+        x = x.to(torch.bfloat16)
+        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, lines)
+        return y
+
+
+class Int4Cuda:
+    """torch's product of bfloat16 with int4 on a GPU."""
+
+    def __init__(self, stored: Stored) -> None:
+        values, lines = _int4_lines(stored)
+        tiles = 2  # of 16 inputs each, which every multiple of 32 has
+        packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], tiles)
+        self.tensors = packed, lines
+
+    def __call__(self, x: Tensor) -> Tensor:
+        packed, lines = self.tensors
+        y: Tensor = torch._weight_int4pack_mm(x.to(torch.bfloat16), packed, GROUP, lines)
+        return y
 
 
 def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
@@ -120,57 +174,49 @@ def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
     return values, lines.transpose(0, 1).contiguous()
 
 
-def _int4_operands_cpu(stored: Stored) -> Operands:
-    values, lines = _int4_lines(stored)
-    return torch._convert_weight_to_int4pack_for_cpu(values.int(), 1), lines
-
-
-def _int4_product_cpu(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    y: Tensor = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, lines)
-    return y
-
-
-def _int4_operands_cuda(stored: Stored) -> Operands:
-    values, lines = _int4_lines(stored)
-    tiles = 2  # of 16 inputs each, which every multiple of 32 has
-    return torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], tiles), lines
-
-
-def _int4_product_cuda(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    y: Tensor = torch._weight_int4pack_mm(x, packed, GROUP, lines)
-    return y
-
-
-# by format and kind of device: what makes the operands, and the product of [rows, in] with them
-OPERATORS: dict[tuple[str, str], tuple[Callable[[Stored], Operands], Callable[..., Tensor]]] = {
-    ("bf16", "cpu"): (_bf16_operands, bfloat16_product),
-    ("bf16", "cuda"): (_bf16_operands, F.linear),
-    ("int8", "cpu"): (_int8_operands, _int8_product),
-    ("int8", "cuda"): (_int8_operands, _int8_product),
-    ("int4", "cpu"): (_int4_operands_cpu, _int4_product_cpu),
-    ("int4", "cuda"): (_int4_operands_cuda, _int4_product_cuda),
+Operator = Callable[[Stored], Any]
+# by format and kind of device, the fastest first
+OPERATORS: dict[tuple[str, str], tuple[Operator, ...]] = {
+    ("bf16", "cpu"): (Bfloat16,),
+    ("bf16", "cuda"): (Bfloat16,),
+    ("int8", "cpu"): (Int8, Int8Bfloat16),
+    ("int8", "cuda"): (Int8Bfloat16,),
+    ("int4", "cpu"): (Int4,),
+    ("int4", "cuda"): (Int4Cuda,),
 }
 
 
 @functools.cache
-def _problem(weights: str, device: str) -> str:
-    """Why torch's operator for a format is not used on a kind of device; empty where it is."""
-    if (weights, device) not in OPERATORS:
-        return f"torch has no {weights} product for {device}"
-    prepare, multiply = OPERATORS[weights, device]
+def _choose(weights: str, device: str) -> tuple[Operator | None, str]:
+    """The first operator that is right there; None and why, where there is none."""
+    reason = f"torch has no {weights} product for {device}"
+    for kind in OPERATORS.get((weights, device), ()):
+        reason = _problem(kind, weights, device)
+        if not reason:
+            return kind, ""
+    return None, reason
+
+
+def _problem(kind: Operator, weights: str, device: str) -> str:
+    """Why an operator can't be used; empty where it can.
+
+    Among the sums is one of the largest possible products, which some processors can't add.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 96, generator=generator, device="cpu")
+    weight[0] = 1.0
     stored = quantise(weight, weights)
     plain = dequantise(weights, stored, 96, torch.float64)
     try:
-        operands = prepare({name: x.to(device) for name, x in stored.items()})
+        operator = kind({name: x.to(device) for name, x in stored.items()})
         for rows in (1, 3):
-            x = torch.randn(rows, 96, generator=generator, device="cpu").bfloat16()
-            y: Any = multiply(x.to(device), *operands)
+            x = torch.randn(rows, 96, generator=generator, device="cpu")
+            x[0] = x[0].sign() if rows > 1 else 1.0
+            y: Any = operator(x.to(device))[:, :48].cpu().double()
             expected = F.linear(x.double(), plain)
-            difference = (y.cpu().double() - expected).abs().max() / expected.abs().max()
-            if not difference <= TOLERANCE:
+            if not (y - expected).abs().max() <= TOLERANCE * expected.abs().max():
                 return f"torch's {weights} product for {device} answers wrongly"
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch's {weights} product for {device} fails ({str(error).splitlines()[0][:80]})"
+        said = str(error).splitlines()[0][:80]
+        return f"torch's {weights} product for {device} fails ({said})"
     return ""

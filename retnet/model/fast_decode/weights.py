@@ -166,7 +166,28 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
         onednn.enabled = was_on
 
 
-class PackedWeight:
+class Packed:
+    """A copy of a weight of ``outputs`` rows in a layout that only its own product knows."""
+
+    def __init__(self, outputs: int) -> None:
+        self.outputs = outputs
+        self.key = next(_keys)
+        self.operator = _operator("packed_linear")
+        _packed_weights[self.key] = self
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], of the type of x."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        if torch.compiler.is_compiling():
+            y: Tensor = self.operator(x, self.key, self.outputs)
+            return y
+        return self.multiply(x)
+
+
+class PackedWeight(Packed):
     """A copy of a float32 or bfloat16 weight [out, in] in the layout of oneDNN's kernels.
 
     Products of another number of rows than ``rows`` are right, but may be slower.
@@ -175,23 +196,17 @@ class PackedWeight:
     def __init__(self, weight: Tensor, rows: int) -> None:
         # what torch.compile makes of a frozen linear layer; torch has no public name for it
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        self.outputs = len(weight)
-        self.key = next(_keys)
-        self.operator = _operator("packed_linear")
-        _packed_weights[self.key] = self
+        super().__init__(len(weight))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
-        if torch.compiler.is_compiling():
-            y: Tensor = self.operator(x, self.key, self.outputs)
-            return y
-        return _packed_linear(x, self.key, self.outputs)
+    def multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return y
 
 
 # Compilers know no packed tensors, and would replace the product of one row by loops of their own:
 # to them these are operators of ours, a packed weight that of its number.
 _keys = itertools.count()
-_packed_weights: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+_packed_weights: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 _libraries: list[torch.library.Library] = []  # whose operators go when they go
 
 
@@ -207,16 +222,10 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-def _packed_linear(x: Tensor, key: int, outputs: int) -> Tensor:
-    weight = _packed_weights[key].packed
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return y
-
-
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "packed_linear": (
         "Tensor x, int key, int outputs",
-        _packed_linear,
+        lambda x, key, outputs: _packed_weights[key].multiply(x),
         lambda x, key, outputs: x.new_empty(x.shape[0], outputs),
     ),
     "one_row": (
