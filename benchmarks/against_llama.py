@@ -1,8 +1,8 @@
 """Our RetNet beside llama.cpp's Llama of the same size: tokens by context, rows, size and format.
 
-All run in one process with the same number of threads and compute in float32. Every context is
-read, on either side by the model of float32 for all: llama.cpp's caches hold it, and so do our
-states. What has fewer bits is made of the same weights, which are random.
+All run in one process with the same number of threads, in float32 but for products with weights
+of fewer bits, which are made of the same random ones. Every context is read, on either side by the
+float32 model for all: llama.cpp's caches hold it, and so do our states.
 """
 
 import copy
@@ -111,7 +111,7 @@ def their_contenders(size: Size) -> Iterator[list[LlamaCpp]]:
 
 
 def against_llama(plan: Plan, results: Results) -> None:
-    """Each size by itself; always on the CPU and in float32, but for the weights."""
+    """Each size by itself, whatever the plan's device and type on the CPU and in float32."""
     plan = replace(plan, device=CPU, dtype=torch.float32)
     problem = absence()
     if problem:
