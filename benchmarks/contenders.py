@@ -226,12 +226,13 @@ def make_transformer(size: Size) -> TransformerForCausalLM:
     return TransformerForCausalLM(TransformerConfig(**vars(size), tie_word_embeddings=True))
 
 
-def make_llama(size: Size) -> LlamaForCausalLM:
-    """transformers' Llama of the same size, with SDPA."""
+def make_llama(size: Size, multiple: int = 1) -> LlamaForCausalLM:
+    """transformers' Llama of the same size, with SDPA; its inner width a multiple of a number."""
+    inner = 8 * size.hidden_size / 3  # 4 d^2 attention + 3 d f
     config = LlamaConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
-        intermediate_size=round(8 * size.hidden_size / 3),  # 4 d^2 attention + 3 d f
+        intermediate_size=multiple * round(inner / multiple),
         num_hidden_layers=size.num_hidden_layers,
         num_attention_heads=size.num_heads,
         max_position_embeddings=2**20,

@@ -12,7 +12,8 @@ from benchmarks.contenders import Field, Prepare, Size
 from retnet.evaluation import Timing, interleaved
 
 TRAIN, PREFILL, DECODE, MEMORY, FORMS = "train", "prefill", "decode", "memory", "forms"
-FAMILY, STEPS, LAYER, UTILISATION = "family", "steps", "layer", "utilisation"
+FAMILY, STEPS, LAYER = "family", "steps", "layer"
+LLAMA, UTILISATION = "llama", "utilisation"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
 
@@ -40,6 +41,10 @@ class Plan:
         batch: Rows of the larger batch.
         tokens: Made in a round of decoding.
         loop_tokens: Made in a round of whole loops.
+        llama_sizes: Of the models beside llama.cpp, growing.
+        llama_contexts: Tokens before the first that is decoded, growing, of one row; the first also
+            of many, the second of the first number of these.
+        llama_batches: Numbers of rows, growing.
         keep_memory: Whether the C library keeps freed memory, as it does in train.py.
         form_widths, form_chunks, form_lengths: K of a head, C and T of the forms that are compared;
             V = 2 K.
@@ -64,6 +69,13 @@ class Plan:
     batch: int = 16
     tokens: int = 16
     loop_tokens: int = 200  # generate.py's default
+    llama_sizes: tuple[Size, ...] = (
+        Size(256, 4, 4, 4096),
+        Size(512, 8, 8, 4096),
+        Size(1024, 12, 8, 4096),
+    )
+    llama_contexts: tuple[int, int, int] = (128, 4096, 8192)
+    llama_batches: tuple[int, ...] = (16, 64)
     keep_memory: bool = True
     form_widths: tuple[int, ...] = (64, 128, 256)
     form_chunks: tuple[int, ...] = (32, 64, 128, 256)
@@ -77,6 +89,7 @@ class Plan:
             step_tokens=32, train_lengths=(8, 16, 32, 64), train_short=32, train_long=64,
             prefill_lengths=(16, 32), prefill_short=16, prefill_long=32, contexts=(4, 8, 16),
             family_contexts=(4, 8), family_positions=64, batch=2, tokens=2, loop_tokens=2,
+            llama_sizes=(small,), llama_contexts=(4, 8, 300), llama_batches=(2, 3),
             keep_memory=self.keep_memory, form_widths=(4,),
             form_chunks=(4, 8), form_lengths=(8, 16),
         )  # fmt: skip
@@ -87,7 +100,7 @@ class Measurement:
     """One contender in one case.
 
     Attributes:
-        benchmark: "train", "prefill", "decode", "forms", "family", "steps" or "layer".
+        benchmark: "train", "prefill", "decode", "llama", "forms", "family", "steps" or "layer".
         case: What was done, the same for all contenders of a group.
         contender: Who.
         tokens: In each call; for a batch, of all rows.

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.against_llama import summary
 from benchmarks.measure import (
     DECODE,
     FAMILY,
     FORMS,
     LIMIT,
+    LLAMA,
     MEMORY,
     PREFILL,
     STEPS,
@@ -29,7 +31,8 @@ from benchmarks.steps import NARROW
 from benchmarks.targets import Target, targets
 from retnet.evaluation.report import format_table
 
-PACKAGES = ("torch", "transformers", "torchscale", "yet-another-retnet", "flash-linear-attention")
+PACKAGES = ("torch", "transformers", "torchscale", "yet-another-retnet", "flash-linear-attention",
+            "llama-cpp-python")  # fmt: skip
 NOTES = {
     TRAIN: "Forward and backward pass, no optimizer. Forms of all pairs of tokens stop at T = 2048,"
     "\nthe recurrent one at 128. The limit: the matrix products of the RetNet's linear layers,"
@@ -39,6 +42,8 @@ NOTES = {
     "128 at a time.",
     DECODE: "Greedy. The limit: reading as many bytes as the RetNet's weights and states (these\n"
     "count twice: they are written too), as one sum by all threads; a small model fits a cache.",
+    LLAMA: "Greedy, in float32 but for the weights. llama.cpp as it comes: caches of f16, and\n"
+    "each text has its own.",
     FORMS: "Retention alone, forward and backward; V = 2 K.",
     FAMILY: "Every mixer. Decoding is greedy, by the fast step where the mixer has one.",
     STEPS: "The models in float32 and under autocast; the limits: the matrix products of the\n"
@@ -87,11 +92,13 @@ def _processor() -> str:
 def format_report(plan: Plan, results: Results, about: dict[str, Any]) -> str:
     """Heading, a table per case, and the table of targets."""
     parts = [heading(results, about)]
-    for benchmark in (TRAIN, PREFILL, DECODE, FORMS, FAMILY, STEPS):
+    for benchmark in (TRAIN, PREFILL, DECODE, LLAMA, FORMS, FAMILY, STEPS):
         groups = list(results.groups(benchmark))
         if groups:
             parts.append([f"== {benchmark}", *NOTES[benchmark].splitlines()])
         parts += [[case, *times(group)] for case, group in groups]
+        if groups and benchmark == LLAMA:
+            parts += summary(plan, results)
     if results.peaks:
         parts.append([f"== {MEMORY}", *NOTES[MEMORY].splitlines(), "", *_peaks(results)])
     parts.append(["== targets", "", *format_targets(targets(plan, results))])
@@ -159,7 +166,8 @@ def format_targets(rows: Sequence[Target]) -> list[str]:
         sign = "at least" if row.at_least else "at most"
         value = "not measured" if row.value is None else f"{row.value:.2f}"
         verdict = {True: "yes", False: "no", None: "-"}[row.reached]
-        lines.append([row.title, f"{sign} {row.bound:g}", value, verdict])
+        gate = "" if row.gate is None else f" (gate {row.gate:g})"
+        lines.append([row.title, f"{sign} {row.bound:g}{gate}", value, verdict])
     return format_table(lines)
 
 

@@ -1,11 +1,12 @@
 """How fast, in how much memory, against whom, and how near the machine's limit.
 
-    python -m benchmarks.speed [train|prefill|decode|memory|forms|family|steps|all] [OPTION ...]
+    python -m benchmarks.speed [BENCHMARK] [OPTION ...]
 
 The contenders run in turn in one process (A B A B ...) after a round that is not counted; times are
 medians with quartiles, ratios are medians over the rounds in which two ran side by side. The last
 table says which of this repository's targets are reached. Torchscale and yet-another-retnet take
-part when they are installed (benchmarks/requirements.txt).
+part when they are installed (benchmarks/requirements.txt), llama.cpp likewise
+(benchmarks/requirements-llama.txt): ``llama`` is the part of ``decode`` in which it does.
 
 The process's float32 products go to the fastest library that torch has on this CPU
 (``retnet.machine.use_fast_products``), as in train.py and generate.py. The setting is the
@@ -20,11 +21,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from benchmarks.against_llama import against_llama
 from benchmarks.contenders import compile_problem
 from benchmarks.decoding import decode
 from benchmarks.family import family
 from benchmarks.kernels import forms, kernels
-from benchmarks.measure import DECODE, FAMILY, FORMS, MEMORY, PREFILL, STEPS, TRAIN, Plan, Results
+from benchmarks.measure import (
+    DECODE,
+    FAMILY,
+    FORMS,
+    LLAMA,
+    MEMORY,
+    PREFILL,
+    STEPS,
+    TRAIN,
+    Plan,
+    Results,
+)
 from benchmarks.memory import memory
 from benchmarks.report import environment, format_report, to_json
 from benchmarks.steps import steps
@@ -38,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Plan, Results], None]] = {
     TRAIN: train,
     PREFILL: prefill,
     DECODE: decode,
+    LLAMA: against_llama,
     MEMORY: memory,
     FORMS: forms,
     FAMILY: family,
@@ -77,6 +91,7 @@ def main(argv: Sequence[str]) -> None:
         keep_freed_memory()
     results = Results()
     names = list(BENCHMARKS) if arguments.benchmark == "all" else [arguments.benchmark]
+    names += [LLAMA] if names == [DECODE] else []
     problem = compile_problem(not arguments.no_compile)
     if problem:
         results.absent["compiled steps"] = problem

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.against_llama import PAIRS, llama_case
+from benchmarks.against_llama import PLAIN as RETNET
 from benchmarks.contenders import COMPILED
 from benchmarks.decoding import (
     BARE,
@@ -15,7 +17,18 @@ from benchmarks.decoding import (
 )
 from benchmarks.decoding import long_case as after_case
 from benchmarks.family import DECODING, FAMILY_BOUNDS, PLAIN, TRAINING
-from benchmarks.measure import DECODE, FAMILY, LIMIT, MATMULS, PREFILL, STEPS, TRAIN, Plan, Results
+from benchmarks.measure import (
+    DECODE,
+    FAMILY,
+    LIMIT,
+    LLAMA,
+    MATMULS,
+    PREFILL,
+    STEPS,
+    TRAIN,
+    Plan,
+    Results,
+)
 from benchmarks.memory import memory_case
 from benchmarks.others import TORCHSCALE
 from benchmarks.steps import NARROW, PASSES
@@ -31,12 +44,14 @@ class Target:
         bound: The figure to reach.
         at_least: Whether more is better; otherwise the bound is the most that is allowed.
         value: The figure reached; None when its parts were not measured.
+        gate: What is reached at least before the bound is, if there is such a figure.
     """
 
     title: str
     bound: float
     at_least: bool
     value: float | None
+    gate: float | None = None
 
     @property
     def reached(self) -> bool | None:
@@ -51,6 +66,7 @@ def targets(plan: Plan, results: Results) -> list[Target]:
         *_training(plan, results),
         *_reading(plan, results),
         *_decoding(plan, results),
+        *_against_llama(plan, results),
         *_family(plan, results),
         *_steps(plan, results),
     ]
@@ -153,9 +169,32 @@ def _decoding(plan: Plan, results: Results) -> Iterator[Target]:
         title = f"decode tokens/s, batch {plan.batch} against 1, {note}"
         yield Target(title, 6.0, True, value)
     title = "whole generate.py loop against the bare decode step"
-    yield Target(title, 1.15, False, speedup(LOOP_CASE, BARE, LOOP))
+    yield Target(title, 1.1, False, speedup(LOOP_CASE, BARE, LOOP))
     title = "model.generate against the bare decode step"
     yield Target(title, 2.0, False, speedup(LOOP_CASE, BARE, GENERATE))
+
+
+def _against_llama(plan: Plan, results: Results) -> Iterator[Target]:
+    speedup = _speedups(results, LLAMA)
+    small, large = plan.llama_sizes[0], plan.llama_sizes[-1]
+    near, far, farthest = plan.llama_contexts
+    case = llama_case(large, 1, near, results)
+    width = f"width {large.hidden_size}"
+    for weights, bound, gate in (("bf16", 0.6, 0.8), ("int8", 0.45, 0.6)):
+        title = f"decode at {width}: {weights} weights against float32, ms/token"
+        value = speedup(case, RETNET, f"{RETNET} {weights}")
+        yield Target(title, bound, False, value, gate)
+    exact, narrow = {near: 0.85, farthest: 2.2}, {near: 1.0, far: 2.5, farthest: 4.0}
+    for weights, (ours, theirs) in PAIRS.items():
+        for context, bound in (exact if weights == "float32" else narrow).items():
+            title = f"decode at {width} after {context} tokens: {weights} against {theirs}"
+            value = speedup(llama_case(large, 1, context, results), ours, theirs)
+            yield Target(title, bound, True, value)
+    case = llama_case(small, 1, near, results)
+    found = [results.find(LLAMA, case, name) for name in (RETNET, RETNET + COMPILED)]
+    times = [1000 / one.tokens_per_second for one in found if one]
+    title = f"decode at width {small.hidden_size}: ms/token, eager or compiled"
+    yield Target(title, 0.3, False, min(times, default=None))
 
 
 def _family(plan: Plan, results: Results) -> Iterator[Target]:

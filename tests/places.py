@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from retnet.checkpoints import write_manifest
+from retnet.checkpoints.quantize import quantize_checkpoint
 from retnet.commands import compare, generate, train
 from retnet.data import DataSpec, prepare_data
 from tests.evaluation.foreign import save_foreign
@@ -74,6 +75,21 @@ def make_broken_checkpoints(folder: Path, good: Path) -> None:
     tokenizer.write_text(json.dumps(content))
 
 
+def make_broken_quantised(folder: Path, good: Path) -> None:
+    for name in ("scales", "types", "format"):
+        shutil.copytree(good, folder / name)
+        (folder / name / "manifest.json").unlink()
+    weights = load_file(good / "model.safetensors")
+    scale = "model.layers.0.mixer.q_proj.scale"
+    damaged = weights | {scale: weights[scale] * math.nan}
+    save_file(damaged, folder / "scales/model.safetensors", metadata={"format": "pt"})
+    widened = weights | {scale: weights[scale].float()}
+    save_file(widened, folder / "types/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((good / "config.json").read_text())
+    config["quantization_config"]["weights"] = "int3"
+    (folder / "format/config.json").write_text(json.dumps(config))
+
+
 def make_foreign(folder: Path) -> None:
     """Models of transformers' own, and what is none to compare."""
     for kind in ("gpt2", "bert"):
@@ -118,7 +134,10 @@ def make_places(folder: Path) -> dict[str, Path]:
     save_checkpoint(places["runs"] / "lost" / "final", record=lost)
     partial = {key: value for key, value in record.items() if key != "split"}
     save_checkpoint(places["runs"] / "partial" / "final", record=partial)
+    quantised = places["runs"] / "int8"
+    quantize_checkpoint(places["runs"] / "retention", quantised, "int8")
     make_bad_files(places["bad"])
     make_foreign(places["foreign"])
     make_broken_checkpoints(places["broken"], places["runs"] / "retention/final")
+    make_broken_quantised(places["broken"], quantised)
     return places | {"tiny": Path("configs/tiny.yaml").absolute(), "folder": folder}

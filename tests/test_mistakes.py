@@ -217,6 +217,7 @@ DATA = [
     (RUN + " model.init_from={long}", "checkpoint ({long}) cannot be reached"),
     (RUN + " model.init_from=~nobodyx/x", "checkpoint (~nobodyx/x) has no home folder"),
     (RUN + " data.validation=~nobodyx/x", "data.validation (~nobodyx/x) has no home folder"),
+    (RUN + " model.init_from={runs}/int8", "has quantised weights (int8), which can't be trained:"),
     (RUN + " model.init_from={new}/no", "checkpoint ({new}/no) does not exist"),
     (
         RUN + " model.num_hidden_layers=4 model.init_from={runs}/retention",

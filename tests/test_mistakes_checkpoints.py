@@ -76,6 +76,24 @@ GENERATION = [
     ("{runs}/aft --max-new-tokens 16", "--max-new-tokens (16) after a prompt of 1 tokens leads"),
     ("{runs}/aft --prompt fifteen_letters --max-new-tokens 1", "has 16 tokens (with <bos>) and"),
     ("{runs}/aft --prompt fifteen_letters", "has 16 tokens (with <bos>) and leaves no room"),
+    (G + " --weights int3", "--weights: invalid choice: 'int3' (choose from"),
+    (
+        G + " --weights int8 --dtype bfloat16",
+        "--dtype (bfloat16) does not go with --weights (",
+    ),
+    (G + " --weights fp32 --dtype float64", "--dtype (float64) does not go with --weights (fp32)"),
+    ("{runs}/int8 --weights int4", "({runs}/int8) has quantised weights already (int8): l"),
+    (
+        "{runs}/int8 --dtype bfloat16",
+        "checkpoint ({runs}/int8) has quantised weights (int8)",
+    ),
+    ("{broken}/scales", "layers.0.mixer.q_proj.scale has numbers that are not finite: copy t"),
+    ("{broken}/types", "q_proj.scale is of type torch.float32 and int8 has torch.bfloat16: copy"),
+    (
+        "{broken}/format",
+        "quantization_config.weights ('int3') is none of bf16, int8, int4: co",
+    ),
+    ("{broken}/nan --weights int8", "checkpoint ({broken}/nan) gives logits that are not finite"),
     (G + " --wrong", "unrecognized arguments: --wrong"),
 ]
 
@@ -124,6 +142,11 @@ COMPARISON = [
     ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
     ("{foreign}/gpt2", "one checkpoint ({foreign}/gpt2) compares with nothing: name a second one"),
     ("{runs}/retention {foreign}/gpt2", "{foreign}/gpt2 has no data.json that says what it was"),
+    (F + "gpt2 --weights int8", "--weights (int8) is for models of this package, and checkpoint ("),
+    (
+        "{runs}/retention {runs}/int8 --report {new}/report",
+        "--report ({new}/report) also measures training, and the weights of {runs}/int8 are",
+    ),
     (F + "mute", "checkpoint ({foreign}/mute) has no tokenizer"),
     (F + "empty", "{foreign}/empty: its tokenizer does not know the letter a"),
     (F + "bert", "its BertLMHeadModel is no causal language model, later tokens change what"),

@@ -27,6 +27,7 @@ from retnet.evaluation import (
 )
 from retnet.evaluation.report import COST_CONTEXTS, LIMIT_S, QUICK, QUICK_CONTEXTS, THOROUGH
 from retnet.generation import add_loading_options, loading_arguments
+from retnet.model.quantised import quantised_format
 from retnet.terminal import deliver, write_out
 
 
@@ -88,6 +89,12 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--text-field ({arguments.text_field}) has no effect without --text")
     text = text_of_file(arguments.text, arguments.text_field or "text") if arguments.text else None
     checkpoints = load_contenders(arguments.checkpoints, **loading_arguments(arguments))
+    for checkpoint in checkpoints if arguments.report else ():
+        if weights := quantised_format(checkpoint.model):
+            raise UserError(
+                f"--report ({arguments.report}) also measures training, and the weights of "
+                f"{checkpoint.path} are quantised ({weights}): leave it out"
+            )
     text = validation_text(checkpoints) if text is None else text
     if arguments.report and text.are_conversations:
         raise UserError(

@@ -24,6 +24,8 @@ from retnet.evaluation.speed import DecodeSpeed, decode_speed
 from retnet.evaluation.text import EvaluationText
 from retnet.evaluation.tokens import beginning, check_end, identity
 from retnet.generation import check_state_fits
+from retnet.model.causal_lm import DecoderForCausalLM
+from retnet.model.quantised import quantised_format
 from retnet.terminal import in_one_line
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,7 @@ def _result(
         name=name,
         path=checkpoint.path,
         mixer=checkpoint.mixer,
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=_types(checkpoint.model),
         trained_in=trained_in(checkpoint.path),
         parameters=checkpoint.model.num_parameters(),
         scores=scores,
@@ -217,6 +219,12 @@ def _result(
         begins_with_eos=checkpoint.tokenizer.bos_token_id == checkpoint.tokenizer.eos_token_id,
         base=checkpoint.base,
     )
+
+
+def _types(model: DecoderForCausalLM) -> str:
+    """What a model computes in, and how its weights are stored if not so."""
+    weights = quantised_format(model)
+    return str(model.dtype).removeprefix("torch.") + (f" with {weights} weights" if weights else "")
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

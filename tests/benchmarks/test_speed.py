@@ -14,7 +14,7 @@ from benchmarks.family import PLAIN, STATE_FACT, variants
 from benchmarks.limits import decode_bytes, linear_flops, linear_products, matmul_products
 from benchmarks.measure import LIMIT, MATMULS, Measurement, Plan, Results
 from benchmarks.others import TORCHSCALE, YET_ANOTHER, add_others
-from benchmarks.report import times
+from benchmarks.report import format_targets, times
 from benchmarks.speed import BENCHMARKS
 from benchmarks.steps import ADAMW, MATRICES, MUON, NARROW, TORCHS
 from benchmarks.targets import targets
@@ -30,7 +30,7 @@ OPTIONS = ["--quick", "--no-compile", "--device", "cpu"]
 @pytest.fixture
 def others_absent(monkeypatch) -> None:
     """Other people's packages, as if they were not installed."""
-    for name in ("torchscale", "yet_another_retnet"):
+    for name in ("torchscale", "yet_another_retnet", "llama_cpp"):
         for module in [x for x in sys.modules if x.partition(".")[0] == name]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, name, None)
@@ -69,7 +69,7 @@ def test_everything_runs_and_is_written_down(
     assert about["dtype"] == "float32"
     assert torch.__version__.startswith(about["versions"]["torch"])  # with +cu130 or the like
     assert len(about["load_average"]) == 2
-    for name in (TORCHSCALE, YET_ANOTHER, "compiled steps"):
+    for name in (TORCHSCALE, YET_ANOTHER, "llama.cpp", "compiled steps"):
         assert name in written["absent"]
         assert f"absent    {name}: {written['absent'][name]}" in printed
 
@@ -85,14 +85,16 @@ def test_everything_runs_and_is_written_down(
     assert {*MIXERS, "aft simple", "hybrid, window"} < own
     ours = {"RetNet", "Transformer", "Llama", LIMIT, MATMULS, *forms, *loops, *chunks}
     narrow = {name + NARROW for name in ("RetNet", "Transformer", LIMIT)}
-    assert names == ours | own | narrow | {ADAMW, MUON, MATRICES, TORCHS}
+    formats = {"RetNet bf16", "RetNet int8", "RetNet int4"}
+    assert names == ours | own | narrow | formats | {ADAMW, MUON, MATRICES, TORCHS}
     for name in variants(plan):
         sizes = [written["facts"][STATE_FACT.format(name, n)] for n in plan.family_contexts]
         assert (sizes[1] > sizes[0]) == (name in ("attention", "aft full")), name
     assert len(written["memory"]) == 6
 
     missing = {one["title"] for one in written["targets"] if one["value"] is None}
-    assert all("torchscale" in title or "compiled" in title for title in missing)
+    absent = ("torchscale", "compiled", "llama.cpp")
+    assert all(any(name in title for name in absent) for title in missing)
     for row in written["targets"]:
         assert row["title"] in printed
 
@@ -100,6 +102,8 @@ def test_everything_runs_and_is_written_down(
 def test_the_targets_are_those_of_the_issue() -> None:
     rows = targets(Plan(CPU, torch.float32), Results())
     assert all(row.value is None and row.reached is None for row in rows)
+    assert [row.gate for row in rows if row.gate] == [0.8, 0.6]
+    assert sum("(gate 0.8)" in line for line in format_targets(rows)) == 1
     bounds = [(row.bound, row.at_least) for row in rows]
     training = [(4.5, True), (1, True), (1.3, True), (2, True)]
     training += [(0.65, True), (0.65, True), (0.9, True)]
@@ -111,8 +115,12 @@ def test_the_targets_are_those_of_the_issue() -> None:
         (1.05, False),
         (1.05, False),
         *steps,
-        (1.15, False),
+        (1.1, False),
         (2, False),
+        (0.6, False),  # weights of fewer bits
+        (0.45, False),
+        *((bound, True) for bound in (0.85, 2.2, 1, 2.5, 4, 1, 2.5, 4)),  # against llama.cpp
+        (0.3, False),
         *((bound, False) for bound in (1.15, 1.15, 2, 2, 2)),  # the family's training steps
         *((1.5, False) for _ in range(5)),  # and its tokens
         (0.55, False),
@@ -144,6 +152,17 @@ def test_the_number_of_rounds_is_the_users(monkeypatch, capsys) -> None:
     monkeypatch.setitem(speed.BENCHMARKS, "memory", lambda plan, results: seen.append(plan.rounds))
     assert run(speed.main, ["memory", "--no-compile", "--device", "cpu", "--rounds", "3"]) == 0
     assert seen == [3]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "parts"), [("decode", ["decode", "llama"]), ("llama", ["llama"])]
+)
+def test_decoding_is_measured_against_llama_too(benchmark, parts, monkeypatch) -> None:
+    seen = []
+    for name in ("decode", "llama"):
+        monkeypatch.setitem(speed.BENCHMARKS, name, lambda *_, name=name: seen.append(name))
+    assert run(speed.main, [benchmark, *OPTIONS]) == 0
+    assert seen == parts
 
 
 @pytest.mark.parametrize(

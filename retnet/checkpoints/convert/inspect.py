@@ -19,6 +19,7 @@ from retnet.checkpoints.convert.sources import PICKLES, read_tensors
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, TOKENIZER, TRAINING_STATE, is_adapter, read_progress
 from retnet.checkpoints.load import check_loads
+from retnet.checkpoints.quantised import KEY, stored_format
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import file_heads
 from retnet.data.tokenizer import panics_as_errors
@@ -60,7 +61,10 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
         named = f"{len(files)} file{'s' * (len(files) > 1)}"
         yield f"weights      {size:,} bytes in {named}, {', '.join(types)}"
         parameters = sum(prod(shape) for shape, _ in heads.values())
-        yield f"parameters   {parameters:,}, as stored in {len(heads):,} tensors"
+        if KEY in stored:
+            yield f"quantised    {_quantised(place, stored)}"
+        else:
+            yield f"parameters   {parameters:,}, as stored in {len(heads):,} tensors"
     config, verdict = (None, ADAPTS) if adapts else _verdict(place, own, found, convertible)
     if config is not None:
         yield f"model        {_model(config)}"
@@ -120,6 +124,13 @@ def _model(config: Any) -> str:
         f"{config.mixer_class.name}, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, {config.num_heads} heads, vocabulary {config.vocab_size:,}"
     )
+
+
+def _quantised(place: Path, stored: dict[str, Any]) -> str:
+    try:
+        return f"{stored_format(place / CONFIG, stored)} weights, to generate and to compare"
+    except UserError:
+        return "in a format that is not read here"
 
 
 def _tokenizer(folder: Path) -> str:

@@ -1,0 +1,236 @@
+"""A step's products with quantised weights are those with the numbers that they stand for."""
+
+import copy
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from retnet.generation import make_step, prefill
+from retnet.model.fast_decode import quantised
+from retnet.model.fast_decode.products import make_products
+from retnet.model.fast_decode.quantised import MOST_DIRECT, Int8, QuantisedProduct
+from retnet.model.fast_decode.step import DecodeStep, make_decode_step
+from retnet.model.fast_decode.weights import (
+    MOST_LEFT,
+    Product,
+    bfloat16_product,
+    lay_out_for_decoding,
+    packs_bfloat16,
+)
+from retnet.model.quantised import FORMATS, QuantisedLinear, dequantise, quantise, replace_linears
+from tests.generation.builders import tiny_model
+from tests.model.fast_decode.cases import both_mixers, random_ids
+
+# Of the largest output. int8 adds up activations of 15 bits exactly; the others round activations
+# and outputs to bfloat16, each by 2^-9 of itself at most.
+TOLERANCES = {"bf16": 2**-7, "int8": 1e-4, "int4": 2**-7}
+
+
+def make_layer(outputs: int, inputs: int, weights: str, seed: int = 0) -> QuantisedLinear:
+    layer = QuantisedLinear(inputs, outputs, weights)
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    for name, tensor in quantise(weight, weights).items():
+        layer.register_buffer(name, tensor)
+    return layer
+
+
+def expected_of(layers: list[QuantisedLinear], x: Tensor) -> Tensor:
+    weights = [dequantise(y.weights, y.stored, y.in_features, torch.float64) for y in layers]
+    return F.linear(x.double(), torch.cat(weights))
+
+
+def check(product: Any, layers: list[QuantisedLinear], x: Tensor, tolerance: float) -> None:
+    y, expected = product(x), expected_of(layers, x)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.sampled_from(FORMATS),
+    rows=st.integers(1, MOST_DIRECT + 6),
+    inputs=st.integers(1, 100),
+    outputs=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    packed=st.booleans(),
+    size=st.sampled_from([1e-4, 1.0, 1e4]),
+)
+@example("int8", 1, 33, [1], False, 1.0)  # torch's operators read beyond such inputs
+@example("int4", 3, 1, [17], False, 1.0)
+def test_products(
+    weights: str, rows: int, inputs: int, outputs: list[int], packed: bool, size: float
+) -> None:
+    layers = [make_layer(n, inputs, weights, seed) for seed, n in enumerate(outputs)]
+    (product,) = make_products(layers)
+    assert isinstance(product, QuantisedProduct) and not product.problem
+    if packed:
+        product.pack(rows)
+    tolerance = TOLERANCES[weights] if product.packed is None else 2**-7
+    check(product, layers, torch.randn(rows, inputs) * size, tolerance)
+    # of a bfloat16 model, whose outputs are rounded too
+    check(product, layers, torch.randn(rows, inputs).bfloat16(), 2**-6)
+
+
+def test_inputs_of_zeros_and_those_that_are_not_finite() -> None:
+    product = QuantisedProduct([make_layer(5, 40, "int8")])
+    assert product(torch.zeros(2, 40)).equal(torch.zeros(2, 5))
+    for number in (float("nan"), float("inf")):
+        x = torch.ones(1, 40)
+        x[0, 3] = number
+        assert not product(x).isfinite().any()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("answer", ["absent", "wrong"])
+def test_plain_products_take_over(weights: str, answer: str, monkeypatch) -> None:
+    def refuse(stored: dict[str, Tensor]) -> Any:
+        if answer == "absent":
+            raise AttributeError("module 'torch' has no such operator\nsecond line")
+        return lambda x: x.new_full((len(x), 48), 9.0)
+
+    monkeypatch.setitem(quantised.OPERATORS, (weights, "cpu"), (refuse,))
+    quantised._choose.cache_clear()
+    try:
+        model: Any = tiny_model("retention", dtype=torch.float32)
+        replace_linears(model, weights)
+        layer, x = model.model.layers[0].ffn.up_proj, torch.randn(3, 16)
+        product = QuantisedProduct([layer])
+        check(product, [layer], x, 1e-6)
+        step, cache = make_step(model), model.new_cache()
+        prefill(model, torch.tensor([[1, 2]]), cache)
+        step(torch.tensor([3]), cache)
+        said = {"absent": "fails (module 'torch' has no such operator)", "wrong": "answers wrongly"}
+        assert step.path == (
+            f"fast step, {weights} weights by plain products: torch's {weights} product for cpu "
+            f"{said[answer]}"
+        )
+    finally:
+        quantised._choose.cache_clear()
+
+
+def test_an_operator_that_is_not_exact_for_the_largest_numbers_is_found_out(monkeypatch) -> None:
+    """As FBGEMM's, which adds two products in 16 bits where the processor lacks VNNI."""
+
+    class Saturating(Int8):
+        def multiply(self, x: Tensor) -> Tensor:
+            y = super().multiply(x)
+            return y.clamp(-50, 50) if (x == 1).all() else y
+
+    assert quantised._problem(Int8, "int8", "cpu") == ""
+    assert "answers wrongly" in quantised._problem(Saturating, "int8", "cpu")
+
+
+def test_the_next_operator_is_taken(monkeypatch) -> None:
+    def absent(stored: dict[str, Tensor]) -> Any:
+        raise RuntimeError("it is not there")
+
+    second = quantised.Int8Bfloat16
+    monkeypatch.setitem(quantised.OPERATORS, ("int8", "cpu"), (absent, second))
+    assert quantised._choose.__wrapped__("int8", "cpu") == (second, "")
+    layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
+    check(second(layer.stored), [layer], x.bfloat16(), 2**-7)
+    assert quantised._choose.__wrapped__("int8", "tpu")[1] == "torch has no int8 product for tpu"
+
+
+@both_mixers
+@pytest.mark.parametrize("weights", FORMATS)
+def test_the_step_is_the_forward_pass(mixer: str, weights: str) -> None:
+    model: Any = tiny_model(mixer, dtype=torch.float32)
+    replace_linears(model, weights)
+    lay_out_for_decoding(model)
+    step, reason = make_decode_step(model)
+    assert step is not None and not reason and step.weights == weights and not step.problem
+    for rows in (1, 3):
+        ids = random_ids(rows, 9)
+        with torch.inference_mode():
+            expected = model(ids).logits
+            cache = model.new_cache()
+            prefill(model, ids[:, :6], cache)
+            logits = torch.stack([step(ids[:, t], cache) for t in range(6, 9)], dim=1)
+        error = (logits - expected[:, 6:]).abs().max() / expected.abs().max()
+        assert error < (2e-3 if weights == "int8" else 0.05)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_joint_weights_are_stored_once(weights: str) -> None:
+    model: Any = tiny_model("retention", dtype=torch.float32)
+    replace_linears(model, weights)
+    before = copy.deepcopy(model.state_dict())
+    lay_out_for_decoding(model)
+    assert all(before[name].equal(x) for name, x in model.state_dict().items())
+    mixer = model.model.layers[0].mixer
+    (product,) = make_products([mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj])
+    for name, tensor in product.stored.items():
+        assert tensor.data_ptr() == mixer.q_proj.stored[name].data_ptr()
+
+
+def test_a_layer_between_that_is_exact_has_a_product_of_its_own() -> None:
+    model: Any = tiny_model("gated_retention", dtype=torch.float32)
+    replace_linears(model, "int8")
+    step = DecodeStep(model)
+    assert [type(x) for x in step.parts[0][1].inputs] == [QuantisedProduct, Product]
+
+
+def test_many_rows_are_packed_once(monkeypatch) -> None:
+    model: Any = tiny_model("retention", dtype=torch.float32)
+    replace_linears(model, "int8")
+    step, cache, ids = DecodeStep(model), model.new_cache(), random_ids(MOST_LEFT + 1, 8)
+    with torch.inference_mode():
+        prefill(model, ids[:, :7], cache)
+        logits = step(ids[:, 7], cache)
+        expected = model(ids).logits[:, 7]
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    packed = [product.packed is not None for product in step._products()]
+    assert all(packed) == any(packed) == packs_bfloat16(torch.device("cpu"))
+    assert step.output.packed_bytes == 2 * model.lm_head.in_features * model.lm_head.out_features
+
+
+def test_packed_int8_goes_with_its_last_user() -> None:
+    product = QuantisedProduct([make_layer(8, 32, "int8")])
+    gone = weakref.ref(product.operator)
+    del product
+    assert gone() is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 6), inputs=st.integers(1, 70), outputs=st.integers(1, 70))
+def test_bfloat16_products(rows: int, inputs: int, outputs: int) -> None:
+    x, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+    expected = F.linear(x.double(), weight.double())
+    y = bfloat16_product(x, weight).double()
+    assert y.shape == expected.shape
+    assert (y - expected).abs().max() <= 2**-7 * expected.abs().max()
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("rows", [1, MOST_LEFT + 1])
+def test_a_compiled_step(weights: str, rows: int) -> None:
+    model: Any = tiny_model("retention", dtype=torch.float32)
+    replace_linears(model, weights)
+    lay_out_for_decoding(model)
+    step, compiled = DecodeStep(model), DecodeStep(model).compile()
+    cache, ids = model.new_cache(), random_ids(rows, 8)
+    with torch.inference_mode():
+        prefill(model, ids[:, :5], cache)
+        other = copy.deepcopy(cache)
+        for t in range(5, 8):
+            expected, logits = step(ids[:, t], cache), compiled(ids[:, t], other)
+            assert (logits - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", FORMATS)
+def test_products_on_a_gpu(weights: str) -> None:
+    layer = make_layer(100, 96, weights)
+    product = QuantisedProduct([copy.deepcopy(layer).cuda()])
+    for rows in (1, 5, MOST_DIRECT + 1):
+        x = torch.randn(rows, 96)
+        y, expected = product(x.cuda()).cpu(), expected_of([layer], x)
+        assert (y - expected).abs().max() <= 2**-6 * expected.abs().max()
