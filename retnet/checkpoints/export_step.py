@@ -158,7 +158,7 @@ def _check(checkpoint: Checkpoint, kind: str) -> None:
             raise UserError(
                 f"{what} has quantised weights ({name}): export the checkpoint that it was made of"
             )
-    size = sum(x.nbytes for x in model.state_dict().values())
+    size = sum(x.nbytes for x in model.parameters())
     if kind == "onnx" and size > MOST_IN_ONNX:
         raise UserError(
             f"{what} has {size:,} bytes of float32 weights, and a file of ONNX holds 2 GiB: take a "

@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from retnet.generation import Usage, generate, prefill
+from retnet.generation import Step, Usage, generate, prefill
 from retnet.model.fast_decode.step import make_decode_step
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import GREEDY, random_ids
@@ -122,6 +122,13 @@ def test_a_compiled_model_and_one_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     model.compile()
     assert make_decode_step(model) == (None, "the model is compiled")
+
+
+def test_compiled_by_our_loop() -> None:
+    model = tiny_model("retention")
+    assert Step(model, compile=True).path == "fast step, compiled"
+    model.lm_head.register_forward_hook(nothing)
+    assert Step(model, compile=True).path == "plain step, compiled: lm_head has hooks"
 
 
 @pytest.mark.parametrize(
