@@ -74,10 +74,9 @@ class QuantisedProduct:
             wide = x.float()
             y = self.operator(F.pad(wide, (0, missing)) if missing else wide)
             return y[:, : self.outputs].to(x.dtype)
-        weight = dequantise(self.weights, self.stored, self.inputs, torch.float32)
-        if x.device.type == "cpu":
-            return F.linear(x, weight.to(x.dtype))
-        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
+        dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16
+        weight = dequantise(self.weights, self.stored, self.inputs, dtype)
+        return F.linear(x.to(dtype), weight).to(x.dtype)
 
 
 def _together(layers: Sequence[QuantisedLinear]) -> Stored:

@@ -103,7 +103,8 @@ def _onednn() -> Any:
 
 def packs_bfloat16(device: torch.device) -> bool:
     """Whether oneDNN computes in bfloat16 there."""
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return has and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Product:
