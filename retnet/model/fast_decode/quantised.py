@@ -24,6 +24,7 @@ from .weights import MOST_LEFT, Packed, PackedWeight, bfloat16_product, joined, 
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
+LEAST = 1e-30  # activations below are zeros
 REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
 
 
@@ -117,7 +118,7 @@ class Int8(Packed):
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
         largest = torch.linalg.vector_norm(x, float("inf")).item()
-        step = largest / 127 if largest != 0 else 1.0  # one that is not finite stays so
+        step = 1.0 if largest < LEAST else largest / 127  # one that is not finite stays so
         rows, nearest = len(x), torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
         both = torch.cat((nearest, (x - nearest).mul_(REST)))
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
