@@ -24,6 +24,7 @@ from .weights import MOST_LEFT, Packed, PackedWeight, bfloat16_product, joined, 
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
+LEAST = 1e-30  # activations below are zeros
 REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
 
 
@@ -74,10 +75,9 @@ class QuantisedProduct:
             wide = x.float()
             y = self.operator(F.pad(wide, (0, missing)) if missing else wide)
             return y[:, : self.outputs].to(x.dtype)
-        weight = dequantise(self.weights, self.stored, self.inputs, torch.float32)
-        if x.device.type == "cpu":
-            return F.linear(x, weight.to(x.dtype))
-        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
+        dtype = torch.float32 if x.device.type == "cpu" else torch.bfloat16
+        weight = dequantise(self.weights, self.stored, self.inputs, dtype)
+        return F.linear(x.to(dtype), weight).to(x.dtype)
 
 
 def _together(layers: Sequence[QuantisedLinear]) -> Stored:
@@ -118,7 +118,7 @@ class Int8(Packed):
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
         largest = torch.linalg.vector_norm(x, float("inf")).item()
-        step = largest / 127 if largest != 0 else 1.0  # one that is not finite stays so
+        step = 1.0 if largest < LEAST else largest / 127  # one that is not finite stays so
         rows, nearest = len(x), torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
         both = torch.cat((nearest, (x - nearest).mul_(REST)))
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32

@@ -134,8 +134,9 @@ class DecodeStep:
 
     It holds the model's weights as they are stored when it is made, and copies none; except on a
     CPU whose kernels are faster with packed ones, for more rows than a few, up to ``MOST_PACKED``,
-    and those of int4. ``weights`` is their format, None for plain ones; ``problem`` says why the
-    plain product takes the place of torch's for that format. ``make_decode_step`` makes it.
+    and of quantised ones, whose products have layouts of their own. ``weights`` is the format of
+    those, None of plain ones; ``problem`` says why the plain product takes the place of torch's for
+    it. ``make_decode_step`` makes it.
     """
 
     def __init__(self, model: DecoderForCausalLM) -> None:

@@ -104,7 +104,8 @@ def _onednn() -> Any:
 
 def packs_bfloat16(device: torch.device) -> bool:
     """Whether oneDNN computes in bfloat16 there."""
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return has and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Product:
@@ -159,12 +160,13 @@ def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
     """By torch's own product, to which it turns where oneDNN is off."""
     onednn: Any = torch.backends.mkldnn
-    was_on = onednn.enabled
+    if not onednn.enabled:  # perhaps by another thread, whose it is to switch it on again
+        return torch.mv(weight, x[0])[None]
     onednn.enabled = False
     try:
         return torch.mv(weight, x[0])[None]
     finally:
-        onednn.enabled = was_on
+        onednn.enabled = True
 
 
 class Packed:

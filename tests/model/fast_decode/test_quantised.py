@@ -78,7 +78,8 @@ def test_products(
 
 def test_inputs_of_zeros_and_those_that_are_not_finite() -> None:
     product = QuantisedProduct([make_layer(5, 40, "int8")])
-    assert product(torch.zeros(2, 40)).equal(torch.zeros(2, 5))
+    for number in (0.0, 1e-42):
+        assert product(torch.full((2, 40), number)).equal(torch.zeros(2, 5))
     for number in (float("nan"), float("inf")):
         x = torch.ones(1, 40)
         x[0, 3] = number
@@ -206,6 +207,9 @@ def test_bfloat16_products(rows: int, inputs: int, outputs: int) -> None:
     assert y.shape == expected.shape
     assert (y - expected).abs().max() <= 2**-7 * expected.abs().max()
     assert torch.backends.mkldnn.enabled
+    with torch.backends.mkldnn.flags(enabled=False):
+        bfloat16_product(x, weight)
+        assert not torch.backends.mkldnn.enabled
 
 
 @pytest.mark.slow
