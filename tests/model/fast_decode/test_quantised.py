@@ -18,8 +18,8 @@ from retnet.model.fast_decode.quantised import MOST_DIRECT, Int8, QuantisedProdu
 from retnet.model.fast_decode.step import DecodeStep, make_decode_step
 from retnet.model.fast_decode.weights import (
     MOST_LEFT,
+    Bfloat16Product,
     Product,
-    bfloat16_product,
     lay_out_for_decoding,
     packs_bfloat16,
 )
@@ -203,12 +203,12 @@ def test_packed_int8_goes_with_its_last_user() -> None:
 def test_bfloat16_products(rows: int, inputs: int, outputs: int) -> None:
     x, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
     expected = F.linear(x.double(), weight.double())
-    y = bfloat16_product(x, weight).double()
+    y = Bfloat16Product(weight)(x).double()
     assert y.shape == expected.shape
     assert (y - expected).abs().max() <= 2**-7 * expected.abs().max()
     assert torch.backends.mkldnn.enabled
     with torch.backends.mkldnn.flags(enabled=False):
-        bfloat16_product(x, weight)
+        Bfloat16Product(weight)(x)
         assert not torch.backends.mkldnn.enabled
 
 
