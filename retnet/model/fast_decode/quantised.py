@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values, quantise
-from .weights import MOST_LEFT, Packed, PackedWeight, bfloat16_product, joined, packs_bfloat16
+from .weights import MOST_LEFT, Bfloat16Product, Packed, PackedWeight, joined, packs_bfloat16
 
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
@@ -94,10 +94,10 @@ class Bfloat16:
     """Of activations rounded to bfloat16."""
 
     def __init__(self, stored: Stored) -> None:
-        self.tensors = (stored["values"],)
+        self.product = Bfloat16Product(stored["values"])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return bfloat16_product(x.to(torch.bfloat16), *self.tensors)
+        return self.product(x.to(torch.bfloat16))
 
 
 class Int8(Packed):

@@ -116,6 +116,7 @@ class Product:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.packed: PackedWeight | None = None
+        self.bfloat16 = Bfloat16Product(weight) if weight.dtype == torch.bfloat16 else None
         self.most_in_blocks = MOST_LEFT if takes_onednn(weight) else MOST_ROWS
 
     @property
@@ -139,22 +140,29 @@ class Product:
         rows = x.shape[0]
         if rows > MOST_LEFT and self.packed is not None:
             return self.packed(x)
-        if self.weight.dtype == torch.bfloat16:
-            return bfloat16_product(x, self.weight)
+        if self.bfloat16 is not None:
+            return self.bfloat16(x)
         most = MOST_LEFT if torch.compiler.is_compiling() else self.most_in_blocks
         if rows <= most and _has_blocks(self.weight):
             return _in_blocks(x, self.weight)
         return F.linear(x, self.weight)
 
 
-def bfloat16_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of bfloat16: [rows, in] -> [rows, out]."""
-    if weight.device.type != "cpu" or len(x) > 1:
-        return F.linear(x, weight)
-    if torch.compiler.is_compiling():
-        y: Tensor = _operator("one_row")(x, weight)
-        return y
-    return _one_row(x, weight)
+class Bfloat16Product:
+    """x W^T of bfloat16, for a weight [out, in] as it is."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.operator = _operator("one_row")  # made here: compilers can't
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]."""
+        if self.weight.device.type != "cpu" or len(x) > 1:
+            return F.linear(x, self.weight)
+        if torch.compiler.is_compiling():
+            y: Tensor = self.operator(x, self.weight)
+            return y
+        return _one_row(x, self.weight)
 
 
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
