@@ -54,7 +54,7 @@ CONFIGURATION = [
     (RUN + " train.optimizer=muon train.learning_rate=0.02 train.weight_decay=60",
      "train.weight_decay (60.0) times train.learning_rate (0.02) is what"),
     (RUN + " train.adamw_learning_rate=1e-3", "(0.001) has no meaning with train.optimizer=adamw"),
-    (RUN + " train.decay_fraction=0.5", "(0.5) has no meaning with train.schedule=cosine"),
+    (RUN + " train.decay_fraction=0.5", "(0.5) has no meaning with train.schedule=linear"),
     (RUN + " train.schedule=wsd train.decay_fraction=0", "train.decay_fraction (0.0) is a share"),
     (RUN + " train.trackers=[comet_ml]", "train.trackers (comet_ml) must be any of wandb, "),
     (RUN + " train.trackers=[wandb,wandb]", "train.trackers names wandb twice: leave one out"),

@@ -22,8 +22,10 @@ def test_loading_options() -> None:
         "device": torch.device("cpu"),
         "trust_remote_code": True,
         "base": None,
+        "weights": "auto",
     }
     assert options("--base", "runs/a")["base"] == "runs/a"
+    assert options("--weights", "int8")["weights"] == "int8"
     automatic = options()
     assert automatic["dtype"] is None
     assert automatic["device"].type == ("cuda" if torch.cuda.is_available() else "cpu")
