@@ -100,18 +100,18 @@ class PartStep:
         self.inputs = [Product(weight) for weight in weights]
         self.output = Product(getattr(part, part.output).weight.detach())
         self.same_input = type(self.core).inputs is Step.inputs
-        self.gates = type(self.core).gate is not Step.gate
 
     def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
         """[B, d] -> [B, d]; the state is changed in place."""
         if self.same_input and len(self.inputs) == 1:
             whole = self.inputs[0](x)
         else:
-            inputs = itertools.repeat(x) if self.same_input else self.core.inputs(x, state)
+            inputs = self.core.inputs(x, state) or itertools.repeat(x)
             pairs = zip(self.inputs, inputs, strict=False)
             whole = torch.cat([product(y) for product, y in pairs], dim=1)
         out = self.output(self.core(whole, shared, state))
-        return self.core.gate(whole) * out if self.gates else out
+        gate = self.core.gate(whole)
+        return out if gate is None else gate * out
 
 
 class DecodeStep:
@@ -179,8 +179,10 @@ class DecodeStep:
             return compiled(tokens, positions, length, states)
 
         self.compute, self.compiled = self._compute, True
-        ahead = folder is not None and not self.grows
-        self.compute = AheadOfTime(self, self.config, compute, folder) if ahead else compute
+        if folder is None or self.grows:
+            self.compute = compute
+        else:
+            self.compute = AheadOfTime(self, self.config, compute, folder)
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
