@@ -197,8 +197,8 @@ def generate(
         ends: Whether a row ends with a token; asked with the row's number and its new token after
             the tokens were handed out, so it may look at what was made of them.
         usage: Filled in while the loop runs.
-        compile: Compile the decode step (``torch.compile``, some 20 s on a CPU): pays for thousands
-            of tokens.
+        compile: Compile the decode step (some 20 s on a CPU, kept for later processes where the
+            state is of constant size): pays for thousands of tokens.
         memory: What came before a prompt of one row, and goes on with it: the tokens that are read
             here are appended. The last token that was made is not among them.
 

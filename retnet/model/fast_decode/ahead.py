@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from .weights import MOST_LEFT, onednn_is_on
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor, Tensor, int, Sequence[Any]], Tensor]  # as ``DecodeStep._compute``
+
+
+OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 
 
 class AheadOfTime:
@@ -73,6 +77,7 @@ class AheadOfTime:
                 made = Path(folder) / path.name
                 self._make(made, rows, places, states)
                 program = Program(made, self.tensors, places)
+                self._check(program, rows, states)
             except Exception as error:  # compilers raise anything
                 logger.info(f"the step is compiled at its first call, not ahead of time: {error}")
                 return None
@@ -83,6 +88,18 @@ class AheadOfTime:
             except OSError as error:
                 logger.info(f"the compiled step is not kept for later: {error}")
         return program
+
+    def _check(self, program: "Program", rows: int, states: Sequence[Any]) -> None:
+        """A ``ValueError`` where a new program does not compute the step."""
+        tokens = torch.zeros(rows, dtype=torch.int64)
+        copies = [[state and {k: x.clone() for k, x in state.items()} for state in states]
+                  for _ in range(2)]  # fmt: skip
+        with torch.inference_mode():
+            expected = self.plain(tokens, tokens, 0, copies[0])
+            found = program(tokens, tokens, copies[1])
+        atol = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax().item()
+        if not torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
+            raise ValueError("it computes something else")
 
     def _key(self, rows: int, held: Sequence[Tensor]) -> str:
         """A name that says all that a program depends on."""
@@ -119,7 +136,8 @@ class AheadOfTime:
                     given[i][name] = x  # type: ignore[index]
                 return plain(tokens, positions, 0, given)
 
-        with torch.inference_mode(False), torch.no_grad():
+        quiet = warnings.catch_warnings(action="ignore")  # of torch about itself
+        with torch.inference_mode(False), torch.no_grad(), quiet:
             tokens = torch.zeros(rows, dtype=torch.int64)
             held = [torch.zeros_like(states[i][name]) for i, name in places]
             exported = torch.export.export(
@@ -128,7 +146,7 @@ class AheadOfTime:
             torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(path),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
+                inductor_configs=OPTIONS,
             )
         _map_of(path).write_text(json.dumps(_places(exported.constants, self.tensors)))
 
@@ -180,7 +198,9 @@ def tensors_of(thing: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def _places(constants: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Where each of a program's constants is.
+    """Where each of a program's constants is, by the names that compilers have for it.
+
+    torch names them by their order, here and once more when it compiles.
 
     Raises:
         ValueError: One of them is no tensor of the step.
@@ -189,7 +209,8 @@ def _places(constants: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     unknown = [name for name, x in constants.items() if _where(x) not in known]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} are no tensors of the step")
-    return {name: known[_where(x)] for name, x in constants.items()}
+    places = {name: known[_where(x)] for name, x in constants.items()}
+    return places | {f"_tensor_constant{i}": place for i, place in enumerate(places.values())}
 
 
 def _map_of(path: Path) -> Path:

@@ -114,7 +114,6 @@ class PartStep:
         self.same_input = type(self.core).inputs is Step.inputs
         self.inputs = make_products(layers) if self.same_input else [*map(make_product, layers)]
         self.output = make_product(getattr(part, part.output))
-        self.gates = type(self.core).gate is not Step.gate
 
     def __call__(self, x: Tensor, shared: Any, state: State) -> Tensor:
         """[B, d] -> [B, d]; the state is changed in place."""
@@ -125,7 +124,7 @@ class PartStep:
             pairs = zip(self.inputs, inputs, strict=False)
             whole = torch.cat([product(y) for product, y in pairs], dim=1)
         out = self.output(self.core(whole, shared, state))
-        gate = self.core.gate(whole) if self.gates else None
+        gate = self.core.gate(whole)
         return out if gate is None else gate * out
 
 
