@@ -16,7 +16,7 @@ from retnet.cli import run
 from retnet.commands import generate
 from tests.conversations import save_chat_checkpoint
 
-ROOT = Path(generate.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

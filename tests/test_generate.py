@@ -15,7 +15,7 @@ from retnet.commands import generate
 from tests.generation.builders import MIXERS, byte_tokenizer, save_checkpoint
 from tests.model.conftest import ROW_BYTES
 
-ROOT = Path(generate.__file__).parent
+ROOT = Path(__file__).parents[1]
 SOAK_TOKENS = int(os.environ.get("SOAK_TOKENS", "1000000"))
 
 
