@@ -27,8 +27,11 @@ def one_key(arguments: str) -> bool:
 KEYS = [(arguments.removeprefix(START), words) for arguments, words in CONFIGURATION
         if one_key(arguments)]  # fmt: skip
 ONCE = ("/foreign", "/scales", "/types", "/format")  # made of the RetNet alone
-BROKEN = [(arguments, words) for arguments, words in GENERATION
-          if arguments.startswith("{broken}/") and not any(x in arguments for x in ONCE)]  # fmt: skip
+BROKEN = [
+    (arguments, words)
+    for arguments, words in GENERATION
+    if arguments.startswith("{broken}/") and not any(name in arguments for name in ONCE)
+]
 
 
 @pytest.mark.parametrize("mixer", OTHERS)

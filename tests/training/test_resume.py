@@ -259,7 +259,7 @@ def test_a_short_run_goes_on_as_a_long_one_with_its_own_warm_up(
     """The recipe's steps were shortened to a tenth of the run, each time anew."""
     options = [option for option in options if not option.startswith("train.warmup_steps=")]
     assert run(options, train__max_steps=10) == 0
-    assert "warmup_steps (60) is too long for train.max_steps (10)" in capsys.readouterr().err
+    assert "warmup_steps (30) is too long for train.max_steps (10)" in capsys.readouterr().err
     for _ in range(2):  # also the same command again, after an interruption
         assert stopped_at(options, 11, train__max_steps=20) == 143
         kept = f"train.warmup_steps (2): the run in {tmp_path / 'run'} goes on with its own 1"

@@ -143,7 +143,7 @@ def long_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("train.learning_rate", 0.1), ("train.schedule", "linear"), ("train.warmup_steps", 0),
+        ("train.learning_rate", 0.1), ("train.schedule", "cosine"), ("train.warmup_steps", 0),
         ("train.final_learning_rate", 1.0), ("train.weight_decay", 5.0), ("train.beta1", 0.1),
         ("train.beta2", 0.1), ("train.grad_clip", 0.01), ("train.seed", 1),
         ("model.dropout", 0.5), ("data.reset_state_at_documents", "false"),
