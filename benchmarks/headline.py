@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from benchmarks.limits import decode_bytes, reading
 from benchmarks.measure import Plan, Results, random_ids
 from benchmarks.report import environment, heading
 from retnet.cli import ArgumentParser, file_path, positive_int, run
+from retnet.errors import UserError
 from retnet.evaluation import check_writable, interleaved, write_json
 from retnet.evaluation.report import format_table
 from retnet.generation import device_of, make_step, prefill
@@ -83,7 +85,7 @@ class Cell:
 def make_model(name: str, size: Size, plan: Plan, weights: str | None) -> DecoderForCausalLM:
     """With random weights, made where it is measured."""
     with torch.device(plan.device):
-        model = MAKERS[name](size).to(torch.float32 if weights else plan.dtype).eval()
+        model = MAKERS[name](size).to(plan.dtype).eval()
     replace_linears(model, weights)
     lay_out_for_decoding(model)  # as load_checkpoint does
     return model
@@ -137,11 +139,15 @@ def cells(
         for name in MAKERS:
             model = make_model(name, size, plan, weights)
             for context in contexts:
-                ids, fits = random_ids(1, context, plan, size), True
-                memory = remembered(model, ids, WARM_UPS + plan.tokens)
+                memory = None  # the one before makes room
+                ids = random_ids(1, context, plan, size)
+                with suppress(torch.cuda.OutOfMemoryError):
+                    memory = remembered(model, ids, WARM_UPS + plan.tokens)
+                fits = memory is not None
                 for rows in batches:
                     cell = Cell(name, context, rows)
-                    cell = decode(name, model, memory, rows, plan.tokens) if fits else cell
+                    if fits and memory is not None:
+                        cell = decode(name, model, memory, rows, plan.tokens)
                     fits = fits and cell.seconds is not None
                     if plan.device.type == "cuda":
                         torch.cuda.empty_cache()
@@ -235,8 +241,9 @@ def build_parser() -> ArgumentParser:
         help="rows (1 2 4 8 16 32)")  # fmt: skip
     add("--tokens", type=positive_int, default=16, help="counted tokens of a cell (16)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(bfloat16)")
-    add("--weights", choices=FORMATS, help="quantised ones, of models that compute in float32")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="(bfloat16; float32 with --weights, whose models compute in it)")  # fmt: skip
+    add("--weights", choices=FORMATS, help="quantised ones")
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     return parser
 
@@ -245,9 +252,13 @@ def main(argv: Sequence[str]) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.json:
         check_writable(arguments.json)
-    plan = Plan(
-        device_of(arguments.device), getattr(torch, arguments.dtype), 1, tokens=arguments.tokens
-    )
+    dtype = arguments.dtype or ("float32" if arguments.weights else "bfloat16")
+    if arguments.weights and dtype != "float32":
+        raise UserError(
+            f"--dtype ({dtype}) does not go with --weights ({arguments.weights}), whose model "
+            "computes in float32: leave one of them out"
+        )
+    plan = Plan(device_of(arguments.device), getattr(torch, dtype), 1, tokens=arguments.tokens)
     contexts, batches = sorted({*arguments.contexts}), sorted({*arguments.batches})
     torch.manual_seed(0)
     about, before = environment(plan, argv, PROGRAM), os.getloadavg()[0]

@@ -19,12 +19,16 @@ ADAMW, MUON = "AdamW", "Muon with AdamW for the rest"
 MATRICES, TORCHS = "Muon, matrices alone", "torch.optim.Muon, matrices alone"
 
 
-class Narrow(Ours):
-    """Products in bfloat16, as under ``train.precision=bf16``."""
+class Autocast(Contender):
+    """A contender's loss with products in bfloat16, as under ``train.precision=bf16``."""
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             return super().loss(ids, targets)
+
+
+class Narrow(Autocast, Ours):
+    """One of ours."""
 
 
 def steps(plan: Plan, results: Results) -> None:

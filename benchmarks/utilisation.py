@@ -47,7 +47,7 @@ from benchmarks.measure import (
     measure,
 )
 from benchmarks.report import environment, heading, times, to_json
-from benchmarks.steps import Narrow
+from benchmarks.steps import Autocast, Narrow
 from benchmarks.training import passes
 from retnet.cli import ArgumentParser, file_path, positive_int, run
 from retnet.errors import UserError
@@ -64,21 +64,20 @@ SIZES = {
 SQUARE = {"cuda": 8192}  # the matrices whose product is the measure; smaller on a CPU
 
 
-class NarrowLlama(Llama):
-    """transformers' Llama under autocast."""
-
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            return super().loss(ids, targets)
+class NarrowLlama(Autocast, Llama):
+    """transformers' Llama."""
 
 
-class FlaRetNet(Contender):
+class Fla(Contender):
     """flash-linear-attention's RetNetForCausalLM, which shifts the labels itself."""
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
+
+
+class NarrowFla(Autocast, Fla):
+    """The same in bfloat16."""
 
 
 def make_fla(size: Size) -> torch.nn.Module:
@@ -100,7 +99,7 @@ def contenders(size: Size, plan: Plan, results: Results) -> Field:
     field.add(NarrowLlama("Llama", make_llama(size)))
     if plan.device.type == "cuda":
         try:
-            field.add(FlaRetNet(FLA, make_fla(size)))
+            field.add(NarrowFla(FLA, make_fla(size)))
         except ImportError as error:
             field.absent[FLA] = str(error)
     results.note_field(size, field)

@@ -20,7 +20,6 @@ from retnet.model.cache import DecoderCache
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.fast_decode.graph import StepGraph
 from retnet.model.fast_decode.step import make_decode_step
-from retnet.model.ops.sdpa import for_any_length
 
 PREFILL_CHUNK = 1024  # tokens in one forward pass of a prompt; bounds the memory of long prompts
 ENDED = -1  # stands for the tokens of a row that has ended while others go on
@@ -162,8 +161,7 @@ def make_step(model: DecoderForCausalLM, *, compile: bool = False) -> Step:
 
 
 def _last_logits(model: DecoderForCausalLM, input_ids: Tensor, cache: DecoderCache) -> Tensor:
-    with for_any_length(input_ids.device):
-        output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return _widened(output.logits[:, -1])
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import headline
 from benchmarks.headline import Cell, beside_the_paper, ratios, table
@@ -33,10 +34,32 @@ def test_fewer_bits_are_fewer_bytes(tmp_path) -> None:
     """Of the weights; embeddings are looked up."""
     path, moved = tmp_path / "x.json", []
     for weights in ([], ["--weights", "bf16"], ["--weights", "int8"], ["--weights", "int4"]):
-        options = ["--contexts", "4", "--batches", "1", "--dtype", "float32"]
+        options = [
+            "--contexts",
+            "4",
+            "--batches",
+            "1",
+            *([] if weights else ["--dtype", "float32"]),
+        ]
         assert run(headline.main, [*SMALL, *options, *weights, "--json", str(path)]) == 0
         moved.append(json.loads(path.read_text())["cells"][1]["moved"])
     assert moved == sorted(moved, reverse=True) and len({*moved}) == 4
+
+
+def test_a_context_that_does_not_fit_is_told(monkeypatch, capsys) -> None:
+    """The others are measured."""
+    whole = headline.remembered
+
+    def remembered(model, ids, room):
+        if ids.shape[1] > 8 and model.grows:
+            raise torch.cuda.OutOfMemoryError
+        return whole(model, ids, room)
+
+    monkeypatch.setattr(headline, "remembered", remembered)
+    assert run(headline.main, [*SMALL, "--contexts", "8", "16", "--batches", "1", "2"]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("does not fit") == told.err.count("does not fit") == 2
+    assert "Transformer, 2 rows after 16 tokens: does not fit" in told.err
 
 
 def cell(name: str, rows: int, seconds: float | None, gb: float | None) -> Cell:
@@ -76,6 +99,7 @@ def test_a_table_has_both_and_says_what_does_not_fit() -> None:
     [
         (["--size", "7b"], "invalid choice: '7b'"),
         (["--contexts", "0"], "'0'"),
+        (["--weights", "int8", "--dtype", "bfloat16"], "--dtype (bfloat16) does not go with"),
         (["--json", "absent/x.json"], "absent"),
     ],
 )

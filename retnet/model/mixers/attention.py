@@ -5,6 +5,7 @@ some of their layers (``HybridOptions``).
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..cache import is_locked
 from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.rotary import Rotation
+from ..ops.sdpa import for_any_length
 from ..ops.window_attention import empty_ring, window_attention, window_attention_step
 from .base import ProjectedMixer, RotaryStep, State, make_rotation, one_token_each, split_heads
 
@@ -194,7 +196,9 @@ class CausalAttention(ProjectedMixer):
             end = shared.past + k.shape[2]
             k, v = state["keys"][:, :, :end], state["values"][:, :, :end]
         causal = bool(shared.mask is None and q.shape[2] > 1)  # of a traced size too
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
+        grows = shared.past > 0 and not torch.compiler.is_compiling()
+        with for_any_length(hidden.device) if grows else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=shared.mask, is_causal=causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), state
 
     def token_weights(self, hidden: Tensor, shared: AttentionShared) -> Tensor:
