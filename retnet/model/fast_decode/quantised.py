@@ -24,7 +24,7 @@ from .weights import MOST_LEFT, Bfloat16Product, Packed, PackedWeight, joined, p
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
-LEAST = 1e-30  # activations below are zeros
+LEAST = 1e-30  # the largest activation of a row counts as no less
 REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
 
 
@@ -117,13 +117,15 @@ class Int8(Packed):
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
-        largest = torch.linalg.vector_norm(x, float("inf")).item()
-        step = 1.0 if largest < LEAST else largest / 127  # one that is not finite stays so
-        rows, nearest = len(x), torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
+        # each row in steps of its own, so that none depends on what stands beside it
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True)
+        step = largest.clamp_min_(LEAST).div_(127)
+        x = x / step
+        rows, nearest = len(x), x.round()
         both = torch.cat((nearest, (x - nearest).mul_(REST)))
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = product(both, step, 128, self.weight)
-        return torch.add(y[:rows], y[rows:], alpha=1 / REST)
+        y = product(both, 1.0, 128, self.weight)
+        return torch.add(y[:rows], y[rows:], alpha=1 / REST).mul_(step)
 
 
 class Int8Bfloat16:

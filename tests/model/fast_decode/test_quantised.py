@@ -87,6 +87,18 @@ def test_inputs_of_zeros_and_those_that_are_not_finite() -> None:
         assert not product(x).isfinite().any()
 
 
+def test_rows_do_not_depend_on_each_other() -> None:
+    layer = make_layer(40, 96, "int8")
+    product, x = QuantisedProduct([layer]), torch.randn(4, 96)
+    alone = [product(row[None]) for row in x]
+    beside = x.clone()
+    beside[0, 5], beside[1], beside[3] = float("nan"), 0.0, x[3] * 1e6
+    found = product(beside)
+    assert found[0].isnan().all() and found[1].equal(torch.zeros(40))
+    torch.testing.assert_close(found[2:3], alone[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[3:] / 1e6, alone[3], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("answer", ["absent", "wrong"])
 def test_plain_products_take_over(weights: str, answer: str, monkeypatch) -> None:
