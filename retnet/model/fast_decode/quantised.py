@@ -22,7 +22,7 @@ from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values,
 from .weights import MOST_LEFT, Bfloat16Product, Packed, PackedWeight, joined, packs_bfloat16
 
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
-TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to 8 bits
+TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to bfloat16
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
 LEAST = 1e-30  # the largest activation of a row counts as no less
 REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
@@ -139,6 +139,20 @@ class Int8Bfloat16:
         return y
 
 
+class Int8Expanded:
+    """bfloat16's product with the values, expanded at each token; scaled afterwards.
+
+    For GPUs, where torch's own product takes ten times as long as one with bfloat16 weights.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self.tensors = stored["values"], stored["scale"].float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scale = self.tensors
+        return F.linear(x.to(torch.bfloat16), values.to(torch.bfloat16)) * scale
+
+
 class Int4:
     """torch's product of bfloat16 with int4 on a CPU."""
 
@@ -178,11 +192,11 @@ def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
 
 Operator = Callable[[Stored], Any]
 # by format and kind of device, the fastest first
-OPERATORS: dict[tuple[str, str], tuple[Operator, ...]] = {
+FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("bf16", "cpu"): (Bfloat16,),
     ("bf16", "cuda"): (Bfloat16,),
     ("int8", "cpu"): (Int8, Int8Bfloat16),
-    ("int8", "cuda"): (Int8Bfloat16,),
+    ("int8", "cuda"): (Int8Expanded,),
     ("int4", "cpu"): (Int4,),
     ("int4", "cuda"): (Int4Cuda,),
 }
@@ -192,7 +206,7 @@ OPERATORS: dict[tuple[str, str], tuple[Operator, ...]] = {
 def _choose(weights: str, device: str) -> tuple[Operator | None, str]:
     """The first operator that is right there; None and why, where there is none."""
     reason = f"torch has no {weights} product for {device}"
-    for kind in OPERATORS.get((weights, device), ()):
+    for kind in FASTEST.get((weights, device), ()):
         reason = _problem(kind, weights, device)
         if not reason:
             return kind, ""

@@ -107,7 +107,7 @@ def test_plain_products_take_over(weights: str, answer: str, monkeypatch) -> Non
             raise AttributeError("module 'torch' has no such operator\nsecond line")
         return lambda x: x.new_full((len(x), 48), 9.0)
 
-    monkeypatch.setitem(quantised.OPERATORS, (weights, "cpu"), (refuse,))
+    monkeypatch.setitem(quantised.FASTEST, (weights, "cpu"), (refuse,))
     quantised._choose.cache_clear()
     try:
         model: Any = tiny_model("retention", dtype=torch.float32)
@@ -144,11 +144,21 @@ def test_the_next_operator_is_taken(monkeypatch) -> None:
         raise RuntimeError("it is not there")
 
     second = quantised.Int8Bfloat16
-    monkeypatch.setitem(quantised.OPERATORS, ("int8", "cpu"), (absent, second))
+    monkeypatch.setitem(quantised.FASTEST, ("int8", "cpu"), (absent, second))
     assert quantised._choose.__wrapped__("int8", "cpu") == (second, "")
     layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
     check(second(layer.stored), [layer], x.bfloat16(), 2**-7)
     assert quantised._choose.__wrapped__("int8", "tpu")[1] == "torch has no int8 product for tpu"
+
+
+def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(monkeypatch) -> None:
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    (kind,) = quantised.FASTEST["int8", "cuda"]
+    assert quantised._problem(kind, "int8", "cpu") == ""
+    layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
+    y = kind(layer.stored)(x)
+    assert y.dtype == torch.float32
+    check(lambda x: y, [layer], x, 2**-7)
 
 
 @both_mixers
