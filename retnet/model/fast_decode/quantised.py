@@ -13,6 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded t
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
 LEAST = 1e-30  # the largest activation of a row counts as no less
 REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
+
+_Seen = tuple[ReferenceType[Tensor], int, int]  # a tensor, where its numbers are, their changes
 
 
 class QuantisedProduct:
@@ -41,7 +44,7 @@ class QuantisedProduct:
         self.stored = _together(layers)
         self.packed: PackedWeight | None = None
         kind, self.problem = _choose(self.weights, self.stored["values"].device.type)
-        self.operator = None if kind is None else kind(self.stored)
+        self.operator = None if kind is None else _made(kind, layers, self.stored)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
@@ -191,6 +194,7 @@ def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
 
 
 Operator = Callable[[Stored], Any]
+COPYING = (Int8, Int4, Int4Cuda)  # those with a layout of their own
 # by format and kind of device, the fastest first
 FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("bf16", "cpu"): (Bfloat16,),
@@ -200,6 +204,28 @@ FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("int4", "cpu"): (Int4,),
     ("int4", "cuda"): (Int4Cuda,),
 }
+
+
+# What was made for a row of layers, by the first: a model's steps share it, and it goes with them.
+_kept: WeakKeyDictionary[QuantisedLinear, tuple[Any, list[_Seen]]] = WeakKeyDictionary()
+
+
+def _made(kind: Operator, layers: Sequence[QuantisedLinear], stored: Stored) -> Any:
+    """The operator for layers, made anew only where their tensors are others than before."""
+    tensors = [x for layer in layers for x in layer.stored.values()]
+    if kind not in COPYING or any(x.is_inference() for x in tensors):  # whose changes none counts
+        return kind(stored)
+    operator, seen = _kept.get(layers[0], (None, []))
+    same = type(operator) is kind and len(seen) == len(tensors)
+    if not (same and all(map(_is_seen, tensors, seen))):
+        with torch.inference_mode(False), torch.no_grad():  # it may serve outside of that too
+            operator = kind(stored)
+        _kept[layers[0]] = operator, [(ref(x), x.data_ptr(), x._version) for x in tensors]
+    return operator
+
+
+def _is_seen(x: Tensor, seen: _Seen) -> bool:
+    return seen[0]() is x and seen[1:] == (x.data_ptr(), x._version)
 
 
 @functools.cache
