@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration import QUANT_METHOD
+
 FORMATS = ("bf16", "int8", "int4")
+KEY = "quantization_config"  # of a configuration, as transformers calls it
 GROUP = 32  # inputs with one scale and zero in int4
 PIECE = 2**20  # weights that are worked on at once: what lies in the processor's cache
 TRIALS = (1.0, 0.9, 0.8)  # of a group's range that the first values of int4 span
@@ -172,6 +175,7 @@ def quantised_format(model: nn.Module) -> str | None:
 def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> None:
     """Put a layer of the format in the place of each linear layer, or a plain one of each of those.
 
+    The configuration says so, and is refused by transformers, which would fill such layers at random.
     An output layer that was the embedding too becomes one of its own. Layers that a part names in
     ``exact`` stay; without ``fill`` the new ones hold nothing, as on the meta device.
 
@@ -183,11 +187,14 @@ def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> No
             if weights is None and isinstance(layer, QuantisedLinear):
                 new: Any = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
                 new.weight = nn.Parameter(layer.weight)
+                vars(model.config).pop(KEY, None)
             elif weights and type(layer) is nn.Linear and name not in getattr(module, "exact", ()):
                 new = _quantised(layer, weights, f"{place}.{name}".lstrip("."), fill)
             else:
                 continue
             setattr(module, name, new)
+    if weights:
+        setattr(model.config, KEY, {"quant_method": QUANT_METHOD, "weights": weights})
     if weights and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
