@@ -128,8 +128,11 @@ def dequantise(weights: str, stored: Stored, inputs: int, dtype: torch.dtype) ->
 class QuantisedLinear(nn.Module):
     """x W^T with a weight in one of ``FORMATS``, for inference; it has no parameters.
 
-    ``weight`` is what it stands for, in float32, made anew at each use.
+    ``weight`` is what it stands for, in float32, made anew at each use. ``dtype`` is that of its
+    model, as a plain layer's weight has it: it changes with ``to``, and what is stored does not.
     """
+
+    dtype = torch.float32
 
     def __init__(self, in_features: int, out_features: int, weights: str) -> None:
         super().__init__()
@@ -163,7 +166,15 @@ class QuantisedLinear(nn.Module):
             y: Tensor = fn(x)
             return y if y.dtype == x.dtype else x.to(y.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(move, recurse)
+
+
+def type_and_device(linear: Any) -> tuple[torch.dtype, torch.device]:
+    """What a plain or quantised layer's products are of and where; nothing is computed."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.dtype, linear.stored["values"].device
+    return linear.weight.dtype, linear.weight.device
 
 
 def quantised_format(model: nn.Module) -> str | None:
@@ -186,7 +197,7 @@ def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> No
         for name, layer in list(module.named_children()):
             if weights is None and isinstance(layer, QuantisedLinear):
                 new: Any = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-                new.weight = nn.Parameter(layer.weight)
+                new.weight = nn.Parameter(layer.weight.to(layer.dtype))
                 vars(model.config).pop(KEY, None)
             elif weights and type(layer) is nn.Linear and name not in getattr(module, "exact", ()):
                 new = _quantised(layer, weights, f"{place}.{name}".lstrip("."), fill)
@@ -205,6 +216,7 @@ def _quantised(layer: nn.Linear, weights: str, name: str, fill: bool) -> Quantis
         raise ValueError(f"{name} has a bias, which no layer of quantised weights has")
     with torch.device(layer.weight.device):
         new = QuantisedLinear(layer.in_features, layer.out_features, weights)
+    new.dtype = layer.weight.dtype
     if fill:
         try:
             stored = quantise(layer.weight.detach(), weights)

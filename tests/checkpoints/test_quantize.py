@@ -103,6 +103,9 @@ def test_what_inspect_says(int8: Path, copy: Path) -> None:
     assert lines["quantised"] == "int8 weights, to generate and to compare"
     assert lines["read"] == "here    yes"
     assert "parameters" not in lines
+    change_config(copy, quantization_config=None)
+    lines = dict(line.split(maxsplit=1) for line in inspect(copy, convertible))
+    assert "quantised" not in lines and "parameters" in lines
     change_config(copy, quantization_config={"quant_method": "gptq"})
     lines = dict(line.split(maxsplit=1) for line in inspect(copy, convertible))
     assert lines["quantised"] == "in a format that is not read here"
@@ -132,7 +135,9 @@ def test_what_save_pretrained_writes(int8: Path, tmp_path: Path) -> None:
     model: Any = load_checkpoint(int8).model
     model.save_pretrained(tmp_path / "model")
     for kind in (AutoModelForCausalLM, type(model)):
-        with pytest.raises(ValueError, match=r"quantization_config \(int8\) is of quantised weights"):
+        with pytest.raises(
+            ValueError, match=r"quantization_config \(int8\) is of quantised weights"
+        ):
             kind.from_pretrained(tmp_path / "model")
     ids = random_ids(1, 8)
     for file in int8.glob("tokenizer*.json"):

@@ -181,6 +181,24 @@ def test_the_step_is_the_forward_pass(mixer: str, weights: str) -> None:
         assert error < (2e-3 if weights == "int8" else 0.05)
 
 
+@both_mixers
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type(mixer: str, dtype: torch.dtype, monkeypatch) -> None:
+    """And no weight is expanded to learn that type."""
+    model: Any = tiny_model(mixer, dtype=torch.float32)
+    replace_linears(model, "int8")
+    model.to(dtype)
+    ids, cache = random_ids(2, 9), model.new_cache()
+    with torch.inference_mode():
+        expected = model(ids).logits
+        prefill(model, ids[:, :8], cache)
+        monkeypatch.delattr(QuantisedLinear, "weight")
+        logits = DecodeStep(model)(ids[:, 8], cache)
+    assert logits.dtype == expected.dtype == dtype
+    error = (logits - expected[:, 8]).abs().max() / expected.abs().max()
+    assert error < (2e-3 if dtype == torch.float64 else 0.1)
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 def test_joint_weights_are_stored_once(weights: str) -> None:
     model: Any = tiny_model("retention", dtype=torch.float32)
