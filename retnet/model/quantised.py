@@ -186,7 +186,7 @@ def quantised_format(model: nn.Module) -> str | None:
 def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> None:
     """Put a layer of the format in the place of each linear layer, or a plain one of each of those.
 
-    The configuration says so, and is refused by transformers, which would fill such layers at random.
+    The configuration says so, which transformers refuses: it would fill such layers at random.
     An output layer that was the embedding too becomes one of its own. Layers that a part names in
     ``exact`` stay; without ``fill`` the new ones hold nothing, as on the meta device.
 
