@@ -142,10 +142,15 @@ COMPARISON = [
     ("{runs}/retention {broken}/garbled", "checkpoint ({broken}/garbled) has a tokenizer that"),
     ("{foreign}/gpt2", "one checkpoint ({foreign}/gpt2) compares with nothing: name a second one"),
     ("{runs}/retention {foreign}/gpt2", "{foreign}/gpt2 has no data.json that says what it was"),
-    (F + "gpt2 --weights int8", "--weights (int8) is for models of this package, and checkpoint ("),
+    (
+        F + "gpt2 --weights int8",
+        "--weights (int8) is for models of this package, and checkpoint ({foreign}/gpt2) is none "
+        "(model_type gpt2): quantise yours once with python -m retnet.checkpoints.quantize and",
+    ),
     (
         "{runs}/retention {runs}/int8 --report {new}/report",
-        "--report ({new}/report) also measures training, and the weights of {runs}/int8 are",
+        "--report ({new}/report) also measures training, and the weights of {runs}/int8 are "
+        "quantised (int8): leave --report out",
     ),
     (F + "mute", "checkpoint ({foreign}/mute) has no tokenizer"),
     (F + "empty", "{foreign}/empty: its tokenizer does not know the letter a"),

@@ -30,12 +30,13 @@ from retnet.files import try_to_write, write_bytes
 from retnet.model.cache import PARTS
 from retnet.model.causal_lm import DecoderForCausalLM
 from retnet.model.documents import NEXT_POSITION
+from retnet.model.quantised import quantised_format
 from retnet.paths import kind_of
 from retnet.terminal import write_out
 
 logger = logging.getLogger("retnet.checkpoints.export_step")  # __name__ is __main__ in a command
 
-FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 NEEDED = ("onnx", "onnxscript")  # to write ONNX
 ABOUT = "retnet_step"  # the key in ONNX's metadata; with .json the extra file in a .pt2
 NEXT = "next."  # before the name of a state in ONNX, where inputs and outputs share none
@@ -105,15 +106,15 @@ def export_step(
 ) -> dict[str, Any]:
     """Write the step of a checkpoint, in float32, and return what is said of it in the file.
 
-    kind: a key of ``FORMATS``; that of the file's ending when None.
+    kind: a key of ``ENDINGS``; that of the file's ending when None.
 
     Raises:
         UserError: The checkpoint, its kind of memory or weights, the file or a package is not what
             it takes; nothing is written.
     """
-    kind = kind or next((one for one, ending in FORMATS.items() if file.suffix == ending), None)
+    kind = kind or next((one for one, ending in ENDINGS.items() if file.suffix == ending), None)
     if kind is None:
-        endings = " nor ".join(FORMATS.values())
+        endings = " nor ".join(ENDINGS.values())
         raise UserError(f"FILE ({file}) ends with neither {endings}: name one, or add --format")
     missing = [name for name in NEEDED if kind == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
@@ -153,12 +154,11 @@ def _check(checkpoint: Checkpoint, kind: str) -> None:
             f"{what} has a memory that grows with the text ({', '.join(growing)}), and a step takes"
             " states of one size: export a model without attention, or one with attention_window"
         )
-    for name, x in model.state_dict().items():
-        if type(x) is not Tensor or not x.is_floating_point():
-            raise UserError(
-                f"{what} has quantised weights ({name}): export the checkpoint that it was made of"
-            )
-    size = sum(x.nbytes for x in model.parameters())
+    if weights := quantised_format(model):
+        raise UserError(
+            f"{what} has quantised weights ({weights}): export the checkpoint that it was made of"
+        )
+    size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     if kind == "onnx" and size > MOST_IN_ONNX:
         raise UserError(
             f"{what} has {size:,} bytes of float32 weights, and a file of ONNX holds 2 GiB: take a "
@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run folder (its final, best or newest)")
     add("file", metavar="FILE", type=file_path, help="to write; must not be there yet")
-    add("--format", choices=FORMATS, help="of the file (by its ending, .onnx or .pt2)")
+    add("--format", choices=ENDINGS, help="of the file (by its ending, .onnx or .pt2)")
     add("--rows", type=positive_int, default=1, help="texts made side by side (1)")
     arguments = parser.parse_args(argv)
     file = arguments.file

@@ -16,16 +16,10 @@ from retnet.cli import shortened
 from retnet.errors import UserError
 from retnet.files import read_json
 from retnet.model.configuration import QUANT_METHOD
-from retnet.model.quantised import FORMATS, QuantisedLinear, replace_linears
+from retnet.model.quantised import FORMATS, KEY, QuantisedLinear, replace_linears
 
-KEY = "quantization_config"
 AS_SAVED, PLAIN = "auto", "fp32"
 CHOICES = (AS_SAVED, PLAIN, *FORMATS)  # of --weights
-
-
-def described(weights: str) -> dict[str, Any]:
-    """What a configuration says of a format."""
-    return {KEY: {"quant_method": QUANT_METHOD, "weights": weights}}
 
 
 def stored_format(file: Path, stored: dict[str, Any]) -> str | None:

@@ -18,13 +18,13 @@ from retnet.checkpoints.export import parts_of
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX
 from retnet.checkpoints.load import load_checkpoint
-from retnet.checkpoints.quantised import described, refuse_quantised
+from retnet.checkpoints.quantised import refuse_quantised
 from retnet.checkpoints.verify import write_manifest
 from retnet.checkpoints.weights import weight_files
 from retnet.cli import ArgumentParser, file_path, run
 from retnet.errors import UserError, os_errors
 from retnet.files import read_json, replacing, write_json
-from retnet.model.quantised import FORMATS
+from retnet.model.quantised import FORMATS, KEY
 from retnet.paths import kind_of
 from retnet.terminal import write_out
 
@@ -42,8 +42,9 @@ def quantize_checkpoint(checkpoint: str | Path, folder: Path, weights: str) -> P
         raise UserError(f"folder ({folder}) lies in the checkpoint ({source}): name one elsewhere")
     refuse_quantised(source, f"checkpoint ({source})", "and quantising them again loses more")
     model = load_checkpoint(source, weights=weights).model
-    config = read_json(source / CONFIG, COPY_AGAIN) | described(weights)
-    config |= {"dtype": "float32", "tie_word_embeddings": False}
+    config = read_json(source / CONFIG, COPY_AGAIN)
+    config |= {name: getattr(model.config, name) for name in (KEY, "tie_word_embeddings")}
+    config["dtype"] = "float32"
     config.pop("torch_dtype", None)
     written_anew = {CONFIG, WEIGHTS_INDEX, *weight_files(source)}
     with (

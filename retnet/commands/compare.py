@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         if weights := quantised_format(checkpoint.model):
             raise UserError(
                 f"--report ({arguments.report}) also measures training, and the weights of "
-                f"{checkpoint.path} are quantised ({weights}): leave it out"
+                f"{checkpoint.path} are quantised ({weights}): leave --report out"
             )
     text = validation_text(checkpoints) if text is None else text
     if arguments.report and text.are_conversations:

@@ -93,7 +93,8 @@ def load_contender(
     if weights != "auto":
         raise UserError(
             f"--weights ({weights}) is for models of this package, and checkpoint ({folder}) is "
-            f"none (model_type {stored.get('model_type')}): leave it out"
+            f"none (model_type {stored.get('model_type')}): quantise yours once with python -m "
+            "retnet.checkpoints.quantize and name that folder"
         )
     with quiet_transformers():
         inner = _load_model(folder, stored, dtype, trust_remote_code)

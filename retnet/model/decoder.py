@@ -55,10 +55,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
         parts = [(name, part) for name, part in self.named_modules() if isinstance(part, Part)]
         return [f"{name}.{own}" for name, part in parts for own in part.wide]
 
-    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
-        """As transformers counts them, and the weights that are quantised."""
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As transformers counts them, and the weights that are quantised, which none can train."""
+        plain: int = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return plain
         quantised = (x for x in self.modules() if isinstance(x, QuantisedLinear))
-        plain: int = super().num_parameters(*args, **kwargs)
         return plain + sum(x.in_features * x.out_features for x in quantised)
 
     def after_step(self, step: int, seed: int) -> None:

@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration import QUANT_METHOD
+
 FORMATS = ("bf16", "int8", "int4")
+KEY = "quantization_config"  # of a configuration, as transformers calls it
 GROUP = 32  # inputs with one scale and zero in int4
 PIECE = 2**20  # weights that are worked on at once: what lies in the processor's cache
 TRIALS = (1.0, 0.9, 0.8)  # of a group's range that the first values of int4 span
@@ -125,8 +128,11 @@ def dequantise(weights: str, stored: Stored, inputs: int, dtype: torch.dtype) ->
 class QuantisedLinear(nn.Module):
     """x W^T with a weight in one of ``FORMATS``, for inference; it has no parameters.
 
-    ``weight`` is what it stands for, in float32, made anew at each use.
+    ``weight`` is what it stands for, in float32, made anew at each use. ``dtype`` is that of its
+    model, as a plain layer's weight has it: it changes with ``to``, and what is stored does not.
     """
+
+    dtype = torch.float32
 
     def __init__(self, in_features: int, out_features: int, weights: str) -> None:
         super().__init__()
@@ -160,7 +166,15 @@ class QuantisedLinear(nn.Module):
             y: Tensor = fn(x)
             return y if y.dtype == x.dtype else x.to(y.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return super()._apply(move, recurse)
+
+
+def type_and_device(linear: Any) -> tuple[torch.dtype, torch.device]:
+    """What a plain or quantised layer's products are of and where; nothing is computed."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.dtype, linear.stored["values"].device
+    return linear.weight.dtype, linear.weight.device
 
 
 def quantised_format(model: nn.Module) -> str | None:
@@ -172,6 +186,7 @@ def quantised_format(model: nn.Module) -> str | None:
 def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> None:
     """Put a layer of the format in the place of each linear layer, or a plain one of each of those.
 
+    The configuration says so, which transformers refuses: it would fill such layers at random.
     An output layer that was the embedding too becomes one of its own. Layers that a part names in
     ``exact`` stay; without ``fill`` the new ones hold nothing, as on the meta device.
 
@@ -182,12 +197,15 @@ def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> No
         for name, layer in list(module.named_children()):
             if weights is None and isinstance(layer, QuantisedLinear):
                 new: Any = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-                new.weight = nn.Parameter(layer.weight)
+                new.weight = nn.Parameter(layer.weight.to(layer.dtype))
+                vars(model.config).pop(KEY, None)
             elif weights and type(layer) is nn.Linear and name not in getattr(module, "exact", ()):
                 new = _quantised(layer, weights, f"{place}.{name}".lstrip("."), fill)
             else:
                 continue
             setattr(module, name, new)
+    if weights:
+        setattr(model.config, KEY, {"quant_method": QUANT_METHOD, "weights": weights})
     if weights and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
@@ -198,6 +216,7 @@ def _quantised(layer: nn.Linear, weights: str, name: str, fill: bool) -> Quantis
         raise ValueError(f"{name} has a bias, which no layer of quantised weights has")
     with torch.device(layer.weight.device):
         new = QuantisedLinear(layer.in_features, layer.out_features, weights)
+    new.dtype = layer.weight.dtype
     if fill:
         try:
             stored = quantise(layer.weight.detach(), weights)

@@ -73,6 +73,8 @@ def test_what_is_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"models.py", "mixers_retention.py", "ops_decay.py", "data.json"} <= names
     assert not {"optimizer.safetensors", "training_state.json", "__init__.py"} & names
+    code = sum(name.endswith(".py") for name in names)
+    assert f"({code} files of Python" in Path("docs/checkpoints.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"]["AutoConfig"] == "models.RetNetConfig"
     assert config["auto_map"]["AutoModel"] == "models.RetNetModel"

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 
 from retnet.checkpoints import load_checkpoint
 from retnet.checkpoints.export_step import ABOUT, NEXT, export_step, main
+from retnet.checkpoints.quantize import quantize_checkpoint
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
+from retnet.model.quantised import FORMATS
 from tests.generation.builders import (
     BOS,
     EOS,
@@ -216,21 +218,27 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "here.pt2").read_text() == "mine"
 
 
-def test_quantised_and_too_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Int8(torch.nn.Parameter):
-        pass
-
-    module = "retnet.checkpoints.export_step"
+@pytest.mark.parametrize("weights", FORMATS)
+def test_quantised_ones(weights: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "final")
-    loaded = load_checkpoint(folder)
-    monkeypatch.setattr(f"{module}.load_checkpoint", lambda *_, **__: loaded)
+    quantize_checkpoint(folder, tmp_path / weights, weights)
+    with pytest.raises(UserError, match=rf"has quantised weights \({weights}\): export the check"):
+        export_step(tmp_path / weights, tmp_path / "x.pt2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["final", weights])
+
+
+def test_what_does_not_fit_into_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is of all that is exported, a Performer's projections too."""
+    folder = save_checkpoint(tmp_path / "final", "performer")
+    model = load_checkpoint(folder).model
+    size = sum(x.nbytes for x in model.state_dict().values())
+    assert size > sum(x.nbytes for x in model.parameters())
+    module = "retnet.checkpoints.export_step"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr(f"{module}.MOST_IN_ONNX", 1000)
-    with pytest.raises(UserError, match=r"bytes of float32 weights, and a file of ONNX holds"):
+    monkeypatch.setattr(f"{module}.MOST_IN_ONNX", size - 1)
+    said = f"has {size:,} bytes of float32 weights, and a file of ONNX holds"
+    with pytest.raises(UserError, match=said):
         export_step(folder, tmp_path / "x.onnx")
-    loaded.model.lm_head.register_buffer("weight_int8", torch.zeros(1, dtype=torch.int8))
-    with pytest.raises(UserError, match=r"has quantised weights \(lm_head.weight_int8\): export"):
-        export_step(folder, tmp_path / "x.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 

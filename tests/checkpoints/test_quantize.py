@@ -1,6 +1,7 @@
 """Checkpoints with quantised weights: written, loaded, inspected, refused where they can't be."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_what_inspect_says(int8: Path, copy: Path) -> None:
     assert lines["quantised"] == "int8 weights, to generate and to compare"
     assert lines["read"] == "here    yes"
     assert "parameters" not in lines
+    change_config(copy, quantization_config=None)
+    lines = dict(line.split(maxsplit=1) for line in inspect(copy, convertible))
+    assert "quantised" not in lines and "parameters" in lines
     change_config(copy, quantization_config={"quant_method": "gptq"})
     lines = dict(line.split(maxsplit=1) for line in inspect(copy, convertible))
     assert lines["quantised"] == "in a format that is not read here"
@@ -124,6 +128,26 @@ def test_who_can_not_read_it_says_so(int8: Path, tmp_path: Path) -> None:
     assert not new.exists()
     with pytest.raises(ValueError, match=r"quantization_config \(int8\) is of quantised weights"):
         AutoModelForCausalLM.from_pretrained(int8)
+
+
+def test_what_save_pretrained_writes(int8: Path, tmp_path: Path) -> None:
+    """It says that it is quantised, so that transformers does not fill it at random."""
+    model: Any = load_checkpoint(int8).model
+    model.save_pretrained(tmp_path / "model")
+    for kind in (AutoModelForCausalLM, type(model)):
+        with pytest.raises(
+            ValueError, match=r"quantization_config \(int8\) is of quantised weights"
+        ):
+            kind.from_pretrained(tmp_path / "model")
+    ids = random_ids(1, 8)
+    for file in int8.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "model")
+    again: Any = load_checkpoint(tmp_path / "model").model
+    assert again(ids).logits.equal(model(ids).logits)
+    plain: Any = load_checkpoint(int8, weights="fp32").model
+    plain.save_pretrained(tmp_path / "plain")
+    again = type(plain).from_pretrained(tmp_path / "plain")
+    assert again(ids).logits.equal(plain(ids).logits)
 
 
 def test_where_it_may_be_written(saved: Path, copy: Path, tmp_path: Path) -> None:

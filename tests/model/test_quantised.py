@@ -21,6 +21,7 @@ from retnet.model.quantised import (
     quantised_format,
     replace_linears,
     stored_parts,
+    type_and_device,
 )
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
@@ -106,6 +107,8 @@ def test_a_model_computes_with_what_is_stored(weights: str, mixer: str) -> None:
     replace_linears(model, weights)
     assert quantised_format(model) == weights
     assert model.num_parameters() == before.num_parameters()
+    trained = sum(x.numel() for x in model.parameters())
+    assert model.num_parameters(only_trainable=True) == trained < model.num_parameters()
     for layer in (model.lm_head, model.model.layers[0].mixer.o_proj):
         assert type(layer) is QuantisedLinear
     ids = random_ids(2, 12)
@@ -152,10 +155,20 @@ def test_casting_leaves_what_is_stored(weights: str) -> None:
         layer.register_buffer(name, tensor)
     x, before = torch.randn(2, 40), {name: x.clone() for name, x in layer.stored.items()}
     wide = layer(x)
-    assert wide.dtype == torch.float32
+    assert wide.dtype == layer.dtype == torch.float32
     for dtype in (torch.float64, torch.bfloat16):
         layer.to(dtype)
+        assert copy.deepcopy(layer).dtype == dtype
         assert all(layer.stored[name].equal(x) for name, x in before.items())
         assert all(layer.stored[name].dtype == x.dtype for name, x in before.items())
         torch.testing.assert_close(layer(x.to(dtype)).float(), wide, rtol=0.02, atol=0.05)
     assert weights in repr(layer)
+
+
+def test_a_model_of_another_type_gets_its_weights_back_in_that() -> None:
+    model: Any = tiny_model("retention", dtype=torch.bfloat16)
+    replace_linears(model, "int8")
+    assert type_and_device(model.lm_head) == (torch.bfloat16, torch.device("cpu"))
+    replace_linears(model.double(), None)
+    assert {x.dtype for x in model.parameters()} == {torch.float64}
+    assert type_and_device(model.lm_head) == (torch.float64, torch.device("cpu"))

@@ -61,7 +61,7 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
         named = f"{len(files)} file{'s' * (len(files) > 1)}"
         yield f"weights      {size:,} bytes in {named}, {', '.join(types)}"
         parameters = sum(prod(shape) for shape, _ in heads.values())
-        if KEY in stored:
+        if stored.get(KEY) is not None:
             yield f"quantised    {_quantised(place, stored)}"
         else:
             yield f"parameters   {parameters:,}, as stored in {len(heads):,} tensors"

@@ -22,6 +22,7 @@ from ..documents import TokenInfo
 from ..ops.batched import batched_product
 from ..ops.precision import wide_dtype
 from ..ops.rotary import Rotation, rotary_angles, rotary_theta, rotation
+from ..quantised import type_and_device
 
 # Standard deviation of a fresh model's logits: small, so that training begins at a loss of
 # ln(vocab_size). (The official RetNet has 1 here, which begins half a nat above.)
@@ -303,14 +304,15 @@ class RotaryStep(Step):
     """A step that rotates queries and keys together, [B, 2H, 1, K]."""
 
     def __init__(self, mixer: Any) -> None:
-        config, weight = mixer.config, mixer.o_proj.weight
+        config = mixer.config
+        dtype, device = type_and_device(mixer.o_proj)
         self.layout, self.num_heads = config.rotary_layout, config.num_heads
-        self.dtype = wide_dtype(weight.dtype)  # of what is summed
+        self.dtype = wide_dtype(dtype)  # of what is summed
         self.theta = rotary_theta(
             config.head_dim,
             frequencies=config.rotary_frequencies,
             base=config.rotary_base,
-            device=weight.device,
+            device=device,
         )
         if config.positions != "rotary":
             self.theta = torch.zeros_like(self.theta)

@@ -138,7 +138,7 @@ class RetentionStep(RotaryStep):
         super().__init__(mixer)
         config = mixer.config
         self.key_heads, self.key_scale = config.key_value_heads, config.head_dim**-0.5
-        self.norm = step_head_norm(mixer, self.dtype)
+        self.norm = step_head_norm(mixer, self.dtype, self.theta.device)
         self.parts = [config.hidden_size + mixer.k_proj.out_features, mixer.v_proj.out_features]
         self.parts += [config.value_size] if config.gate else []
         self.set_decay(config)
@@ -176,7 +176,9 @@ class RetentionStep(RotaryStep):
         return F.silu(others[0]).mul_(out) if others else out
 
 
-def step_head_norm(mixer: "MultiScaleRetention", dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def step_head_norm(
+    mixer: "MultiScaleRetention", dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """The norm of a token's heads [B, H, V]; what it needs is made once."""
     kind, eps = mixer.config.head_norm, mixer.config.head_norm_eps
     if mixer.head_norm_weight is not None:
@@ -185,7 +187,7 @@ def step_head_norm(mixer: "MultiScaleRetention", dtype: torch.dtype) -> Callable
     if kind != "groupnorm":
         return lambda x: head_norm(x, kind, eps)
     shape = (mixer.config.value_size // mixer.config.num_heads,)
-    one, zero = no_change(mixer.o_proj.weight.new_empty(shape, dtype=dtype))
+    one, zero = no_change(torch.empty(shape, dtype=dtype, device=device))
     return lambda x: torch.layer_norm(x, shape, one, zero, eps)
 
 

@@ -1,6 +1,7 @@
 """A step's products with quantised weights are those with the numbers that they stand for."""
 
 import copy
+import gc
 import weakref
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from retnet.generation import make_step, prefill
 from retnet.model.fast_decode import quantised
 from retnet.model.fast_decode.products import make_products
-from retnet.model.fast_decode.quantised import MOST_DIRECT, Int8, QuantisedProduct
+from retnet.model.fast_decode.quantised import MOST_DIRECT, Int4, Int8, QuantisedProduct
 from retnet.model.fast_decode.step import DecodeStep, make_decode_step
 from retnet.model.fast_decode.weights import (
     MOST_LEFT,
@@ -87,6 +88,18 @@ def test_inputs_of_zeros_and_those_that_are_not_finite() -> None:
         assert not product(x).isfinite().any()
 
 
+def test_rows_do_not_depend_on_each_other() -> None:
+    layer = make_layer(40, 96, "int8")
+    product, x = QuantisedProduct([layer]), torch.randn(4, 96)
+    alone = [product(row[None]) for row in x]
+    beside = x.clone()
+    beside[0, 5], beside[1], beside[3] = float("nan"), 0.0, x[3] * 2**20
+    found = product(beside)
+    assert found[0].isnan().all() and found[1].equal(torch.zeros(40))
+    torch.testing.assert_close(found[2:3], alone[2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[3:] / 2**20, alone[3], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("answer", ["absent", "wrong"])
 def test_plain_products_take_over(weights: str, answer: str, monkeypatch) -> None:
@@ -95,7 +108,7 @@ def test_plain_products_take_over(weights: str, answer: str, monkeypatch) -> Non
             raise AttributeError("module 'torch' has no such operator\nsecond line")
         return lambda x: x.new_full((len(x), 48), 9.0)
 
-    monkeypatch.setitem(quantised.OPERATORS, (weights, "cpu"), (refuse,))
+    monkeypatch.setitem(quantised.FASTEST, (weights, "cpu"), (refuse,))
     quantised._choose.cache_clear()
     try:
         model: Any = tiny_model("retention", dtype=torch.float32)
@@ -132,11 +145,21 @@ def test_the_next_operator_is_taken(monkeypatch) -> None:
         raise RuntimeError("it is not there")
 
     second = quantised.Int8Bfloat16
-    monkeypatch.setitem(quantised.OPERATORS, ("int8", "cpu"), (absent, second))
+    monkeypatch.setitem(quantised.FASTEST, ("int8", "cpu"), (absent, second))
     assert quantised._choose.__wrapped__("int8", "cpu") == (second, "")
     layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
     check(second(layer.stored), [layer], x.bfloat16(), 2**-7)
     assert quantised._choose.__wrapped__("int8", "tpu")[1] == "torch has no int8 product for tpu"
+
+
+def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(monkeypatch) -> None:
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    (kind,) = quantised.FASTEST["int8", "cuda"]
+    assert quantised._problem(kind, "int8", "cpu") == ""
+    layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
+    y = kind(layer.stored)(x)
+    assert y.dtype == torch.float32
+    check(lambda x: y, [layer], x, 2**-7)
 
 
 @both_mixers
@@ -156,6 +179,24 @@ def test_the_step_is_the_forward_pass(mixer: str, weights: str) -> None:
             logits = torch.stack([step(ids[:, t], cache) for t in range(6, 9)], dim=1)
         error = (logits - expected[:, 6:]).abs().max() / expected.abs().max()
         assert error < (2e-3 if weights == "int8" else 0.05)
+
+
+@both_mixers
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type(mixer: str, dtype: torch.dtype, monkeypatch) -> None:
+    """And no weight is expanded to learn that type."""
+    model: Any = tiny_model(mixer, dtype=torch.float32)
+    replace_linears(model, "int8")
+    model.to(dtype)
+    ids, cache = random_ids(2, 9), model.new_cache()
+    with torch.inference_mode():
+        expected = model(ids).logits
+        prefill(model, ids[:, :8], cache)
+        monkeypatch.delattr(QuantisedLinear, "weight")
+        logits = DecodeStep(model)(ids[:, 8], cache)
+    assert logits.dtype == expected.dtype == dtype
+    error = (logits - expected[:, 8]).abs().max() / expected.abs().max()
+    assert error < (2e-3 if dtype == torch.float64 else 0.1)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -190,6 +231,62 @@ def test_many_rows_are_packed_once(monkeypatch) -> None:
     packed = [product.packed is not None for product in step._products()]
     assert all(packed) == any(packed) == packs_bfloat16(torch.device("cpu"))
     assert step.output.packed_bytes == 2 * model.lm_head.in_features * model.lm_head.out_features
+
+
+def count(kind: type, monkeypatch) -> list[Any]:
+    made: list[Any] = []
+    before = kind.__init__
+
+    def init(self: Any, stored: dict[str, Tensor]) -> None:
+        made.append(weakref.ref(self))
+        before(self, stored)
+
+    monkeypatch.setattr(kind, "__init__", init)
+    return made
+
+
+@pytest.mark.parametrize(("weights", "kind"), [("int8", Int8), ("int4", Int4)])
+def test_a_models_steps_share_what_was_made_of_its_weights(
+    weights: str, kind: type, monkeypatch
+) -> None:
+    model: Any = tiny_model("retention", dtype=torch.float32)
+    replace_linears(model, weights)
+    lay_out_for_decoding(model)
+    names = set(model.state_dict())
+    made = count(kind, monkeypatch)
+    with torch.inference_mode():
+        steps = [DecodeStep(model)]
+    first = len(made)
+    steps += [DecodeStep(model), DecodeStep(model)]
+    assert len(made) == first > 0 and set(model.state_dict()) == names
+    other = copy.deepcopy(model)
+    DecodeStep(other)
+    assert len(made) == 2 * first
+    del steps, other, model
+    gc.collect()
+    assert not any(operator() for operator in made)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("change", ["in place", "another", "data", "inference"])
+def test_changed_weights_are_made_anew(weights: str, change: str) -> None:
+    layers = [make_layer(20, 64, weights, seed) for seed in (0, 1)]
+    x, new = torch.randn(2, 64), make_layer(20, 64, weights, seed=2)
+    with torch.inference_mode(change == "inference"):
+        if change == "inference":
+            for layer in layers:
+                for name, tensor in layer.stored.items():
+                    layer.register_buffer(name, tensor.clone())
+        QuantisedProduct(layers)
+        for name, tensor in new.stored.items():
+            if change == "another":
+                layers[1].register_buffer(name, tensor)
+            elif change == "data":
+                layers[1].stored[name].data = tensor
+            else:
+                layers[1].stored[name].copy_(tensor)
+        check(QuantisedProduct(layers), layers, x, TOLERANCES[weights])
+        check(QuantisedProduct(layers[:1]), layers[:1], x, TOLERANCES[weights])
 
 
 def test_packed_int8_goes_with_its_last_user() -> None:
