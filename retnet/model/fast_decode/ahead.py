@@ -175,7 +175,8 @@ class Program:
     def __call__(self, tokens: Tensor, positions: Tensor, states: Sequence[Any]) -> Tensor:
         """The logits; the states are changed in place."""
         held = [states[i][name] for i, name in self.places]
-        return self.run([tokens, positions.contiguous(), *held])[0]
+        # strides are built in, and a sampler's tokens are a column of what it drew
+        return self.run([tokens.contiguous(), positions.contiguous(), *held])[0]
 
 
 def tensors_of(thing: Any, name: str = "") -> dict[str, Tensor]:

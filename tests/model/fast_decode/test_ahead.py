@@ -32,7 +32,9 @@ class Loaded:
         self.constants = constants
 
     def boxed_run(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        given = iter(inputs)
+        """With the strides built in, as the compiler does it."""
+        pairs = zip(inputs, self.exported.example_inputs[0], strict=True)
+        given = iter([x.as_strided(y.shape, y.stride()) for x, y in pairs])
         arguments = [
             self.constants[spec.target] if spec.target else next(given)
             for spec in self.exported.graph_signature.input_specs
@@ -89,6 +91,20 @@ def test_a_kept_program_takes_the_weights_of_the_next_model(
     run(tiny_model(mixer, seed=1), tmp_path / "steps")
     assert len(compiled) == 1
     assert sorted(f.suffix for f in (tmp_path / "steps").iterdir()) == [".json", ".pt2"]
+
+
+def test_tokens_that_are_a_column(compiled: list[Any], tmp_path: Path) -> None:
+    """Those that a sampler draws for several samples are."""
+    model, drawn = tiny_model("retention"), random_ids(3, 3)
+    assert drawn[:, 0].tolist() != drawn[0].tolist()
+    cache = model.new_cache()
+    prefill(model, random_ids(3, 6), cache)
+    step = DecodeStep(model)
+    step.faster = AheadOfTime(step, model.config, refused, tmp_path)
+    with torch.inference_mode():
+        expected = DecodeStep(model)(drawn[:, 0], copy.deepcopy(cache))
+        torch.testing.assert_close(step(drawn[:, 0], cache), expected)
+    assert compiled
 
 
 @pytest.mark.parametrize("ending", [".pt2", pytest.param(".json", marks=pytest.mark.slow)])
