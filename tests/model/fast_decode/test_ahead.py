@@ -2,7 +2,9 @@
 runs what it was given with the constants that it is told, and once with torch's own."""
 
 import copy
+import gc
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from retnet.generation import generate, prefill
+from retnet.model.fast_decode import quantised
 from retnet.model.fast_decode.ahead import AheadOfTime
 from retnet.model.fast_decode.step import DecodeStep
 from retnet.model.fast_decode.weights import MOST_LEFT
+from retnet.model.quantised import replace_linears
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
 
@@ -22,7 +26,11 @@ class Loaded:
     """What the stand-in makes of a package."""
 
     def __init__(self, exported: Any) -> None:
-        self.exported, self.loader = exported, self
+        self.exported = exported
+
+    @property
+    def loader(self) -> "Loaded":
+        return self
 
     def get_constant_fqns(self) -> list[str]:
         return list(self.exported.constants)
@@ -130,7 +138,7 @@ def test_a_folder_that_cannot_be_written(compiled: list[Any], tmp_path: Path, ca
 def test_who_goes_the_other_way(compiled: list[Any], tmp_path: Path, caplog: Any) -> None:
     """Many rows, and what the compiler fails at; it is not asked twice."""
     model = tiny_model("retention")
-    plain = DecodeStep(model)._compute
+    plain = DecodeStep._compute
     many = run(model, tmp_path, MOST_LEFT + 1, plain)
     assert many.programs == {MOST_LEFT + 1: None}
     assert not compiled
@@ -170,9 +178,67 @@ def test_a_program_that_computes_something_else_is_not_taken(
     other = Loaded.boxed_run
     monkeypatch.setattr(Loaded, "boxed_run", lambda *given: [x * 1.01 for x in other(*given)])
     with caplog.at_level("INFO"):
-        run(model, tmp_path, 1, DecodeStep(model)._compute)
+        run(model, tmp_path, 1, DecodeStep._compute)
     assert "it computes something else" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_program_that_computes_something_else_is_made_anew(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model = tiny_model("retention")
+    run(model, tmp_path)
+    other = Loaded.boxed_run
+
+    def spoilt(program: Loaded, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        factor = 1.01 if program.exported is compiled[0] else 1.0
+        return [x * factor for x in other(program, inputs)]
+
+    monkeypatch.setattr(Loaded, "boxed_run", spoilt)
+    with caplog.at_level("INFO"):
+        run(model, tmp_path)
+    assert len(compiled) == 2
+    assert "is compiled anew: it computes something else" in caplog.text
+
+
+def test_packed_weights_are_not_compiled_ahead(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program would have the number of one in it, and the next model get its weights."""
+    if problem := quantised._problem(quantised.Int8, "int8", "cpu"):
+        pytest.skip(problem)
+    monkeypatch.setattr(quantised, "_choose", lambda *key: (quantised.Int8, ""))
+    for seed in range(2):
+        model = tiny_model("retention", dtype=torch.float32, seed=seed)
+        replace_linears(model, "int8")
+        ahead = run(model, tmp_path, otherwise=DecodeStep._compute)
+        assert ahead.programs == {1: None}
+    assert not compiled
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_step_that_is_dropped_leaves_nothing_in_memory(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, as one that is not compiled; the stand-in has only the first model's weights."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run(tiny_model("retention"), tmp_path)
+    for folder in (None, tmp_path):
+        model = tiny_model("retention", seed=1)
+        ids, cache = random_ids(1, 9), model.new_cache()
+        prefill(model, ids[:, :8], cache)
+        step = DecodeStep(model).compile(folder)
+        with torch.inference_mode():
+            step(ids[:, 8], cache)
+        weight = weakref.ref(step.embedding)
+        gc.collect()
+        gc.disable()
+        try:
+            del step
+            assert weight() is None
+        finally:
+            gc.enable()
+    assert len(compiled) == 1
 
 
 @pytest.mark.slow
