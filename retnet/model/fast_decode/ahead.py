@@ -8,6 +8,7 @@ What is kept in a folder has no weights in it: it says which of the step's tenso
 and is found by everything that it was made of. What cannot be read is made anew.
 """
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -28,6 +29,7 @@ from .weights import MOST_LEFT, Packed, onednn_is_on
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[Any, Tensor, Tensor, int, Sequence[Any]], Tensor]  # ``DecodeStep._compute``
+MOST_KEPT = 32  # programs in a folder
 OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 
 
@@ -70,6 +72,8 @@ class AheadOfTime:
         try:
             program = Program(path, self.tensors, places)
             _check(program, step, rows, states)
+            with contextlib.suppress(OSError):  # in a folder of somebody else
+                path.touch()
             return program
         except Exception as error:  # what another process left there may do anything
             if path.exists():
@@ -87,6 +91,7 @@ class AheadOfTime:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for file in (_map_of(made), made):  # the program last: it is looked for
                     _put(file, self.folder)
+                _tidy(self.folder)
             except OSError as error:
                 logger.info(f"the compiled step is not kept for later: {error}")
         return program
@@ -251,3 +256,16 @@ def _put(file: Path, folder: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
         copy.write(file.read_bytes())
     Path(copy.name).replace(folder / file.name)
+
+
+def _tidy(folder: Path) -> None:
+    """Leave the programs that were used last, and of others nothing, nor of unfinished copies."""
+    used: dict[str, float] = {}
+    files = list(folder.iterdir())
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            used[file.stem] = max(file.stat().st_mtime, used.get(file.stem, 0.0))
+    kept = sorted(used, key=lambda name: used[name])[-MOST_KEPT:]
+    for file in files:
+        if file.stem not in kept:
+            file.unlink(missing_ok=True)

@@ -3,6 +3,7 @@ runs what it was given with the constants that it is told, and once with torch's
 
 import copy
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from retnet.generation import generate, prefill
-from retnet.model.fast_decode import quantised
+from retnet.model.fast_decode import ahead, quantised
 from retnet.model.fast_decode.ahead import AheadOfTime
 from retnet.model.fast_decode.step import DecodeStep
 from retnet.model.fast_decode.weights import MOST_LEFT
@@ -135,6 +136,39 @@ def test_a_folder_that_cannot_be_written(compiled: list[Any], tmp_path: Path, ca
     assert "the compiled step is not kept for later" in caplog.text
 
 
+def test_the_programs_that_were_used_last_are_kept(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three: the first is used once more; of an unfinished copy nothing stays."""
+    monkeypatch.setattr(ahead, "MOST_KEPT", 2)
+    model = tiny_model("retention")
+    (tmp_path / "unfinished").touch()
+
+    def names() -> set[str]:
+        return {file.name for file in tmp_path.iterdir()}
+
+    def grow_older() -> None:
+        for file in tmp_path.iterdir():
+            then = file.stat().st_mtime - 60
+            os.utime(file, (then, then))
+
+    grow_older()
+    run(model, tmp_path, 1)
+    first = names() - {"unfinished"}
+    grow_older()
+    run(model, tmp_path, 2)
+    second = names() - first
+    assert len(second) == 2
+    grow_older()
+    run(model, tmp_path, 1)
+    assert names() == first | second
+    grow_older()
+    run(model, tmp_path, 3)
+    assert names() > first
+    assert len(names()) == 4
+    assert not names() & second
+
+
 def test_who_goes_the_other_way(compiled: list[Any], tmp_path: Path, caplog: Any) -> None:
     """Many rows, and what the compiler fails at; it is not asked twice."""
     model = tiny_model("retention")
@@ -211,8 +245,7 @@ def test_packed_weights_are_not_compiled_ahead(
     for seed in range(2):
         model = tiny_model("retention", dtype=torch.float32, seed=seed)
         replace_linears(model, "int8")
-        ahead = run(model, tmp_path, otherwise=DecodeStep._compute)
-        assert ahead.programs == {1: None}
+        assert run(model, tmp_path, otherwise=DecodeStep._compute).programs == {1: None}
     assert not compiled
     assert not list(tmp_path.iterdir())
 
