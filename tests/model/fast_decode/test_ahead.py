@@ -257,21 +257,24 @@ def test_a_compiled_step_that_is_dropped_leaves_nothing_in_memory(
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     run(tiny_model("retention"), tmp_path)
     for folder in (None, tmp_path):
-        model = tiny_model("retention", seed=1)
-        ids, cache = random_ids(1, 9), model.new_cache()
-        prefill(model, ids[:, :8], cache)
+        check_dropped(folder)
+    assert len(compiled) == 1
+
+
+def check_dropped(folder: Path | None) -> None:
+    model = tiny_model("retention", seed=1)
+    ids, cache = random_ids(1, 9), model.new_cache()
+    prefill(model, ids[:, :8], cache)
+    gc.disable()
+    try:
         step = DecodeStep(model).compile(folder)
         with torch.inference_mode():
             step(ids[:, 8], cache)
         weight = weakref.ref(step.embedding)
-        gc.collect()
-        gc.disable()
-        try:
-            del step
-            assert weight() is None
-        finally:
-            gc.enable()
-    assert len(compiled) == 1
+        del step
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
@@ -287,3 +290,23 @@ def test_torchs_own_compiler(mixer: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.export, "export", refused)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: refused)
     run(model, tmp_path / "retnet" / "steps")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_torchs_own_compiler_for_several_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: refused)
+    model, ids = tiny_model("retention", dtype=torch.float32), random_ids(1, 6)
+    expected = list(generate(model, ids, max_new_tokens=8, num_samples=3))
+    assert list(generate(model, ids, max_new_tokens=8, num_samples=3, compile=True)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_torchs_own_compiler_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """Neither where it has just compiled, nor afterwards."""
+    for _ in range(2):
+        check_dropped(tmp_path)
