@@ -139,9 +139,12 @@ def computes_in_bfloat16() -> bool:
     return any(bool(has) for name, has in abilities.items() if name.endswith("bf16"))
 
 
-def steps_folder() -> Path:
-    """Where compiled decode steps are kept for later processes."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def steps_folder() -> Path | None:
+    """Where compiled decode steps are kept for later processes; None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "retnet" / "steps"
 
 

@@ -6,6 +6,7 @@ Freed memory is kept: counted in page faults of other processes. Products by one
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import retnet.training.run as run
 from retnet import cli, machine
 from retnet.errors import UserError
-from retnet.machine import memory_of, set_up_compiler, use_fast_products
+from retnet.machine import memory_of, set_up_compiler, steps_folder, use_fast_products
 from retnet.training.config import Config
 from tests.model.conftest import make_model, random_ids
 
@@ -189,3 +190,17 @@ def test_no_compiler_is_said_with_the_key(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler .*no-such-compiler"):
         set_up_compiler(CPU, "--compile")
+
+
+def test_where_compiled_steps_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert steps_folder() == Path("/caches/retnet/steps")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    assert steps_folder() == Path("/home/me/.cache/retnet/steps")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert steps_folder() is None

@@ -69,7 +69,9 @@ def build_parser() -> ArgumentParser:
     add("--seed", type=whole_number, help="sample i draws with seed + i - 1 (0)")
     add("--num-samples", type=positive_int, default=1, help="continuations, made as one batch (1)")
     add("--stop", action="append", default=[], help="end before this text; may be repeated")
-    add("--compile", action="store_true", help="compile the step first: for thousands of tokens")
+    kept = "compile the step first: for thousands of tokens (on a CPU kept for later starts in "
+    kept += "$XDG_CACHE_HOME or ~/.cache, retnet/steps, where the state is of constant size)"
+    add("--compile", action="store_true", help=kept)
     add_loading_options(parser)
     return parser
 

@@ -8,7 +8,9 @@ What is kept in a folder has no weights in it: it says which of the step's tenso
 and is found by everything that it was made of. What cannot be read is made anew.
 """
 
+import contextlib
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -22,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .weights import MOST_LEFT, onednn_is_on
+from .weights import MOST_LEFT, Packed, onednn_is_on
 
 logger = logging.getLogger(__name__)
 
-Compute = Callable[[Tensor, Tensor, int, Sequence[Any]], Tensor]  # as ``DecodeStep._compute``
-
-
+Compute = Callable[[Any, Tensor, Tensor, int, Sequence[Any]], Tensor]  # ``DecodeStep._compute``
+MOST_KEPT = 32  # programs in a folder
 OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 
 
@@ -36,48 +37,53 @@ class AheadOfTime:
     """``DecodeStep._compute`` for few rows on the CPU; other calls, and failures, go ``otherwise``.
 
     Args:
-        step: A ``DecodeStep``, whose state must not grow.
+        step: A ``DecodeStep``, whose state must not grow. It is handed over at each call anew and
+            not held: it would refer to itself.
         config: All else that the computation depends on.
         otherwise: The step compiled at its first call.
         folder: Of the programs, made where it lacks.
     """
 
     def __init__(self, step: Any, config: Any, otherwise: Compute, folder: Path) -> None:
-        self.plain, self.config, self.otherwise, self.folder = (
-            step._compute, config, otherwise, folder,
-        )  # fmt: skip
+        self.config, self.otherwise, self.folder = config, otherwise, folder
         self.tensors = tensors_of(step)
         self.programs: dict[int, Program | None] = {}  # by rows
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, length: int, states: Sequence[Any]
+        self, step: Any, tokens: Tensor, positions: Tensor, length: int, states: Sequence[Any]
     ) -> Tensor:
         rows = len(tokens)
         if rows not in self.programs:
             wanted = rows <= MOST_LEFT and tokens.device.type == "cpu"
-            self.programs[rows] = self._program(rows, states) if wanted else None
+            self.programs[rows] = self._program(step, rows, states) if wanted else None
         program = self.programs[rows]
         if program is None:
-            return self.otherwise(tokens, positions, length, states)
+            return self.otherwise(step, tokens, positions, length, states)
         return program(tokens, positions, states)
 
-    def _program(self, rows: int, states: Sequence[Any]) -> "Program | None":
+    def _program(self, step: Any, rows: int, states: Sequence[Any]) -> "Program | None":
+        if any(isinstance(getattr(x, "operator", None), Packed) for x in step._products()):
+            return None  # it is a number of this process: no other finds the weight by it
         places = [(i, name) for i, state in enumerate(states) for name in state or ()]
         held = [states[i][name] for i, name in places]
         if not all(x.is_contiguous() for x in held):
             return None
         path = self.folder / f"{self._key(rows, held)}.pt2"
         try:
-            return Program(path, self.tensors, places)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            program = Program(path, self.tensors, places)
+            _check(program, step, rows, states)
+            with contextlib.suppress(OSError):  # in a folder of somebody else
+                path.touch()
+            return program
+        except Exception as error:  # what another process left there may do anything
             if path.exists():
                 logger.info(f"{path} is compiled anew: {error}")
         with tempfile.TemporaryDirectory() as folder:
             try:
                 made = Path(folder) / path.name
-                self._make(made, rows, places, states)
+                self._make(made, step, rows, places, states)
                 program = Program(made, self.tensors, places)
-                self._check(program, rows, states)
+                _check(program, step, rows, states)
             except Exception as error:  # compilers raise anything
                 logger.info(f"the step is compiled at its first call, not ahead of time: {error}")
                 return None
@@ -85,21 +91,10 @@ class AheadOfTime:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for file in (_map_of(made), made):  # the program last: it is looked for
                     _put(file, self.folder)
+                _tidy(self.folder)
             except OSError as error:
                 logger.info(f"the compiled step is not kept for later: {error}")
         return program
-
-    def _check(self, program: "Program", rows: int, states: Sequence[Any]) -> None:
-        """A ``ValueError`` where a new program does not compute the step."""
-        tokens = torch.zeros(rows, dtype=torch.int64)
-        copies = [[state and {k: x.clone() for k, x in state.items()} for state in states]
-                  for _ in range(2)]  # fmt: skip
-        with torch.inference_mode():
-            expected = self.plain(tokens, tokens, 0, copies[0])
-            found = program(tokens, tokens, copies[1])
-        atol = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax().item()
-        if not torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
-            raise ValueError("it computes something else")
 
     def _key(self, rows: int, held: Sequence[Tensor]) -> str:
         """A name that says all that a program depends on."""
@@ -121,27 +116,18 @@ class AheadOfTime:
     def _make(
         self,
         path: Path,
+        step: Any,
         rows: int,
         places: Sequence[tuple[int, str]],
         states: Sequence[Any],
     ) -> None:
-        plain = self.plain
-
-        class Computation(nn.Module):
-            """Of tensors only."""
-
-            def forward(self, tokens: Tensor, positions: Tensor, *held: Tensor) -> Tensor:
-                given: list[dict[str, Tensor] | None] = [None if s is None else {} for s in states]
-                for (i, name), x in zip(places, held, strict=True):
-                    given[i][name] = x  # type: ignore[index]
-                return plain(tokens, positions, 0, given)
-
         quiet = warnings.catch_warnings(action="ignore")  # of torch about itself
         with torch.inference_mode(False), torch.no_grad(), quiet:
             tokens = torch.zeros(rows, dtype=torch.int64)
             held = [torch.zeros_like(states[i][name]) for i, name in places]
+            computation = Computation(step, places, [state is None for state in states])
             exported = torch.export.export(
-                Computation(), (tokens, tokens.clone(), *held), strict=False
+                computation, (tokens, tokens.clone(), *held), strict=False
             )
             torch._inductor.aoti_compile_and_package(
                 exported,
@@ -149,6 +135,25 @@ class AheadOfTime:
                 inductor_configs=OPTIONS,
             )
         _map_of(path).write_text(json.dumps(_places(exported.constants, self.tensors)))
+        del exported, computation
+        gc.collect()  # the compiler's graphs refer to themselves, and hold the weights
+
+
+class Computation(nn.Module):
+    """A step as a function of tensors only."""
+
+    def __init__(
+        self, step: Any, places: Sequence[tuple[int, str]], without: Sequence[bool]
+    ) -> None:
+        super().__init__()
+        self.step, self.places, self.without = step, places, without
+
+    def forward(self, tokens: Tensor, positions: Tensor, *held: Tensor) -> Tensor:
+        states: list[Any] = [None if none else {} for none in self.without]
+        for (i, name), x in zip(self.places, held, strict=True):
+            states[i][name] = x
+        logits: Tensor = self.step._compute(tokens, positions, 0, states)
+        return logits
 
 
 class Program:
@@ -175,7 +180,21 @@ class Program:
     def __call__(self, tokens: Tensor, positions: Tensor, states: Sequence[Any]) -> Tensor:
         """The logits; the states are changed in place."""
         held = [states[i][name] for i, name in self.places]
-        return self.run([tokens, positions.contiguous(), *held])[0]
+        # strides are built in, and a sampler's tokens are a column of what it drew
+        return self.run([tokens.contiguous(), positions.contiguous(), *held])[0]
+
+
+def _check(program: Program, step: Any, rows: int, states: Sequence[Any]) -> None:
+    """A ``ValueError`` where a program does not compute the step."""
+    tokens = torch.zeros(rows, dtype=torch.int64)
+    copies = [[state and {k: x.clone() for k, x in state.items()} for state in states]
+              for _ in range(2)]  # fmt: skip
+    with torch.inference_mode():
+        expected = step._compute(tokens, tokens, 0, copies[0])
+        found = program(tokens, tokens, copies[1])
+    atol = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax().item()
+    if not torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
+        raise ValueError("it computes something else")
 
 
 def tensors_of(thing: Any, name: str = "") -> dict[str, Tensor]:
@@ -237,3 +256,16 @@ def _put(file: Path, folder: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
         copy.write(file.read_bytes())
     Path(copy.name).replace(folder / file.name)
+
+
+def _tidy(folder: Path) -> None:
+    """Leave the programs that were used last, and of others nothing, nor of unfinished copies."""
+    used: dict[str, float] = {}
+    files = list(folder.iterdir())
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            used[file.stem] = max(file.stat().st_mtime, used.get(file.stem, 0.0))
+    kept = sorted(used, key=lambda name: used[name])[-MOST_KEPT:]
+    for file in files:
+        if file.stem not in kept:
+            file.unlink(missing_ok=True)

@@ -139,8 +139,8 @@ class DecodeStep:
     """
 
     def __init__(self, model: DecoderForCausalLM) -> None:
-        # no bound method: a step that refers to itself would keep its weights until the next search
-        # for cycles, beside those of the model after it
+        # a function of the step, no bound method: a step that refers to itself would keep its
+        # weights until the next search for cycles, beside those of the model after it
         self.faster: Callable[..., Tensor] | None = None
         self.config = model.config
         self.number = next(_numbers)
@@ -189,22 +189,23 @@ class DecodeStep:
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
         """
-        compiled = _compile(self._compute, self.grows)
+        compiled = _compile(DecodeStep._compute, self.grows)
         torch._dynamo.mark_static(self.embedding)
         for product in self._products():
             for tensor in product.tensors:
                 torch._dynamo.mark_static(tensor)
 
-        def compute(tokens: Tensor, positions: Tensor, length: int, states: Any) -> Tensor:
-            if self.grows:
+        def compute(
+            step: "DecodeStep", tokens: Tensor, positions: Tensor, length: int, states: Any
+        ) -> Tensor:
+            if step.grows:
                 torch._dynamo.mark_static(tokens)
                 torch._dynamo.mark_static(positions)
-            return compiled(tokens, positions, length, states)
+            return compiled(step, tokens, positions, length, states)
 
         self.compiled = True
-        if folder is None or self.grows:
-            self.faster = compute
-        else:
+        self.faster = compute
+        if folder is not None and not self.grows:
             self.faster = AheadOfTime(self, self.config, compute, folder)
         return self
 
@@ -225,7 +226,8 @@ class DecodeStep:
         try:
             positions = cache.record.select(1, NEXT_POSITION)
             with for_any_length(tokens.device):
-                logits = (self.faster or self._compute)(tokens, positions, length, states)
+                compute = self.faster or DecodeStep._compute
+                logits = compute(self, tokens, positions, length, states)
         finally:
             if slow:
                 switch_onednn(True)

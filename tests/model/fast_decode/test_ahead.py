@@ -2,7 +2,10 @@
 runs what it was given with the constants that it is told, and once with torch's own."""
 
 import copy
+import gc
+import os
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ import pytest
 import torch
 
 from retnet.generation import generate, prefill
+from retnet.model.fast_decode import ahead, quantised
 from retnet.model.fast_decode.ahead import AheadOfTime
 from retnet.model.fast_decode.step import DecodeStep
 from retnet.model.fast_decode.weights import MOST_LEFT
+from retnet.model.quantised import replace_linears
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
 
@@ -22,7 +27,11 @@ class Loaded:
     """What the stand-in makes of a package."""
 
     def __init__(self, exported: Any) -> None:
-        self.exported, self.loader = exported, self
+        self.exported = exported
+
+    @property
+    def loader(self) -> "Loaded":
+        return self
 
     def get_constant_fqns(self) -> list[str]:
         return list(self.exported.constants)
@@ -32,7 +41,9 @@ class Loaded:
         self.constants = constants
 
     def boxed_run(self, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        given = iter(inputs)
+        """With the strides built in, as the compiler does it."""
+        pairs = zip(inputs, self.exported.example_inputs[0], strict=True)
+        given = iter([x.as_strided(y.shape, y.stride()) for x, y in pairs])
         arguments = [
             self.constants[spec.target] if spec.target else next(given)
             for spec in self.exported.graph_signature.input_specs
@@ -91,6 +102,20 @@ def test_a_kept_program_takes_the_weights_of_the_next_model(
     assert sorted(f.suffix for f in (tmp_path / "steps").iterdir()) == [".json", ".pt2"]
 
 
+def test_tokens_that_are_a_column(compiled: list[Any], tmp_path: Path) -> None:
+    """Those that a sampler draws for several samples are."""
+    model, drawn = tiny_model("retention"), random_ids(3, 3)
+    assert drawn[:, 0].tolist() != drawn[0].tolist()
+    cache = model.new_cache()
+    prefill(model, random_ids(3, 6), cache)
+    step = DecodeStep(model)
+    step.faster = AheadOfTime(step, model.config, refused, tmp_path)
+    with torch.inference_mode():
+        expected = DecodeStep(model)(drawn[:, 0], copy.deepcopy(cache))
+        torch.testing.assert_close(step(drawn[:, 0], cache), expected)
+    assert compiled
+
+
 @pytest.mark.parametrize("ending", [".pt2", pytest.param(".json", marks=pytest.mark.slow)])
 def test_what_is_damaged_is_compiled_anew(ending: str, compiled: list[Any], tmp_path: Path) -> None:
     model = tiny_model("retention")
@@ -111,10 +136,43 @@ def test_a_folder_that_cannot_be_written(compiled: list[Any], tmp_path: Path, ca
     assert "the compiled step is not kept for later" in caplog.text
 
 
+def test_the_programs_that_were_used_last_are_kept(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three: the first is used once more; of an unfinished copy nothing stays."""
+    monkeypatch.setattr(ahead, "MOST_KEPT", 2)
+    model = tiny_model("retention")
+    (tmp_path / "unfinished").touch()
+
+    def names() -> set[str]:
+        return {file.name for file in tmp_path.iterdir()}
+
+    def grow_older() -> None:
+        for file in tmp_path.iterdir():
+            then = file.stat().st_mtime - 60
+            os.utime(file, (then, then))
+
+    grow_older()
+    run(model, tmp_path, 1)
+    first = names() - {"unfinished"}
+    grow_older()
+    run(model, tmp_path, 2)
+    second = names() - first
+    assert len(second) == 2
+    grow_older()
+    run(model, tmp_path, 1)
+    assert names() == first | second
+    grow_older()
+    run(model, tmp_path, 3)
+    assert names() > first
+    assert len(names()) == 4
+    assert not names() & second
+
+
 def test_who_goes_the_other_way(compiled: list[Any], tmp_path: Path, caplog: Any) -> None:
     """Many rows, and what the compiler fails at; it is not asked twice."""
     model = tiny_model("retention")
-    plain = DecodeStep(model)._compute
+    plain = DecodeStep._compute
     many = run(model, tmp_path, MOST_LEFT + 1, plain)
     assert many.programs == {MOST_LEFT + 1: None}
     assert not compiled
@@ -154,9 +212,69 @@ def test_a_program_that_computes_something_else_is_not_taken(
     other = Loaded.boxed_run
     monkeypatch.setattr(Loaded, "boxed_run", lambda *given: [x * 1.01 for x in other(*given)])
     with caplog.at_level("INFO"):
-        run(model, tmp_path, 1, DecodeStep(model)._compute)
+        run(model, tmp_path, 1, DecodeStep._compute)
     assert "it computes something else" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_program_that_computes_something_else_is_made_anew(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model = tiny_model("retention")
+    run(model, tmp_path)
+    other = Loaded.boxed_run
+
+    def spoilt(program: Loaded, inputs: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        factor = 1.01 if program.exported is compiled[0] else 1.0
+        return [x * factor for x in other(program, inputs)]
+
+    monkeypatch.setattr(Loaded, "boxed_run", spoilt)
+    with caplog.at_level("INFO"):
+        run(model, tmp_path)
+    assert len(compiled) == 2
+    assert "is compiled anew: it computes something else" in caplog.text
+
+
+def test_packed_weights_are_not_compiled_ahead(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program would have the number of one in it, and the next model get its weights."""
+    if problem := quantised._problem(quantised.Int8, "int8", "cpu"):
+        pytest.skip(problem)
+    monkeypatch.setattr(quantised, "_choose", lambda *key: (quantised.Int8, ""))
+    for seed in range(2):
+        model = tiny_model("retention", dtype=torch.float32, seed=seed)
+        replace_linears(model, "int8")
+        assert run(model, tmp_path, otherwise=DecodeStep._compute).programs == {1: None}
+    assert not compiled
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_step_that_is_dropped_leaves_nothing_in_memory(
+    compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, as one that is not compiled; the stand-in has only the first model's weights."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run(tiny_model("retention"), tmp_path)
+    for folder in (None, tmp_path):
+        check_dropped(folder)
+    assert len(compiled) == 1
+
+
+def check_dropped(folder: Path | None) -> None:
+    model = tiny_model("retention", seed=1)
+    ids, cache = random_ids(1, 9), model.new_cache()
+    prefill(model, ids[:, :8], cache)
+    gc.disable()
+    try:
+        step = DecodeStep(model).compile(folder)
+        with torch.inference_mode():
+            step(ids[:, 8], cache)
+        weight = weakref.ref(step.embedding)
+        del step
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
@@ -172,3 +290,23 @@ def test_torchs_own_compiler(mixer: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.export, "export", refused)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: refused)
     run(model, tmp_path / "retnet" / "steps")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_torchs_own_compiler_for_several_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: refused)
+    model, ids = tiny_model("retention", dtype=torch.float32), random_ids(1, 6)
+    expected = list(generate(model, ids, max_new_tokens=8, num_samples=3))
+    assert list(generate(model, ids, max_new_tokens=8, num_samples=3, compile=True)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_torchs_own_compiler_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    """Neither where it has just compiled, nor afterwards."""
+    for _ in range(2):
+        check_dropped(tmp_path)
