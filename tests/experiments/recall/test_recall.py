@@ -238,6 +238,16 @@ def test_the_best_rate_is_that_of_most_answers_then_of_fewest_steps() -> None:
     assert standing.at_edge and standing.share(distance=2) == 1.0
 
 
+def test_rates_that_have_solved_the_task_are_equal() -> None:
+    """The one that came there sooner is taken, not the one with half a percent more."""
+
+    def trial(rate: str, right: int, steps: int) -> results.Trial:
+        return results.Trial(rate, Outcome(1, steps, 1.0, 1.0, (Cell(1, 2, right, 1000),)))
+
+    trials = [trial("1e-3", 996, 50), trial("3e-3", 1000, 60), trial("1e-2", 994, 40)]
+    assert results.best(trials) == "1e-3"
+
+
 def test_counts_weigh_the_same() -> None:
     cells = (Cell(1, 2, 1, 1), Cell(8, 2, 0, 8), Cell(8, 4, 4, 8))
     assert Outcome(1, 1, 1.0, 1.0, cells).accuracy == (1 + 4 / 16) / 2
