@@ -23,7 +23,6 @@ from retnet.model.quantised import replace_linears
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
 
-
 never_dropped: list[torch.Tensor] = []
 
 
