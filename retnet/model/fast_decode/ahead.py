@@ -17,6 +17,7 @@ import json
 import logging
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,12 @@ class Program:
         if not path.exists():
             raise FileNotFoundError(path)
         program: Any = torch._inductor.aoti_load_package(str(path))
-        constants = {name: tensors[names[name]] for name in program.get_constant_fqns()}
+        with torch.inference_mode(False):  # aliases: see _let_go
+            fqns = program.get_constant_fqns()
+            constants = {name: tensors[names[name]].detach() for name in fqns}
         program.load_constants(constants, check_full_update=True, user_managed=True)
         self.constants = constants  # which are the program's only as long as they live
+        weakref.finalize(self, _let_go, list(constants.values()))
         self.program, self.places = program, places
         # without the look for tensors in nested arguments, which takes as long as a small layer
         self.run: Callable[[list[Tensor]], Sequence[Tensor]] = program.loader.boxed_run
@@ -182,6 +186,13 @@ class Program:
         held = [states[i][name] for i, name in self.places]
         # strides are built in, and a sampler's tokens are a column of what it drew
         return self.run([tokens.contiguous(), positions.contiguous(), *held])[0]
+
+
+def _let_go(aliases: Sequence[Tensor]) -> None:
+    """Leave tensors without memory: torch never drops those that a program was handed."""
+    with torch.inference_mode():
+        for alias in aliases:
+            alias.set_()  # type: ignore[call-overload]
 
 
 def _check(program: Program, step: Any, rows: int, states: Sequence[Any]) -> None:
