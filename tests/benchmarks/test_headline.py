@@ -25,6 +25,8 @@ def test_every_cell_is_measured_and_printed(tmp_path, capsys) -> None:
     moved = {name: [x.moved for x in found if x.contender == name] for name in headline.MAKERS}
     own, theirs = moved["RetNet"], moved["Transformer"]
     assert own[0] == own[2] < own[1] == own[3]  # the state does not grow with the context
+    row = 2 * 2 * 32 * 64 * 4 + 24  # layers, heads, a head's state; the row's record
+    assert own[1] - own[0] == 2 * row  # read and written
     assert theirs[0] < theirs[2] < theirs[3]
     assert body["environment"]["dtype"] == "float32"
     assert all(part in printed for part in ("== after 8 tokens", "== after 16 tokens", "15.6"))
