@@ -16,12 +16,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from retnet.checkpoints.convert.recognise import recognise
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS
-from retnet.checkpoints.quantised import KEY, stored_format
+from retnet.checkpoints.quantised import stored_format
 from retnet.checkpoints.weights import NUMBERS
 from retnet.cli import MOST, SHOWN, shortened
 from retnet.errors import UserError
 from retnet.files import read_json
-from retnet.model.configuration import DecoderConfig
+from retnet.model.configuration import QUANTISED, DecoderConfig
 from retnet.model.mixers import MIXERS
 from retnet.model.models import configuration, model_class
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CORRECT = "correct it, or copy the checkpoint again"
 # What says where a file comes from, and nothing about the model.
 NOTES = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype",
-         "transformers_version", KEY}  # fmt: skip
+         "transformers_version", QUANTISED}  # fmt: skip
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in NUMBERS)
 MOST_WARNINGS = 8  # of keys without effect, a line each
 OWN_KERNELS = (None, "eager", "sdpa")  # what transformers has in itself

@@ -55,13 +55,7 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
     class, or ``folder`` is there already, lies in the checkpoint or can't be written.
     """
     source = find_checkpoint(checkpoint)
-    if kind_of(folder, "folder") is not None:
-        raise UserError(f"folder ({folder}) exists: name one that does not, or remove it")
-    if source.resolve() in folder.resolve().parents:
-        raise UserError(
-            f"folder ({folder}) lies in the checkpoint ({source}), which is replaced and removed "
-            "as a whole: name one elsewhere"
-        )
+    check_new_folder(folder, source)
     check_weights_unchanged(source)
     refuse_quantised(source, f"checkpoint ({source})", "which transformers can't load")
     config = read_json(source / CONFIG, COPY_AGAIN)
@@ -90,6 +84,17 @@ def export_checkpoint(checkpoint: str | Path, folder: Path) -> Path:
         code.write(new)
         write_manifest(new)
     return source
+
+
+def check_new_folder(folder: Path, source: Path) -> None:
+    """Raise a ``UserError`` where a copy of a checkpoint can't be a new folder there."""
+    if kind_of(folder, "folder") is not None:
+        raise UserError(f"folder ({folder}) exists: name one that does not, or remove it")
+    if source.resolve() in folder.resolve().parents:
+        raise UserError(
+            f"folder ({folder}) lies in the checkpoint ({source}), which is replaced and removed "
+            "as a whole: name one elsewhere"
+        )
 
 
 def parts_of(source: Path) -> tuple[list[Path], list[str]]:

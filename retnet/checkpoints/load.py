@@ -89,7 +89,7 @@ def load_checkpoint(
             dtype = torch.float32
         if folder != named:
             refuse_quantised(folder, f"base ({folder})", "into which no adapter can be merged")
-        model = _load_model(folder, config, dtype)
+        model = _load_model(folder, config, dtype, stored)
         if folder != named:
             merge_adapter(model, named, folder, why)
         if target != stored:
@@ -124,17 +124,19 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> DecoderForCausalLM:
-    """Build the model of a configuration and fill it.
+def _load_model(
+    folder: Path, config: Any, dtype: torch.dtype | None, stored: str | None
+) -> DecoderForCausalLM:
+    """Build the model of a configuration and fill it; its weights are ``stored`` in a format.
 
     First without memory, so that what does not fit is found before anything is allocated.
     """
     with _problems(folder):
-        model = _empty(folder, config)
+        model = _empty(folder, config, stored)
         names = model.state_dict().keys()
         if any(name not in names for name, _ in model.named_buffers()):
             model = _build(config)  # which fills what is not stored
-            replace_linears(model, format_of(folder), fill=False)
+            replace_linears(model, stored, fill=False)
         wide: list[str] = getattr(model, "wide_names", list)()  # code of its own may know of none
         weights = _converted(folder, dtype or config.dtype, wide, stored_names(model))
         check_stored(folder, model, weights)
@@ -152,15 +154,15 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype | None) -> Decoder
 def check_loads(folder: Path, config: Any) -> None:
     """Raise a ``UserError`` where the weights do not fit, as ``load_checkpoint`` would."""
     with _problems(folder):
-        _empty(folder, config)
+        _empty(folder, config, format_of(folder))
 
 
-def _empty(folder: Path, config: Any) -> Any:
-    """The model without memory, which the stored weights fit."""
-    check_size(folder, config, least_bits=bits_of(format_of(folder)))
+def _empty(folder: Path, config: Any, stored: str | None) -> Any:
+    """The model without memory, which the weights fit that are ``stored`` in a format."""
+    check_size(folder, config, least_bits=bits_of(stored))
     with torch.device("meta"):
         model = _build(config)
-        replace_linears(model, format_of(folder), fill=False)
+        replace_linears(model, stored, fill=False)
     _check_fits(folder, model, stored_shapes(folder))
     return model
 

@@ -15,8 +15,8 @@ from retnet.checkpoints.format import CONFIG, COPY_AGAIN
 from retnet.cli import shortened
 from retnet.errors import UserError
 from retnet.files import read_json
-from retnet.model.configuration import QUANT_METHOD
-from retnet.model.quantised import FORMATS, KEY, QuantisedLinear, replace_linears
+from retnet.model.configuration import QUANT_METHOD, QUANTISED
+from retnet.model.quantised import FORMATS, QuantisedLinear, replace_linears
 
 AS_SAVED, PLAIN = "auto", "fp32"
 CHOICES = (AS_SAVED, PLAIN, *FORMATS)  # of --weights
@@ -27,18 +27,18 @@ def stored_format(file: Path, stored: dict[str, Any]) -> str | None:
 
     A ``UserError`` where it is none that is read here.
     """
-    entry = stored.get(KEY)
+    entry = stored.get(QUANTISED)
     if entry is None:
         return None
     if isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD:
         if entry.get("weights") in FORMATS:
             return str(entry["weights"])
         raise UserError(
-            f"{file}: {KEY}.weights ({shortened(entry.get('weights'))}) is none of "
+            f"{file}: {QUANTISED}.weights ({shortened(entry.get('weights'))}) is none of "
             f"{', '.join(FORMATS)}: {COPY_AGAIN}"
         )
     raise UserError(
-        f"{file}: {KEY} is of weights in a format that is not read here: save them as "
+        f"{file}: {QUANTISED} is of weights in a format that is not read here: save them as "
         "floating-point numbers"
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from retnet.checkpoints.export import parts_of
+from retnet.checkpoints.export import check_new_folder, parts_of
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, COPY_AGAIN, WEIGHTS, WEIGHTS_INDEX
 from retnet.checkpoints.load import load_checkpoint
@@ -22,10 +22,10 @@ from retnet.checkpoints.quantised import refuse_quantised
 from retnet.checkpoints.verify import write_manifest
 from retnet.checkpoints.weights import weight_files
 from retnet.cli import ArgumentParser, file_path, run
-from retnet.errors import UserError, os_errors
+from retnet.errors import os_errors
 from retnet.files import read_json, replacing, write_json
-from retnet.model.quantised import FORMATS, KEY
-from retnet.paths import kind_of
+from retnet.model.configuration import QUANTISED
+from retnet.model.quantised import FORMATS
 from retnet.terminal import write_out
 
 
@@ -36,14 +36,11 @@ def quantize_checkpoint(checkpoint: str | Path, folder: Path, weights: str) -> P
     quantised weights already, or ``folder`` is there already, lies in it or can't be written.
     """
     source = find_checkpoint(checkpoint)
-    if kind_of(folder, "folder") is not None:
-        raise UserError(f"folder ({folder}) exists: name one that does not, or remove it")
-    if source.resolve() in folder.resolve().parents:
-        raise UserError(f"folder ({folder}) lies in the checkpoint ({source}): name one elsewhere")
+    check_new_folder(folder, source)
     refuse_quantised(source, f"checkpoint ({source})", "and quantising them again loses more")
     model = load_checkpoint(source, weights=weights).model
     config = read_json(source / CONFIG, COPY_AGAIN)
-    config |= {name: getattr(model.config, name) for name in (KEY, "tie_word_embeddings")}
+    config |= {name: getattr(model.config, name) for name in (QUANTISED, "tie_word_embeddings")}
     config["dtype"] = "float32"
     config.pop("torch_dtype", None)
     written_anew = {CONFIG, WEIGHTS_INDEX, *weight_files(source)}

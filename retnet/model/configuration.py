@@ -33,7 +33,8 @@ _TRANSFORMERS_KEYS = {
 }  # fmt: skip
 
 
-QUANT_METHOD = "retnet"  # of quantization_config: weights that load_checkpoint reads
+QUANTISED = "quantization_config"  # the key that transformers has for it
+QUANT_METHOD = "retnet"  # of that: weights that load_checkpoint reads
 
 
 def option(default: Any, text: str, *, meaning: bool = False) -> Any:
@@ -93,10 +94,10 @@ class DecoderConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        quantised = kwargs.get("quantization_config")
+        quantised = kwargs.get(QUANTISED)
         if isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD:
             raise ValueError(
-                f"quantization_config ({quantised.get('weights')}) is of quantised weights, which "
+                f"{QUANTISED} ({quantised.get('weights')}) is of quantised weights, which "
                 "retnet.checkpoints.load_checkpoint reads and transformers does not: load the "
                 "checkpoint that they were made of"
             )

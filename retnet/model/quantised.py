@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration import QUANT_METHOD
+from .configuration import QUANT_METHOD, QUANTISED
 
 FORMATS = ("bf16", "int8", "int4")
-KEY = "quantization_config"  # of a configuration, as transformers calls it
 GROUP = 32  # inputs with one scale and zero in int4
 PIECE = 2**20  # weights that are worked on at once: what lies in the processor's cache
 TRIALS = (1.0, 0.9, 0.8)  # of a group's range that the first values of int4 span
@@ -198,14 +197,14 @@ def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> No
             if weights is None and isinstance(layer, QuantisedLinear):
                 new: Any = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
                 new.weight = nn.Parameter(layer.weight.to(layer.dtype))
-                vars(model.config).pop(KEY, None)
             elif weights and type(layer) is nn.Linear and name not in getattr(module, "exact", ()):
                 new = _quantised(layer, weights, f"{place}.{name}".lstrip("."), fill)
             else:
                 continue
             setattr(module, name, new)
+    vars(model.config).pop(QUANTISED, None)
     if weights:
-        setattr(model.config, KEY, {"quant_method": QUANT_METHOD, "weights": weights})
+        setattr(model.config, QUANTISED, {"quant_method": QUANT_METHOD, "weights": weights})
     if weights and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}

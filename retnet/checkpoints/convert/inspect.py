@@ -19,13 +19,14 @@ from retnet.checkpoints.convert.sources import PICKLES, read_tensors
 from retnet.checkpoints.find import find_checkpoint
 from retnet.checkpoints.format import CONFIG, TOKENIZER, TRAINING_STATE, is_adapter, read_progress
 from retnet.checkpoints.load import check_loads
-from retnet.checkpoints.quantised import KEY, stored_format
+from retnet.checkpoints.quantised import stored_format
 from retnet.checkpoints.verify import check_weights_unchanged
 from retnet.checkpoints.weights import file_heads
 from retnet.data.tokenizer import panics_as_errors
 from retnet.data.tokenizer_files import check_tokenizer_files
 from retnet.errors import UserError
 from retnet.files import read_json
+from retnet.model.configuration import QUANTISED
 from retnet.paths import kind_of
 
 ADAPTS = "with its base model: generate.py and compare.py take it (--base)"
@@ -61,7 +62,7 @@ def inspect(path: Path, convertible: Callable[[str, Path], Any]) -> Iterator[str
         named = f"{len(files)} file{'s' * (len(files) > 1)}"
         yield f"weights      {size:,} bytes in {named}, {', '.join(types)}"
         parameters = sum(prod(shape) for shape, _ in heads.values())
-        if stored.get(KEY) is not None:
+        if stored.get(QUANTISED) is not None:
             yield f"quantised    {_quantised(place, stored)}"
         else:
             yield f"parameters   {parameters:,}, as stored in {len(heads):,} tensors"

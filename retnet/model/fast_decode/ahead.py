@@ -40,13 +40,12 @@ class AheadOfTime:
     Args:
         step: A ``DecodeStep``, whose state must not grow. It is handed over at each call anew and
             not held: it would refer to itself.
-        config: All else that the computation depends on.
         otherwise: The step compiled at its first call.
         folder: Of the programs, made where it lacks.
     """
 
-    def __init__(self, step: Any, config: Any, otherwise: Compute, folder: Path) -> None:
-        self.config, self.otherwise, self.folder = config, otherwise, folder
+    def __init__(self, step: Any, otherwise: Compute, folder: Path) -> None:
+        self.config, self.otherwise, self.folder = step.config, otherwise, folder
         self.tensors = tensors_of(step)
         self.programs: dict[int, Program | None] = {}  # by rows
 

@@ -206,7 +206,7 @@ class DecodeStep:
         self.compiled = True
         self.faster = compute
         if folder is not None and not self.grows:
-            self.faster = AheadOfTime(self, self.config, compute, folder)
+            self.faster = AheadOfTime(self, compute, folder)
         return self
 
     def __call__(self, tokens: Tensor, cache: DecoderCache) -> Tensor:

@@ -82,7 +82,7 @@ def run(model: Any, folder: Path, rows: int = 1, otherwise: Any = refused) -> Ah
     prefill(model, ids[:, :6], cache)
     plain, plain_cache = DecodeStep(model), copy.deepcopy(cache)
     step = DecodeStep(model)
-    step.faster = AheadOfTime(step, model.config, otherwise, folder)
+    step.faster = AheadOfTime(step, otherwise, folder)
     with torch.inference_mode():
         for t in range(6, 9):
             expected = plain(ids[:, t], plain_cache)
@@ -113,7 +113,7 @@ def test_tokens_that_are_a_column(compiled: list[Any], tmp_path: Path) -> None:
     cache = model.new_cache()
     prefill(model, random_ids(3, 6), cache)
     step = DecodeStep(model)
-    step.faster = AheadOfTime(step, model.config, refused, tmp_path)
+    step.faster = AheadOfTime(step, refused, tmp_path)
     with torch.inference_mode():
         expected = DecodeStep(model)(drawn[:, 0], copy.deepcopy(cache))
         torch.testing.assert_close(step(drawn[:, 0], cache), expected)
@@ -191,7 +191,7 @@ def test_who_goes_the_other_way(compiled: list[Any], tmp_path: Path, caplog: Any
 def test_all_that_a_program_depends_on_is_in_its_name() -> None:
     def key(model: Any, rows: int = 1) -> str:
         held = [torch.zeros(rows, 2)]
-        return AheadOfTime(DecodeStep(model), model.config, refused, Path())._key(rows, held)
+        return AheadOfTime(DecodeStep(model), refused, Path())._key(rows, held)
 
     model = tiny_model("retention")
     keys = [key(model), key(model, 2), key(tiny_model("retention", dtype=torch.float32))]
