@@ -12,6 +12,9 @@ square bfloat16 matrices reach in the same rounds. A model's own operations are 
 of its forward pass: its linear layers, and q k^T and the weighted sum of v of causal attention
 (half of all pairs), or the update and the reading of the state of retention (whatever form computes
 it). What is computed twice, or by a form that does more, does not count.
+
+A table is printed as soon as it is there: the first use of flash-linear-attention's kernels alone
+chooses among their variants for a minute or two.
 """
 
 import importlib
@@ -193,14 +196,13 @@ def main(argv: Sequence[str]) -> None:
     for name in arguments.sizes:
         case = case_of(name, max(1, arguments.tokens // arguments.length), arguments.length)
         tables[case] = utilisation(name, arguments.length, arguments.tokens, plan, results)
+        print("\n".join([f"== {case}", "", *format_table(tables[case]), ""]), flush=True)
     kernels(plan, results)
     about["load_average"] = [round(load, 2) for load in (before, os.getloadavg()[0])]
     if arguments.json:
         write_json(arguments.json, to_json(plan, results, about) | {"tables": tables})
-    parts = [heading(results, about)]
-    parts += [[f"== {case}", "", *format_table(rows)] for case, rows in tables.items()]
-    parts += [[f"== {case}", *times(group)] for case, group in results.groups(TRAIN)]
-    print("\n\n".join("\n".join(lines) for lines in parts))
+    parts = [[f"== {case}", *times(group)] for case, group in results.groups(TRAIN)]
+    print("\n\n".join("\n".join(lines) for lines in (*parts, heading(results, about))))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,27 @@ def test_a_compiled_run(on_gpu, tmp_path: Path, carry: str) -> None:
     assert losses(tmp_path / "compiled") == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_forms_agree(dtype: torch.dtype, tolerance: float) -> None:
+    """Outputs, states and gradients of the three forms, from a state that is not zero."""
+    torch.manual_seed(0)
+    b, h, t, k, v = 2, 3, 37, 8, 16
+    log_decay = torch.log(torch.tensor([0.8, 0.95, 0.99], dtype=dtype, device=DEVICE))
+    state = torch.randn(b, h, k, v, dtype=dtype, device=DEVICE)
+    inputs = [torch.randn(b, h, t, n, dtype=dtype, device=DEVICE) for n in (k, k, v)]
+    weighting = torch.randn(b, h, t, v, dtype=dtype, device=DEVICE)
+    results = []
+    forms = (retention_recurrent, retention_parallel, partial(retention_chunkwise, chunk_size=8))
+    for form in forms:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out, end = form(*leaves, log_decay, initial_state=state)
+        ((out * weighting).sum() + end.sum()).backward()
+        results.append([out.detach(), end.detach(), *(x.grad for x in leaves)])
+    for other in results[1:]:
+        for a, b_ in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b_, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("mixer", ["retention", "attention"])
 def test_fsdp_with_one_process(on_gpu, tmp_path: Path, mixer: str) -> None:
     """The run of a plain process; its checkpoints load without FSDP, and plain ones with it."""
@@ -102,24 +123,3 @@ def test_fsdp_with_one_process(on_gpu, tmp_path: Path, mixer: str) -> None:
     assert run(common, train__out_dir=tmp_path / "fsdp", train__max_steps=8) == 0
     ends = [losses(tmp_path / name)[6:] for name in ("plain", "fsdp")]
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_the_forms_agree(dtype: torch.dtype, tolerance: float) -> None:
-    """Outputs, states and gradients of the three forms, from a state that is not zero."""
-    torch.manual_seed(0)
-    b, h, t, k, v = 2, 3, 37, 8, 16
-    log_decay = torch.log(torch.tensor([0.8, 0.95, 0.99], dtype=dtype, device=DEVICE))
-    state = torch.randn(b, h, k, v, dtype=dtype, device=DEVICE)
-    inputs = [torch.randn(b, h, t, n, dtype=dtype, device=DEVICE) for n in (k, k, v)]
-    weighting = torch.randn(b, h, t, v, dtype=dtype, device=DEVICE)
-    results = []
-    forms = (retention_recurrent, retention_parallel, partial(retention_chunkwise, chunk_size=8))
-    for form in forms:
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out, end = form(*leaves, log_decay, initial_state=state)
-        ((out * weighting).sum() + end.sum()).backward()
-        results.append([out.detach(), end.detach(), *(x.grad for x in leaves)])
-    for other in results[1:]:
-        for a, b_ in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b_, atol=tolerance, rtol=tolerance)
