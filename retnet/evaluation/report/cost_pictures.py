@@ -73,9 +73,11 @@ def training(findings: Findings) -> Iterator[Picture]:
 
 
 def _two(findings: Findings, *panels: tuple[Sequence[Curve | None], str, str]) -> bytes:
-    """Two panels side by side, upwards from 0: curves and what the axes show."""
-    figure, axes = side_by_side(2)
-    for axis, panel in zip(axes, panels, strict=True):
+    """Panels side by side, upwards from 0: curves and what the axes show; none without a point."""
+    drawn = [panel for panel in panels if any(curve and curve.x for curve in panel[0])]
+    drawn = drawn or [panels[0]]
+    figure, axes = side_by_side(len(drawn))
+    for axis, panel in zip(axes, drawn, strict=True):
         draw(findings, axis, *panel)
         doubling(axis)
         axis.set_ylim(bottom=0)

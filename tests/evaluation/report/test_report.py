@@ -22,9 +22,16 @@ from retnet.data.listing import files_below
 from retnet.errors import UserError
 from retnet.evaluation import EvaluationText, compare_checkpoints
 from retnet.evaluation.bootstrap import Difference
-from retnet.evaluation.costs import Costs
+from retnet.evaluation.costs import Costs, TrainingCost
 from retnet.evaluation.profile import MeanLoss
-from retnet.evaluation.report import Reach, check_report_folder, find_out, write_report
+from retnet.evaluation.report import (
+    Reach,
+    canvas,
+    check_report_folder,
+    cost_pictures,
+    find_out,
+    write_report,
+)
 from retnet.evaluation.report.contents import page_of
 from retnet.evaluation.report.curves import styles
 from retnet.evaluation.report.findings import history, lengths_of
@@ -186,6 +193,19 @@ def test_only_what_there_are_figures_for_is_drawn(findings) -> None:
     unmeasured = replace(bare, costs=[Costs([], [], [])] * 3)
     page = page_of(unmeasured, COMMAND)
     assert not page.pictures and [table.title for table in page.tables] == ["Quality"]
+
+
+def test_what_was_not_measured_has_no_axes(findings, monkeypatch) -> None:
+    """As the memory of training in a quick report."""
+    panels: list[int] = []
+    monkeypatch.setattr(
+        cost_pictures, "side_by_side", lambda n: panels.append(n) or canvas.side_by_side(n)
+    )
+    quick = [replace(one, training=[TrainingCost(128, 16, 9e3)]) for one in findings.costs]
+    stopped = [replace(one, training=[TrainingCost(128, 16, stopped=True)]) for one in quick]
+    for costs in (findings.costs, quick, stopped):
+        assert [one.name for one in cost_pictures.training(replace(findings, costs=costs))]
+    assert panels == [2, 1, 1]
 
 
 def test_no_picture_is_blank(folder) -> None:
