@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .weights import MOST_LEFT, Packed, onednn_is_on
+from .weights import MOST_LEFT, onednn_is_on
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,6 @@ class AheadOfTime:
         return program(tokens, positions, states)
 
     def _program(self, step: Any, rows: int, states: Sequence[Any]) -> "Program | None":
-        if any(isinstance(getattr(x, "operator", None), Packed) for x in step._products()):
-            return None  # it is a number of this process: no other finds the weight by it
         places = [(i, name) for i, state in enumerate(states) for name in state or ()]
         held = [states[i][name] for i, name in places]
         if not all(x.is_contiguous() for x in held):

@@ -6,6 +6,8 @@ answers otherwise the plain product takes over, of the weight as it would be wit
 ``problem`` says so.
 
 * Very few rows: the time is that of reading W, so the fewer bytes the better.
+* Where W is small, what comes before and after int8's product takes longer than the product: there
+  W is expanded to float32 once.
 * More: on a CPU that computes in bfloat16 a copy of W in that type, packed by oneDNN, is faster.
 """
 
@@ -20,8 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values, quantise
-from .weights import MOST_LEFT, Bfloat16Product, Packed, PackedWeight, joined, packs_bfloat16
+from .weights import (
+    MOST_LEFT,
+    Bfloat16Product,
+    Packed,
+    PackedWeight,
+    Product,
+    joined,
+    packs_bfloat16,
+)
 
+SMALL = 2**19  # weights of int8 up to which float32's product takes less time than int8's
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to bfloat16
 OUTPUTS = 16  # that torch's int4 operators have a multiple of
@@ -44,6 +55,8 @@ class QuantisedProduct:
         self.stored = _together(layers)
         self.packed: PackedWeight | None = None
         kind, self.problem = _choose(self.weights, self.stored["values"].device.type)
+        if kind is Int8 and self.outputs * self.inputs <= SMALL:
+            kind = Expanded
         self.operator = None if kind is None else _made(kind, layers, self.stored)
 
     @property
@@ -118,17 +131,32 @@ class Int8(Packed):
             self.weight = torch.ops.quantized.linear_prepack(whole, None)
         super().__init__(len(values))
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out]; all but the product itself is seen by compilers."""
         # each row in steps of its own, so that none depends on what stands beside it
-        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True)
-        step = largest.clamp_min_(LEAST).div_(127)
-        x = x / step
-        rows, nearest = len(x), x.round()
-        both = torch.cat((nearest, (x - nearest).mul_(REST)))
+        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_min_(LEAST)
+        rows, x = len(x), x * (127 / largest)
+        nearest = x.round()
+        y = super().__call__(torch.cat((nearest, (x - nearest).mul_(REST))))
+        return torch.add(y[:rows], y[rows:], alpha=1 / REST).mul_(largest.div_(127))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """[rows, in] -> [rows, out], of the integers nearest to x, which are from -127 to 127."""
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y = product(both, 1.0, 128, self.weight)
-        return torch.add(y[:rows], y[rows:], alpha=1 / REST).mul_(step)
+        y: Tensor = product(x, 1.0, 128, self.weight)
+        return y
+
+
+class Expanded:
+    """float32's product with the weight that int8 stands for."""
+
+    def __init__(self, stored: Stored) -> None:
+        whole = stored["values"].shape[1]
+        self.product = Product(dequantise("int8", stored, whole, torch.float32))
+        self.tensors = self.product.tensors
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x)
 
 
 class Int8Bfloat16:
@@ -194,7 +222,7 @@ def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
 
 
 Operator = Callable[[Stored], Any]
-COPYING = (Int8, Int4, Int4Cuda)  # those with a layout of their own
+COPYING = (Int8, Expanded, Int4, Int4Cuda)  # those with a layout of their own
 # by format and kind of device, the fastest first
 FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("bf16", "cpu"): (Bfloat16,),

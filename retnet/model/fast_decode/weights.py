@@ -178,13 +178,16 @@ def _one_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Packed:
-    """A copy of a weight of ``outputs`` rows in a layout that only its own product knows."""
+    """A copy of a weight of ``outputs`` rows in a layout that only its own product knows.
+
+    ``key`` stands for it in what compilers make: a tensor, which each process has its own of.
+    """
 
     def __init__(self, outputs: int) -> None:
-        self.outputs = outputs
-        self.key = next(_keys)
+        self.outputs, number = outputs, next(_keys)
+        self.key = torch.tensor(number, device="cpu")
         self.operator = _operator("packed_linear")
-        _packed_weights[self.key] = self
+        _packed_weights[number] = self
 
     def multiply(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], of the type of x."""
@@ -215,7 +218,7 @@ class PackedWeight(Packed):
 
 
 # Compilers know no packed tensors, and would replace the product of one row by loops of their own:
-# to them these are operators of ours, a packed weight that of its number.
+# to them these are operators of ours, which find a packed weight by its number.
 _keys = itertools.count()
 _packed_weights: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 _libraries: list[torch.library.Library] = []  # whose operators go when they go
@@ -235,8 +238,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "packed_linear": (
-        "Tensor x, int key, int outputs",
-        lambda x, key, outputs: _packed_weights[key].multiply(x),
+        "Tensor x, Tensor key, int outputs",
+        lambda x, key, outputs: _packed_weights[key.item()].multiply(x),
         lambda x, key, outputs: x.new_empty(x.shape[0], outputs),
     ),
     "one_row": (

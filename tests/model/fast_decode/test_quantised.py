@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,13 @@ from torch import Tensor
 from retnet.generation import make_step, prefill
 from retnet.model.fast_decode import quantised
 from retnet.model.fast_decode.products import make_products
-from retnet.model.fast_decode.quantised import MOST_DIRECT, Int4, Int8, QuantisedProduct
+from retnet.model.fast_decode.quantised import (
+    MOST_DIRECT,
+    Expanded,
+    Int4,
+    Int8,
+    QuantisedProduct,
+)
 from retnet.model.fast_decode.step import DecodeStep, make_decode_step
 from retnet.model.fast_decode.weights import (
     MOST_LEFT,
@@ -31,6 +38,13 @@ from tests.model.fast_decode.cases import both_mixers, random_ids
 # Of the largest activation times the largest sum of an output's weights, which bounds each product.
 # int8 adds up activations of 15 bits exactly; the others round activations and outputs to bfloat16.
 TOLERANCES = {"bf16": 2**-7, "int8": 2e-5, "int4": 2**-7}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_layer_is_small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantised, "SMALL", 0)
+        yield
 
 
 def make_layer(outputs: int, inputs: int, weights: str, seed: int = 0) -> QuantisedLinear:
@@ -88,6 +102,20 @@ def test_inputs_of_zeros_and_those_that_are_not_finite() -> None:
         assert not product(x).isfinite().any()
 
 
+def test_small_layers_of_int8_are_expanded(monkeypatch) -> None:
+    """To float32's product with the same weight, whose activations nothing rounds."""
+    layers = [make_layer(20, 33, "int8", seed) for seed in (0, 1)]
+    monkeypatch.setattr(quantised, "SMALL", 40 * 33)
+    small = QuantisedProduct(layers)
+    assert isinstance(small.operator, Expanded) and not small.problem
+    for rows in (1, 3):
+        check(small, layers, torch.randn(rows, 33), 1e-6)
+    monkeypatch.setattr(quantised, "SMALL", 40 * 33 - 1)
+    kinds = {w: type(QuantisedProduct([make_layer(2, 32, w)]).operator) for w in FORMATS}
+    assert isinstance(QuantisedProduct(layers).operator, Int8)
+    assert kinds["int8"] is Expanded and kinds["int4"] is Int4
+
+
 def test_rows_do_not_depend_on_each_other() -> None:
     layer = make_layer(40, 96, "int8")
     product, x = QuantisedProduct([layer]), torch.randn(4, 96)
@@ -134,7 +162,7 @@ def test_an_operator_that_is_not_exact_for_the_largest_numbers_is_found_out(monk
     class Saturating(Int8):
         def multiply(self, x: Tensor) -> Tensor:
             y = super().multiply(x)
-            return y.clamp(-50, 50) if (x == 1).all() else y
+            return y.clamp(-50 * 127, 50 * 127) if (x[0] == 127).all() else y
 
     assert quantised._problem(Int8, "int8", "cpu") == ""
     assert "answers wrongly" in quantised._problem(Saturating, "int8", "cpu")
