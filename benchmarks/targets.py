@@ -180,16 +180,17 @@ def _against_llama(plan: Plan, results: Results) -> Iterator[Target]:
     near, far, farthest = plan.llama_contexts
     case = llama_case(large, 1, near, results)
     width = f"width {large.hidden_size}"
-    for weights, bound, gate in (("bf16", 0.6, 0.8), ("int8", 0.45, 0.6)):
-        title = f"decode at {width}: {weights} weights against float32, ms/token"
-        value = speedup(case, RETNET, f"{RETNET} {weights}")
-        yield Target(title, bound, False, value, gate)
     exact, narrow = {near: 0.85, farthest: 2.2}, {near: 1.0, far: 2.5, farthest: 4.0}
-    for weights, (ours, theirs) in PAIRS.items():
-        for context, bound in (exact if weights == "float32" else narrow).items():
-            title = f"decode at {width} after {context} tokens: {weights} against {theirs}"
-            value = speedup(llama_case(large, 1, context, results), ours, theirs)
-            yield Target(title, bound, True, value)
+    for how in ("", COMPILED):
+        for weights, bound, gate in (("bf16", 0.6, 0.8), ("int8", 0.45, 0.6)):
+            title = f"decode at {width}: {weights} weights{how} against float32{how}, ms/token"
+            value = speedup(case, RETNET + how, f"{RETNET} {weights}{how}")
+            yield Target(title, bound, False, value, gate)
+        for weights, (ours, theirs) in PAIRS.items():
+            for context, bound in (exact if weights == "float32" else narrow).items():
+                title = f"decode at {width} after {context} tokens: {weights}{how} against {theirs}"
+                value = speedup(llama_case(large, 1, context, results), ours + how, theirs)
+                yield Target(title, bound, True, value)
     case = llama_case(small, 1, near, results)
     found = [results.find(LLAMA, case, name) for name in (RETNET, RETNET + COMPILED)]
     times = [1000 / one.tokens_per_second for one in found if one]

@@ -191,11 +191,12 @@ def test_a_format_without_its_operator_is_absent(absent, monkeypatch) -> None:
     assert results.absent == {f"{PLAIN} int8": "no such product"}
 
 
-def test_the_smallest_is_compiled_too() -> None:
-    small, large = Size(32, 1, 2, 320), Size(64, 1, 2, 320)
-    plan = replace(PLAN, compiled=True, llama_sizes=(small, large))
-    for size, names in ((small, [f"{PLAIN} compiled"]), (large, [])):
-        assert [x.name for x in our_contenders(plan, size, Results()) if x.compiled] == names
+def test_each_is_compiled_too() -> None:
+    for compiled in (False, True):
+        plan = replace(PLAN, compiled=compiled)
+        ours = our_contenders(plan, PLAN.size, Results())
+        plain = [x.name for x in ours if not x.compiled]
+        assert [x.name for x in ours if x.compiled] == [f"{x} compiled" for x in plain if compiled]
 
 
 def test_what_another_has_read_is_what_reads_itself() -> None:
@@ -218,26 +219,30 @@ def test_caches_beyond_half_of_the_memory_are_left_out(monkeypatch) -> None:
 
 def test_the_table_compares_formats_of_one_size() -> None:
     results = Results(parameters={str(PLAN.size): {PLAIN: 4_200_000}})
-    times = {PLAIN: 8.0, f"{PLAIN} int8": 2.0, f"{NAME} f32": 10.0, f"{NAME} q8_0": 5.0}
+    times = {PLAIN: 8.0, f"{PLAIN} int8": 2.0, f"{PLAIN} int8 compiled": 1.0}
+    times |= {f"{NAME} f32": 10.0, f"{NAME} q8_0": 5.0}
     for rows, context in ((1, 4), (3, 4)):
         case = llama_case(PLAN.size, rows, context, results)
         for name, s in times.items():
             timing = Timing(s, s, s, 1, (s,))
             results.measurements.append(Measurement(LLAMA, case, name, 1000 * rows, timing))
     one, many = summary(PLAN, results)
-    head = " | RetNet | RetNet int8 | llama.cpp f32 | llama.cpp q8_0"
-    head += " | float32: x faster | int8: x faster |"
+    head = " | RetNet | RetNet int8 | RetNet int8 compiled | llama.cpp f32 | llama.cpp q8_0"
+    head += " | float32: x faster | int8: x faster | int8 compiled: x faster |"
     assert one[0] == f"| ms a token{head}"
     assert one[2] == (
-        "| 4.2M parameters, 1 row after 4 tokens | 8.00 | 2.00 | 10.00 | 5.00 | 1.25 | 2.50 |"
+        "| 4.2M parameters, 1 row after 4 tokens | 8.00 | 2.00 | 1.00 | 10.00 | 5.00 |"
+        " 1.25 | 2.50 | 5.00 |"
     )
-    assert one[3].count("|  ") == 6  # not measured: empty
+    assert one[3].count("|  ") == 8  # not measured: empty
     assert many[0] == f"| tokens/s{head}"
     assert many[-1] == (
-        "| 4.2M parameters, 3 rows after 4 tokens | 375 | 1,500 | 300 | 600 | 1.25 | 2.50 |"
+        "| 4.2M parameters, 3 rows after 4 tokens | 375 | 1,500 | 3,000 | 300 | 600 |"
+        " 1.25 | 2.50 | 5.00 |"
     )
     found = {row.title: row.value for row in targets(PLAN, results)}
     assert found["decode at width 32 after 4 tokens: int8 against llama.cpp q8_0"] == 2.5
+    assert found["decode at width 32 after 4 tokens: int8 compiled against llama.cpp q8_0"] == 5
     assert found["decode at width 32: int8 weights against float32, ms/token"] == 0.25
     assert found["decode at width 32: ms/token, eager or compiled"] == 8
 

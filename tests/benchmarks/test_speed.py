@@ -102,7 +102,7 @@ def test_everything_runs_and_is_written_down(
 def test_the_targets_are_those_of_the_issue() -> None:
     rows = targets(Plan(CPU, torch.float32), Results())
     assert all(row.value is None and row.reached is None for row in rows)
-    assert [row.gate for row in rows if row.gate] == [0.8, 0.6]
+    assert [row.gate for row in rows if row.gate] == [0.8, 0.6] * 2
     assert sum("(gate 0.8)" in line for line in format_targets(rows)) == 1
     bounds = [(row.bound, row.at_least) for row in rows]
     training = [(4.5, True), (1, True), (1.3, True), (2, True)]
