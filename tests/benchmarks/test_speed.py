@@ -103,10 +103,12 @@ def test_the_targets_are_those_of_the_issue() -> None:
     rows = targets(Plan(CPU, torch.float32), Results())
     assert all(row.value is None and row.reached is None for row in rows)
     assert [row.gate for row in rows if row.gate] == [0.8, 0.6] * 2
-    assert sum("(gate 0.8)" in line for line in format_targets(rows)) == 1
+    assert sum("(gate 0.8)" in line for line in format_targets(rows)) == 2
     bounds = [(row.bound, row.at_least) for row in rows]
     training = [(4.5, True), (1, True), (1.3, True), (2, True)]
     training += [(0.65, True), (0.65, True), (0.9, True)]
+    llama = [(0.6, False), (0.45, False)]  # weights of fewer bits, then against llama.cpp
+    llama += [(bound, True) for bound in (0.85, 2.2, 1, 2.5, 4, 1, 2.5, 4)]
     steps = [(1.5, True), (2.5, True), (9, True), (0.75, True), (0.75, True), (6, True), (6, True)]
     assert bounds == [
         *training,
@@ -117,9 +119,8 @@ def test_the_targets_are_those_of_the_issue() -> None:
         *steps,
         (1.1, False),
         (2, False),
-        (0.6, False),  # weights of fewer bits
-        (0.45, False),
-        *((bound, True) for bound in (0.85, 2.2, 1, 2.5, 4, 1, 2.5, 4)),  # against llama.cpp
+        *llama,  # as it is
+        *llama,  # compiled
         (0.3, False),
         *((bound, False) for bound in (1.15, 1.15, 2, 2, 2)),  # the family's training steps
         *((1.5, False) for _ in range(5)),  # and its tokens
