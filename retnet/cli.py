@@ -1,6 +1,7 @@
 """What the entry points share: arguments, logging, exit codes, how torch is set up."""
 
 import argparse
+import atexit
 import contextlib
 import gc
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from retnet.errors import UserError, is_of_compiler, is_out_of_memory
@@ -156,6 +158,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         use_fast_products()
         if argv is None:  # the process is ours, and its modules stay until it ends
             gc.freeze()
+            if "triton" in sys.modules and torch.__version__ >= "2.15":
+                atexit.register(gc.unfreeze)  # else its triton lists hundreds of things as leaked
             argv = [*map(_as_utf8, sys.argv[1:])]
         return _run(main, argv)
 

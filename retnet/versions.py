@@ -8,7 +8,7 @@ from packaging.version import Version
 
 # from the first to before the second, as in requirements.txt
 TRIED = {
-    "torch": ("2.11", "2.14"),
+    "torch": ("2.11", "2.16"),
     "transformers": ("5.20", "5.25"),
     "datasets": ("5.0", "5.3"),
     "tokenizers": ("0.23.1", "0.24"),

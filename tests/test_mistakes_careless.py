@@ -5,6 +5,8 @@ The answer must name what is meant, since each could be read as something else t
 
 import json
 import shutil
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,11 @@ def test_the_current_folder_is_gone(places, tmp_path: Path, capsys, monkeypatch)
     assert capsys.readouterr().err == (
         "error: the current folder has been removed: go to another one (cd) and start again\n"
     )
+    try:
+        with suppress(AttributeError):
+            attrgetter("nothing")(cli)
+    except SystemError:  # python/cpython#130932, seen with 3.13.0 in pytest-xdist's processes
+        pytest.skip("this Python looks nothing up in modules where the folder is gone")
     argv = [str(places["runs"] / "retention"), "--max-new-tokens", "2"]
     assert cli.run(generate.main, argv) == 0
 

@@ -82,12 +82,13 @@ def test_a_terminal_that_is_closed(options, tmp_path: Path, capsys) -> None:
     def hang_up() -> None:
         signal.raise_signal(signal.SIGHUP)
 
-    with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, loop.Trainer, "_seed", 4, hang_up)
-        assert run(options) == 129
-    assert "stopped after step 3, saved in" in capsys.readouterr().err
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     try:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, loop.Trainer, "_seed", 4, hang_up)
+            assert run(options) == 129
+        assert "stopped after step 3, saved in" in capsys.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, loop.Trainer, "_seed", 2, hang_up)
             assert run(options) == 0
