@@ -95,6 +95,7 @@ def test_a_context_longer_than_the_text() -> None:
         compare_checkpoints(checkpoints(), TEXT, context=1000)
     short = EvaluationText("short", ["ab", "cd"])
     assert compare_checkpoints(checkpoints(), short).context == 16  # a default is no promise
+    assert compare_checkpoints(checkpoints(), short, context=3).context == 3
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import os
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from retnet.errors import UserError
 from retnet.generation import print_samples
+from retnet.generation.console import converse
 from retnet.terminal import text_output
 
 
@@ -18,6 +20,12 @@ def test_one_sample_is_prompt_and_text_and_a_newline(capsys) -> None:
     assert capsys.readouterr().out == "abc\n"
     print_samples("a", [["b\n"]], 1)
     assert capsys.readouterr().out == "ab\n"
+
+
+@pytest.mark.parametrize("pieces", [["a", ""], ["a\n", ""], ["", "a"], ["a", "\n"]])
+def test_an_answer_ends_with_one_newline(pieces: list[str], capsys) -> None:
+    converse(SimpleNamespace(answer=lambda *_: iter(pieces), cut=False), ["hello"])
+    assert capsys.readouterr() == ("a\n", "")
 
 
 def test_several_samples_have_titles(capsys) -> None:
