@@ -69,7 +69,7 @@ class Chat:
         longest = fit_length(
             model, total, self._longest, prompt="the conversation", fix="start a new one"
         )
-        self._check_length(total + longest)
+        self._check_length(total, longest)
         stream = TextStream(self._tokenizer, ids[-PRIMING_TOKENS:], self._stop)
         self._made, text, usage = [], "", Usage()
         seed = (self._sampling.seed + self.usage.answers) % MAX_SEED  # each draws anew
@@ -118,14 +118,14 @@ class Chat:
         self._messages, self._parts = messages, parts
         return ids + new
 
-    def _check_length(self, tokens: int) -> None:
-        model, window = self._model, self._model.config.max_position_embeddings
-        check_text_fits(model, tokens, 1, f"a conversation of {tokens:,} tokens needs")
-        if model.grows and tokens > window and not self._warned:
+    def _check_length(self, read: int, new: int) -> None:
+        model, window, most = self._model, self._model.config.max_position_embeddings, read + new
+        check_text_fits(model, most, 1, f"a conversation of {most:,} tokens needs")
+        if model.grows and most > window and not self._warned:
             self._warned = True
             logger.warning(
-                f"the conversation has {len(self.memory.ids):,} tokens, and this model was trained "
-                f"on texts of {window:,}: expect poor answers beyond"
+                f"the conversation has {read:,} tokens, its answer up to {new:,}, and this model "
+                f"was trained on texts of {window:,}: expect poor answers beyond"
             )
 
 

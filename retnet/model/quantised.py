@@ -205,7 +205,6 @@ def replace_linears(model: Any, weights: str | None, *, fill: bool = True) -> No
     vars(model.config).pop(QUANTISED, None)
     if weights:
         setattr(model.config, QUANTISED, {"quant_method": QUANT_METHOD, "weights": weights})
-    if weights and model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
 

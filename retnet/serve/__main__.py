@@ -116,15 +116,19 @@ def serve(checkpoint: Any, name: str, listening: socket.socket) -> None:
         access_log=False,
         timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
-    host, number = listening.getsockname()[:2]
-    where = f"[{host}]" if ":" in host else host
-    logger.info(f"{name} answers at http://{where}:{number}/v1 (Ctrl-C ends)")
-    if not host.startswith("127.") and host != "::1":
-        logger.warning(f"whoever reaches {where}:{number} can use it: there are no keys")
+    say_where(name, *listening.getsockname()[:2])
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:
         answers.stop()
+
+
+def say_where(name: str, host: str, number: int) -> None:
+    """The address to call, and a warning where others can."""
+    where = f"[{host}]" if ":" in host else host
+    logger.info(f"{name} answers at http://{where}:{number}/v1 (Ctrl-C ends)")
+    if not host.startswith("127.") and host != "::1":
+        logger.warning(f"whoever reaches {where}:{number} can use it: there are no keys")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[dict[str, Any]], **adamw: Any) -> None:
         groups = [{"muon": False} | group for group in groups]
-        self.adamw = torch.optim.AdamW([g for g in groups if not g["muon"]] or groups, **adamw)
+        self.adamw = torch.optim.AdamW(groups, **adamw)  # its own groups are given to it at a step
         super().__init__(groups, self.adamw.defaults)
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ KINDS: dict[str, Any] = {
     "tokens": peft.LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices=[3, 4]),
 }
 
-QUICK = (("LORA", False), ("whole", True))
+QUICK = (("LORA", False), ("pissa", False), ("whole", True), ("output", True))
 
 
 def save_adapter(folder: Path, base: Path, kind: str = "LORA", **changes: Any) -> torch.Tensor:

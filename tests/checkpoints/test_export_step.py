@@ -12,8 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from retnet.checkpoints import load_checkpoint
-from retnet.checkpoints.export_step import ABOUT, NEXT, export_step, main
+from retnet.checkpoints import Checkpoint, load_checkpoint
+from retnet.checkpoints.export_step import ABOUT, NEXT, _check, describe_step, export_step, main
 from retnet.checkpoints.quantize import quantize_checkpoint
 from retnet.errors import UserError
 from retnet.model.mixers import MIXERS
@@ -240,6 +240,19 @@ def test_what_does_not_fit_into_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=said):
         export_step(folder, tmp_path / "x.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    _check(load_checkpoint(folder), "torch")
+    monkeypatch.setattr(f"{module}.MOST_IN_ONNX", size)
+    _check(load_checkpoint(folder), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"), [(None, [EOS]), (5, [5, EOS]), ([7, EOS, 5], [5, 7, EOS])]
+)
+def test_all_tokens_that_end_a_text_are_told(ends: Any, told: list[int]) -> None:
+    own = Checkpoint(Path("tiny"), tiny_model("retention"), byte_tokenizer(), None)
+    own.model.generation_config.eos_token_id = ends
+    states = {"position": torch.zeros(1, dtype=torch.int64)}
+    assert describe_step(own, states)["eos_token_ids"] == told
 
 
 @pytest.mark.slow

@@ -102,20 +102,27 @@ def test_a_configuration_that_does_not_fit(
     assert get_verbosity() == verbosity
 
 
-def test_trust_remote_code_runs_the_checkpoints_own_code(copy: Path, tmp_path, monkeypatch) -> None:
-    """Only with the flag, and then the model class of the folder is the one that is used."""
+@pytest.mark.parametrize("kind", ["own_lm", "retnet"])
+def test_trust_remote_code_runs_the_checkpoints_own_code(
+    copy: Path, tmp_path, monkeypatch, kind: str
+) -> None:
+    """Only with the flag, and then the model class of the folder is the one that is used.
+
+    Of a kind that a converter is for too.
+    """
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
     change_config(
         copy,
-        model_type="own_lm",
+        model_type=kind,
         auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
     )
     (copy / "own.py").write_text(
         "from retnet import RetNetConfig, RetNetForCausalLM\n"
-        "class OwnConfig(RetNetConfig):\n    model_type = 'own_lm'\n"
+        f"class OwnConfig(RetNetConfig):\n    model_type = '{kind}'\n"
         "class OwnForCausalLM(RetNetForCausalLM):\n    config_class = OwnConfig\n"
     )
-    with pytest.raises(UserError, match="read that code, then add --trust-remote-code"):
+    words = "read that code, then add" if kind == "own_lm" else "make it ours by python"
+    with pytest.raises(UserError, match=words):
         load_checkpoint(copy)
     loaded = load_checkpoint(copy, trust_remote_code=True)
     assert type(loaded.model).__name__ == "OwnForCausalLM"

@@ -54,7 +54,11 @@ def test_a_saved_one_is_that_of_loading(mixer: str, weights: str, tmp_path: Path
 def test_the_command(saved: Path, tmp_path: Path, capsys) -> None:
     main([str(saved), str(tmp_path / "small"), "--weights", "int4"])
     said = capsys.readouterr().out
-    assert f"{saved} as int4: {tmp_path / 'small'}\nweights: " in said
+    sizes = [(x / "model.safetensors").stat().st_size for x in (saved, tmp_path / "small")]
+    assert said == (
+        f"{saved} as int4: {tmp_path / 'small'}\n"
+        f"weights: {sizes[1]:,} bytes, {sizes[1] / sizes[0]:.2f} of {sizes[0]:,}\n"
+    )
     names = {file.name for file in (tmp_path / "small").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "data.json",
                      "manifest.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip

@@ -1,6 +1,7 @@
 """Conversations as tokens: the template's ids, answers as targets, text that spells no marker."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,3 +232,11 @@ def test_a_damaged_file_of_bounds_is_made_again(spec, builds) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     prepare_data(spec())
     assert len(builds) == 2
+
+
+def test_what_has_no_template_is_named() -> None:
+    without, slow = chat_tokenizer(), SimpleNamespace(name_or_path="own", chat_template=CHATML)
+    without.chat_template = None
+    for tokenizer, name in ((without, type(without).__name__), (slow, "own")):
+        with pytest.raises(UserError, match=rf"^tokenizer \({name}\) has no chat template"):
+            ChatFormat(tokenizer)

@@ -4,11 +4,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from retnet.checkpoints import Checkpoint
+from retnet.data.messages import Conversation
 from retnet.errors import UserError
 from retnet.evaluation import (
     EvaluationText,
@@ -21,6 +23,7 @@ from retnet.evaluation import (
     write_json,
 )
 from retnet.evaluation.comparison import short_names
+from tests.conversations import END, chat_tokenizer, turns
 from tests.generation.builders import MIXERS, byte_tokenizer, tiny_model
 
 TEXT = EvaluationText("some text", [f"document {i} " * (i % 5 + 1) for i in range(25)])
@@ -70,6 +73,29 @@ def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
     assert "other tokens" in table
 
 
+def test_conversations_by_other_templates_are_compared_in_bits_per_byte() -> None:
+    chats = [Conversation.of(turns("hello", f"answer {i}"), "a test") for i in range(3)]
+    model, tokenizer, other = tiny_model("retention", vocab_size=END + 1), *two_tokenizers()
+    same = [Checkpoint(Path(name), model, tokenizer, None) for name in "ab"]
+    found = compare_checkpoints(
+        [*same, Checkpoint(Path("c"), model, other, None)],
+        EvaluationText("chats", chats),
+        context=8,
+    )
+    assert found.context == 8
+    assert [own.nats_difference is None for own in found.models] == [True, False, True]
+    assert [own.bits_difference is None for own in found.models] == [True, False, False]
+
+
+def two_tokenizers() -> tuple[Any, Any]:
+    """With markers, and with a colon after each role besides."""
+    plain, colons = chat_tokenizer(), chat_tokenizer()
+    colons.chat_template = colons.chat_template.replace(
+        "message['role'] + '", "message['role'] + ':"
+    )
+    return plain, colons
+
+
 def test_options_reach_the_scores() -> None:
     models = checkpoints()
     plain = compare_checkpoints(models, TEXT)
@@ -95,6 +121,7 @@ def test_a_context_longer_than_the_text() -> None:
         compare_checkpoints(checkpoints(), TEXT, context=1000)
     short = EvaluationText("short", ["ab", "cd"])
     assert compare_checkpoints(checkpoints(), short).context == 16  # a default is no promise
+    assert compare_checkpoints(checkpoints(), short, context=3).context == 3
 
 
 @pytest.mark.parametrize(

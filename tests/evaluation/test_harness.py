@@ -12,6 +12,7 @@ import yaml
 
 from retnet import cli
 from retnet.checkpoints import load_checkpoint
+from retnet.errors import UserError
 from retnet.evaluation import harness, harness_tasks
 from retnet.evaluation.scoring import score_documents
 from retnet.generation import Sampling, sample_text
@@ -195,3 +196,18 @@ def test_the_package_that_is_missing(tiny: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(harness, "PACKAGE", "lm_eval_that_is_not_there")
     assert run(tiny, "--tasks", "a") == cli.EXIT_USER_ERROR
     assert "there is no package lm_eval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("two\nlines"), r"it cannot be used \(two lines\): mend it"),
+        (KeyError(), r"it cannot be used \(KeyError\): mend it"),
+        (UserError("said already"), "said already"),
+    ],
+)
+def test_what_the_harness_raises_is_one_line(error: Exception, words: str) -> None:
+    with pytest.raises(UserError, match=f"^{words}$"), harness._one_line("it", "mend it"):
+        raise error
+    with pytest.raises(MemoryError), harness._one_line("it", "mend it"):
+        raise MemoryError

@@ -38,6 +38,16 @@ The drain is full of hair. [MASK] must go.
 The drain , The hair
 The hair
 """
+BROKEN = {  # each in one way
+    "label": ["Roof", "4", "a", "b", "c", "d"],
+    "ending": ["Roof", "1", "a", "b", "c", ""],
+    "unmasked": ["It is.", "[MASK]", "It , Them", "It", ""],
+    "mask": ["[MASK] is.", "MASK", "It , Them", "It", ""],
+    "one": ["[MASK] is.", "[MASK]", "It", "It", ""],
+    "neither": ["[MASK] is.", "[MASK]", "It , Them", "He", ""],
+    "few": ["0"],
+    "two": ["0", "2"],
+}
 
 
 @pytest.fixture
@@ -124,7 +134,15 @@ def test_compressed_files(tmp_path: Path, suffix: str, opener: Any) -> None:
         ("hellaswag {wsc}", "{wsc}: line 1 begins no question of 6 lines"),
         ("wsc {hellaswag}", "{hellaswag}: line 1 begins no schema of four lines"),
         ("piqa {piqa}", "piqa needs --labels FILE"),
+        ("hellaswag {folder}/label", "{folder}/label: line 1 begins no question of 6 lines"),
+        ("hellaswag {folder}/ending", "{folder}/ending: line 1 begins no question of 6 lines"),
+        ("wsc {folder}/unmasked", "{folder}/unmasked: line 1 begins no schema of four lines"),
+        ("wsc {folder}/mask", "{folder}/mask: line 1 begins no schema of four lines"),
+        ("wsc {folder}/one", "{folder}/one: line 1 begins no schema of four lines"),
+        ("wsc {folder}/neither", "{folder}/neither: line 1 begins no schema of four lines"),
         ("piqa {piqa} --labels {wsc}", "--labels ({wsc}) must have a line 0 or 1 for each of"),
+        ("piqa {piqa} --labels {folder}/few", "--labels ({folder}/few) must have a line 0 or 1"),
+        ("piqa {piqa} --labels {folder}/two", "--labels ({folder}/two) must have a line 0 or 1"),
         ("piqa {blimp} --labels {labels}", "{blimp}: line 1 has no text in the field goal"),
         ("blimp {piqa}", "{piqa}: line 1 has no text in the field UID"),
         ("blimp {text}", "{text}: line 1 is no JSON"),
@@ -145,6 +163,8 @@ def test_mistakes(sources: dict, tmp_path: Path, capsys, arguments: str, words: 
     (tmp_path / "empty").touch()
     (tmp_path / "cut.xz").write_bytes(lzma.compress(b"text" * 99)[:40])
     (tmp_path / "latin").write_bytes(b"\xe9\n")
+    for name, lines in BROKEN.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
     places = sources | {"folder": tmp_path}
     out = [] if "--out" in arguments else ["--out", tmp_path / "tasks"]
     assert make(*arguments.format(**places).split(), *out) == cli.EXIT_USER_ERROR

@@ -1,5 +1,6 @@
 """Every target once, from the context that the windows state, whatever the batches."""
 
+import io
 import math
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from retnet.errors import UserError
-from retnet.evaluation import evaluate_batches, score_documents
+from retnet.evaluation import evaluate_batches, score_documents, scoring
 from retnet.evaluation.scoring import token_nll, windows
 from tests.generation.builders import BOS, EOS, MIXERS, byte_tokenizer, tiny_model
 
@@ -165,3 +167,25 @@ def test_batches_are_weighted_by_targets(mixer: str) -> None:
 
 def test_no_batches_are_nothing() -> None:
     assert evaluate_batches(MODELS["retention"], []) == (0.0, 0)
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_the_bar_ends_where_all_is_scored(carry_state: bool, monkeypatch) -> None:
+    bars: list[tqdm] = []
+
+    def bar(total: int, title: str | None) -> tqdm:
+        bars.append(tqdm(total=total, desc=title, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(scoring, "_bar", bar)
+    documents = ["eight...", "two"]
+    score_documents(
+        MODELS["retention"],
+        TOKENIZER,
+        documents,
+        context=4,
+        carry_state=carry_state,
+        progress="scoring",
+    )
+    (one,) = bars
+    assert one.n == one.total == len("eight...") + len("two") + 2

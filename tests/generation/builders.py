@@ -51,7 +51,15 @@ def tiny_model(
     sizes |= {k: v for k, v in own.items() if k in kind.config_class.__dataclass_fields__}
     model = kind(kind.config_class(**sizes))
     model.lm_head.weight.data.mul_(20)
+    fill_zeros(model)
     return model.to(dtype).eval()
+
+
+def fill_zeros(model: PreTrainedModel) -> None:
+    """Matrices that begin at zero, as some of RWKV's do, would hide what is multiplied by them."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.std() < 1e-3:
+            parameter.data.normal_(std=0.2)
 
 
 def save_checkpoint(

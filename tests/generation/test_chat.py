@@ -171,6 +171,44 @@ def test_a_model_of_limited_length_says_where_it_ends(ending, caplog) -> None:
         list(chat.answer("hello"))
 
 
+def test_a_conversation_beyond_what_a_growing_model_saw_is_warned_of_once(ending, caplog) -> None:
+    ending(None)
+    prompt = TOKENIZER.apply_chat_template(
+        turns("hello"), add_generation_prompt=True, return_dict=False
+    )
+    for mixer in MIXERS:
+        model = chat_model(mixer)
+        model.config.max_position_embeddings = len(prompt) + 5
+        chat, warned = Chat(model, TOKENIZER, max_new_tokens=5), []
+        for _ in range(3):
+            caplog.clear()
+            list(chat.answer("hello"))
+            warned.append("expect poor answers beyond" in caplog.text)
+        assert warned == [False, model.grows, False]
+
+
+def test_a_conversation_that_memory_does_not_take() -> None:
+    chat = Chat(chat_model("attention"), TOKENIZER, max_new_tokens=10**15)
+    with pytest.raises(UserError, match=r"a conversation of 1,000,000,000,000,0\d\d tokens needs"):
+        list(chat.answer("hello"))
+
+
+@pytest.mark.parametrize("ends", [END, None])
+def test_what_a_template_writes_before_the_end_of_an_answer(ends, ending, monkeypatch) -> None:
+    """An answer that has ended by itself is not gone on with."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }} .<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ending(ends)
+    chat, reading = Chat(chat_model(), tokenizer, max_new_tokens=9), Reading(monkeypatch)
+    for message in ("a", "b"):
+        list(chat.answer(message))
+    before_an_end = [reading.ids[i - 2 : i] for i, x in enumerate(reading.ids) if x == END]
+    assert [x == [*b" ."] for x in before_an_end] == [True, ends is None, True]
+
+
 def test_a_template_that_changes_what_was_said() -> None:
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = (

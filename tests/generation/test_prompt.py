@@ -14,6 +14,7 @@ from retnet.commands import generate
 from retnet.data import byte_tokenizer as data_byte_tokenizer
 from retnet.errors import UserError
 from retnet.generation import encode_prompt, read_prompt
+from retnet.generation.prompt import read_messages
 from tests.generation.builders import BOS, byte_tokenizer
 
 
@@ -109,3 +110,12 @@ def test_a_long_prompt_is_encoded_in_pieces(monkeypatch) -> None:
     ids = encode_prompt(tokenizer, text)
     assert ids.dtype == torch.int64 and ids[0].tolist() == [tokenizer.bos_token_id, *whole]
     assert max(longest) <= 1 << 18 and len(longest) > 2
+
+
+def test_a_message_that_never_ends(monkeypatch) -> None:
+    monkeypatch.setattr("retnet.generation.prompt.MOST_BYTES", 9)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12345678\n123456789")))
+    assert [*read_messages()] == ["12345678", "123456789"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1234567890")))
+    with pytest.raises(UserError, match="a message has more than 9 bytes"):
+        next(read_messages())

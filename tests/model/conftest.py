@@ -8,6 +8,7 @@ import torch
 from retnet.model import MIXERS
 from retnet.model.mixers.base import Mixer
 from retnet.model.models import model_class
+from tests.generation.builders import fill_zeros
 
 VOCAB = 61
 ROW_BYTES = 3 * 8  # of a cache for each row beside the layers' states: three integers
@@ -57,8 +58,7 @@ def make_model(mixer: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(2)
-                if parameter.std() < 1e-3:  # some begin near zero
-                    parameter.normal_(std=0.2)
+    fill_zeros(model)
     return model.to(dtype).eval()
 
 

@@ -146,7 +146,8 @@ def test_what_goes_wrong_on_the_way_is_told(monkeypatch) -> None:
         yield
 
     monkeypatch.setattr(answers, "generate", full)
-    with pytest.raises(RequestError, match=r"out of memory .*send a shorter text") as caught:
+    words = r'out of memory \(no "memory"\): send a shorter text'
+    with pytest.raises(RequestError, match=words) as caught:
         ask(own, wanted())
     assert caught.value.status == 503
 

@@ -190,3 +190,16 @@ def test_a_failure_on_the_way_reaches_a_stream(client: Any, monkeypatch) -> None
         client.completions.create(model="tiny", prompt="ab")
     with pytest.raises(openai.APIError):
         [*client.completions.create(model="tiny", prompt="ab", stream=True)]
+
+
+def test_what_nobody_thought_of_is_the_servers_error(client: Any, monkeypatch) -> None:
+    from retnet.serve import answers
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("by a tokenizer")
+        yield
+
+    monkeypatch.setattr(answers, "generate", broken)
+    with pytest.raises(openai.InternalServerError, match="its log says more") as caught:
+        client.completions.create(model="tiny", prompt="ab")
+    assert (caught.value.status_code, caught.value.type) == (500, "server_error")

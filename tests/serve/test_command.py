@@ -91,6 +91,20 @@ def test_what_a_request_calls_the_model(tiny: Path, with_packages: None, monkeyp
     assert served == ["tiny", "mine"]
 
 
+@pytest.mark.parametrize(
+    ("host", "where", "alone"),
+    [("127.0.0.1", "127.0.0.1", True), ("::1", "[::1]", True), ("0.0.0.0", "0.0.0.0", False)],
+)
+def test_where_it_answers_and_for_whom(host: str, where: str, alone: bool, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(command.logger, "info", said.append)
+    monkeypatch.setattr(command.logger, "warning", said.append)
+    command.say_where("tiny", host, 8000)
+    assert said[0] == f"tiny answers at http://{where}:8000/v1 (Ctrl-C ends)"
+    rest = [] if alone else [f"whoever reaches {where}:8000 can use it: there are no keys"]
+    assert said[1:] == rest
+
+
 @pytest.mark.slow
 def test_it_answers_until_ctrl_c(tiny: Path) -> None:
     openai = pytest.importorskip("openai", reason="needs the packages of the extra serve")

@@ -39,7 +39,7 @@ def test_final_by_default(finished: Path) -> None:
     assert not code_in(finished / "best") and not code_in(finished / "checkpoints/step_6")
 
 
-def test_all_and_none_in_one_run(options, tmp_path: Path) -> None:
+def test_all_and_none_in_one_run(options, tmp_path: Path, capsys) -> None:
     """The key may differ when a run goes on."""
     run(options, train__max_steps=4, train__export_code="none")
     folder = tmp_path / "run"
@@ -49,6 +49,7 @@ def test_all_and_none_in_one_run(options, tmp_path: Path) -> None:
     for name in ("final", "best", "checkpoints/step_6"):
         assert code_in(folder / name) == CODE, name
     assert not code_in(folder / "checkpoints/step_4")
+    assert "checkpoints need this package" not in capsys.readouterr().err
 
 
 def test_code_that_was_changed_makes_a_damaged_end(options, finished: Path, capsys) -> None:

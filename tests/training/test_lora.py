@@ -22,14 +22,16 @@ def lora(options: list[str], whole: Path) -> list[str]:
     return [*options, f"model.init_from={whole}", "train.lora_rank=2", "train.learning_rate=3e-2"]
 
 
-def test_a_run(lora, whole: Path, tmp_path: Path, capsys) -> None:
+def test_a_run(lora, whole: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """Linear layers move by matrices of that rank, all else stays; checkpoints are whole."""
+    monkeypatch.setattr("retnet.training.summary._size", lambda count: f"{count} bytes")
     assert run(lora) == 0
     said = capsys.readouterr().err
     number = 2 * sum(
         sum(x.shape) for name, x in weights(whole / "final").items() if is_adapted(name)
     )
     assert f"lora        rank 2: {number:,} of these parameters are trained" in said
+    assert f"gradients {4 * number} bytes, optimizer {8 * number} bytes" in said
     rows, first = metrics(tmp_path / "run"), metrics(whole)
     assert rows[-1]["val/loss"] < first[-1]["val/loss"] - 0.02
     before = weights(whole / "final")

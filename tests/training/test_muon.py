@@ -174,3 +174,11 @@ def test_the_trapezoid() -> None:
     falling = TrainSpec(learning_rate=1.0, schedule="wsd", warmup_steps=10, max_steps=20,
                         decay_fraction=1.0, final_learning_rate=0.0)  # fmt: skip
     assert learning_rate(10, falling) == 1 and learning_rate(15, falling) == 0.5
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_the_type_of_its_products(computes: bool, monkeypatch) -> None:
+    monkeypatch.setattr(muon, "computes_in_bfloat16", lambda: computes)
+    kinds = {name: muon.products_dtype(torch.device(name)) for name in ("cpu", "cuda")}
+    own = torch.bfloat16 if computes else torch.float32
+    assert kinds == {"cpu": own, "cuda": torch.bfloat16}

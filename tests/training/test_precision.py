@@ -38,13 +38,29 @@ def of_run(folder: Path) -> tuple[str, str]:
     ("has", "slow", "chosen"),
     [(True, False, "bf16"), (True, True, "fp32"), (False, False, "fp32")],
 )
-def test_the_machine_decides(has: bool, slow: bool, chosen: str, decide) -> None:
+def test_the_machine_decides(has: bool, slow: bool, chosen: str, decide, said) -> None:
     decide(has, slow)
     given = ["train.device=cpu"]
     assert settled_precision(load_config(None, given)).train.precision == chosen
+    reason = "train.precision (auto): fp32, as bfloat16 takes 1.6 times as long"
+    assert said == [reason] * slow
     for other in ("fp32", "bf16"):
         config = load_config(None, [*given, f"train.precision={other}"])
         assert settled_precision(config) is config
+
+
+def test_a_product_is_timed() -> None:
+    assert 0 < precision._seconds(torch.float32) < 10
+
+
+@pytest.mark.parametrize(("on_cpu", "chosen"), [(True, "fp32"), (False, "bf16")])
+def test_what_auto_meant_before_it_was_recorded(on_cpu: bool, chosen: str, monkeypatch) -> None:
+    """A GPU that computes in bfloat16 beside the CPU of the run changes nothing."""
+    monkeypatch.setattr(precision, "runs_on_cpu", lambda train: on_cpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert precision.precision_before_it_was_recorded(load_config(None, []).train) == chosen
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert precision.precision_before_it_was_recorded(load_config(None, []).train) == "fp32"
 
 
 def test_a_run_keeps_what_it_began_with(options, tmp_path: Path, decide) -> None:

@@ -104,6 +104,24 @@ def test_a_tracker_keeps_a_run_that_goes_on(
     assert "perf/peak_memory_bytes" in settings
 
 
+def test_wandb_goes_on_in_the_newest_run(tmp_path: Path, monkeypatch) -> None:
+    """With the network it may be gone there; offline nobody is asked."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    own, folder = trackers.TRACKERS["wandb"], tmp_path / "run"
+    new = {"mode": "offline", "dir": str(folder), "name": "run"}
+    assert own.options(folder, 3) == new  # it had none
+    for name in ("offline-run-20260101_000000-one", "run-20260102_000000-two"):
+        (folder / "wandb" / name).mkdir(parents=True)
+    assert own.options(folder, 0) == new
+    assert own.options(folder, 3) == new | {"id": "two"}
+    assert f"wandb sync {folder}/wandb/" in own.hint(folder)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    online = new | {"mode": "online", "settings": {"init_timeout": trackers.NETWORK_WAIT_S}}
+    assert own.options(folder, 0) == online
+    assert own.options(folder, 3) == online | {"id": "two", "resume": "allow"}
+    assert own.hint(folder) == ""
+
+
 def test_every_tracker_has_its_place() -> None:
     assert tuple(trackers.TRACKERS) == TRACKERS == tuple(READERS)
 

@@ -51,7 +51,9 @@ def test_a_full_disk_in_a_tracker(options, tmp_path: Path, capsys) -> None:
         fail_at(patch, TensorBoardTracker, "log", 7, no_space)  # in step 5, with two samples
         fail_at(patch, TensorBoardTracker, "finish", 1, no_space)
         assert run([*options, "train.trackers=[tensorboard]"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err
+    assert "train.trackers can't be closed (No space left on device)" in said
+    error = said.splitlines()[-1]
     assert error.startswith(f"error: train.out_dir ({tmp_path / 'run'}) can't be written at step")
     assert "checkpoints/step_4 is the newest whole checkpoint" in error
     assert run(options) == 0
@@ -126,6 +128,21 @@ def test_a_tracker_that_can_not_be_started_leaves_no_folder(
     assert run([*options, "train.trackers=[wandb]"]) == 2
     assert "can't be started (Run ID cannot" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_evaluation_is_known_when_a_run_goes_on(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, 0)
+    assert file.evaluation is None
+    rows = [{"step": step, "train/loss": 1.0} for step in (1, 2, 3)]
+    rows[1]["val/loss"] = 2.0
+    for row, known in zip(rows, (None, rows[1], rows[1]), strict=True):
+        file.write(row)
+        assert file.evaluation == known
+    file.close()
+    for step, known in ((3, rows[1]), (2, rows[1]), (1, None)):
+        file = MetricsFile(tmp_path, step)
+        file.close()
+        assert file.evaluation == known
 
 
 @pytest.mark.parametrize("write", ["write", "sync"])

@@ -70,9 +70,9 @@ class QuantisedProduct:
         return 2 * self.outputs * self.inputs
 
     def pack(self, rows: int) -> None:
-        """Make a copy for products with that many rows, where it pays."""
+        """Make a copy for products with that many rows (above MOST_LEFT), where it pays."""
         values = self.stored["values"]
-        if rows <= MOST_LEFT or not packs_bfloat16(values.device):
+        if not packs_bfloat16(values.device):
             return
         if self.weights == "int8":  # whose values are exact in bfloat16: scaled afterwards
             weight = values[:, : self.inputs].to(torch.bfloat16)

@@ -130,9 +130,9 @@ class Product:
         return self.weight.nbytes
 
     def pack(self, rows: int) -> None:
-        """Make a copy for products with that many rows, where it pays."""
+        """Make a copy for products with that many rows (above MOST_LEFT), where it pays."""
         narrow = self.weight.dtype == torch.bfloat16 and packs_bfloat16(self.weight.device)
-        if rows > MOST_LEFT and (narrow or takes_onednn(self.weight)):
+        if narrow or takes_onednn(self.weight):
             self.packed = PackedWeight(self.weight, rows)
 
     def __call__(self, x: Tensor) -> Tensor:

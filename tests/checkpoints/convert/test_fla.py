@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retnet import RetNetConfig, RetNetForCausalLM, cli
+from retnet.checkpoints.convert import fla
 from retnet.checkpoints.convert import target as writing
 from retnet.checkpoints.convert.fla import DEFAULTS, FIXED, from_fla
 from retnet.checkpoints.export import export_checkpoint
@@ -82,6 +83,12 @@ def test_there_and_back_is_exact(
     )
     assert theirs.keys() == back.keys()
     assert all(x.dtype == back[k].dtype and torch.equal(x, back[k]) for k, x in theirs.items())
+
+
+def test_the_default_width_is_theirs() -> None:
+    """Of the published checkpoints of 1.3 and 2.7 billion weights."""
+    for width, ratio, expected in ((2048, 2, 2816), (2560, 2, 3584), (2048, None, 5632)):
+        assert fla._default_width({"hidden_size": width, "hidden_ratio": ratio}) == expected
 
 
 def test_what_was_changed_since_is_told_on_the_way_back(tmp_path: Path) -> None:

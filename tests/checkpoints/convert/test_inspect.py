@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retnet.checkpoints import Progress
+from retnet.checkpoints.convert.recognise import FLA, RWKV, TORCHSCALE, recognise
 from retnet.files import write_json
 from tests.checkpoints.convert.references import (
     REFERENCE,
@@ -136,3 +137,12 @@ def test_a_command_for_another_format(
     assert not (tmp_path / "models").exists()
     assert convert("from-fla", theirs, tmp_path / "models/new") == 0
     assert (tmp_path / "models/new/config.json").is_file()
+
+
+def test_a_configuration_tells_what_is_beside_weights_that_are_not_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "rwkv"})
+    assert recognise(tmp_path) is RWKV
+    assert recognise(tmp_path, {"model_type": "retnet"}) is FLA  # it was read before
+    heads = {"decoder_retention_heads": 2}
+    assert recognise(tmp_path, heads) is recognise(tmp_path, {"kwargs": heads}) is TORCHSCALE
+    assert recognise(tmp_path, {"model_type": "other"} | heads) is None

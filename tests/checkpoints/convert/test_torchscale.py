@@ -172,7 +172,7 @@ def test_other_weights_are_refused_by_what_differs(tmp_path: Path, capsys) -> No
             "retnet_rel_pos.decay is of 2 heads with other decays",
         ),
         "angles": (
-            weights | {"retnet_rel_pos.angle": torch.ones(32)},
+            weights | {"retnet_rel_pos.angle": 1.001 * weights["retnet_rel_pos.angle"]},
             "retnet_rel_pos.angle has other angles than 2 heads of width 32 turn by",
         ),
         "less": (
@@ -198,6 +198,7 @@ def test_other_weights_are_refused_by_what_differs(tmp_path: Path, capsys) -> No
         ({"activation_fn": "tanh"}, "activation_fn (tanh) must be one of swish, gelu, relu"),
         ({"activation_fn": ["gelu"]}, "activation_fn (['gelu']) must be one of swish, gelu, relu"),
         ({"decoder_retention_heads": 3}, "retnet_rel_pos.decay is of 2 heads with other decays"),
+        ({"decoder_retention_heads": 1}, "2^(-5-h) or the log-linear ones of 1: only those"),
         ({"decoder_retention_heads": "2"}, "decoder_retention_heads (2) must be a whole number"),
         ({"layernorm_eps": -1}, "norm_eps (-1) must be between 0 and 1"),
     ):

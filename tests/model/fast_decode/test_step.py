@@ -18,7 +18,7 @@ from retnet.model.fast_decode.step import MOST_PACKED, DecodeStep, make_decode_s
 from retnet.model.fast_decode.weights import MOST_LEFT, PackedWeight, lay_out_for_decoding
 from retnet.model.mixers import MIXERS
 from retnet.model.models import model_class
-from tests.generation.builders import tiny_model
+from tests.generation.builders import fill_zeros, tiny_model
 from tests.model.fast_decode.cases import GREEDY, both_mixers, random_ids
 
 SHARED: dict[str, Any] = {
@@ -57,6 +57,7 @@ def draw_model(draw: st.DataObject, mixer: str) -> Any:
     model = kind(kind.config_class(**values))
     for weight in model.parameters():
         weight.data.mul_(torch.rand_like(weight) if weight.dim() == 1 else 3.0)
+    fill_zeros(model)
     return model.double().eval()
 
 
