@@ -33,7 +33,7 @@ from ..ops.wkv import (
     wkv_recurrent,
     wkv_token,
 )
-from .base import Mixer, Part, State, Step
+from .base import Mixer, Part, State, Step, output_std
 
 
 class RWKVOptions(DecoderConfig):
@@ -207,9 +207,12 @@ class TimeMixing(Shifting, Mixer):
         if isinstance(module, TimeMixing | ChannelMixing):
             for name, value in module.vectors().items():
                 init.copy_(getattr(module, name), value)
-        elif role == "embed_tokens" and not config.tie_word_embeddings:
+        elif role == "embed_tokens":
             weight = cast(nn.Embedding, module).weight
-            init.orthogonal_(weight, gain=1e-4 * max(weight.shape) ** 0.5)
+            if config.tie_word_embeddings:  # normed it makes the token itself likely: by std * d
+                init.normal_(weight, std=min(output_std(config), 4 / config.hidden_size))
+            else:
+                init.orthogonal_(weight, gain=1e-4 * max(weight.shape) ** 0.5)
         else:
             super().initialize(module, role, config)
 
