@@ -94,8 +94,8 @@ def make_foreign(folder: Path) -> None:
     """Models of transformers' own, and what is none to compare."""
     for kind in ("gpt2", "bert"):
         save_foreign(folder / kind, kind)
-    names = ("mute", "empty", "seq2seq", "unknown", "coded", "pickled", "kernel", "patched", "less")
-    for name in names:
+    names = ("mute", "empty", "seq2seq", "unknown", "coded", "pickled", "kernel", "patched")
+    for name in (*names, "less", "headless"):
         shutil.copytree(folder / "gpt2", folder / name)
     for file in (folder / "mute").glob("*token*"):
         file.unlink()
@@ -106,12 +106,14 @@ def make_foreign(folder: Path) -> None:
     (folder / "patched/adapter_config.json").write_text("{}")
     weights = load_file(folder / "less/model.safetensors")
     del weights["transformer.h.1.mlp.c_fc.weight"]
-    save_file(weights, folder / "less/model.safetensors", metadata={"format": "pt"})
+    for name in ("less", "headless"):
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "gpt2/config.json").read_text())
     for name, changes in (
         ("seq2seq", {"model_type": "t5", "is_encoder_decoder": True}),
         ("unknown", {"model_type": "nonsense"}),
         ("coded", {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}),
+        ("headless", {"architectures": ["GPT2Model"]}),
         ("kernel", {"text_config": {"attn_implementation": "someone/kernel"}}),
     ):
         (folder / name / "config.json").write_text(json.dumps(config | changes))

@@ -162,6 +162,7 @@ COMPARISON = [
     (F + "kernel", "attn_implementation ('someone/kernel') names code from elsewhere: remove it"),
     (F + "patched", "checkpoint ({foreign}/patched) has an adapter (adapter_config.json) beside"),
     (F + "less", "is incomplete, transformer.h.1.mlp.c_fc.weight is missing from the weights"),
+    (F + "headless", "is of a GPT2Model, not of a GPT2LMHeadModel, transformer.h.1.mlp.c_fc.w"),
     (F + "gpt2 --context 33", "--context (33) is beyond the 32 tokens for which a GPT2LMHeadModel"),
     (
         F + "gpt2 --carry-state",

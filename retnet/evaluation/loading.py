@@ -205,10 +205,14 @@ def _load_model(
         )  # fmt: skip
     missing = sorted(found["missing_keys"])
     if missing:
-        raise UserError(
-            f"checkpoint ({folder}) is incomplete, {missing[0]} is missing from the weights "
-            f"({len(missing)} such): copy it again"
-        )
+        lacks = f"{missing[0]} is missing from the weights ({len(missing)} such)"
+        saved = config.architectures or [type(model).__name__]
+        if type(model).__name__ not in saved:  # of its encoder alone, or with another head
+            raise UserError(
+                f"checkpoint ({folder}) is of a {saved[0]}, not of a {type(model).__name__}, "
+                f"{lacks}: name a causal language model"
+            )
+        raise UserError(f"checkpoint ({folder}) is incomplete, {lacks}: copy it again")
     return model
 
 

@@ -115,7 +115,9 @@ def _weights(place: Path) -> tuple[Heads, list[Path], str]:
                 tensors = read_tensors(file)
                 names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
                 heads |= {name: (tuple(tensors[name].shape), names[name]) for name in names}
-        except (SafetensorError, UserError) as error:
+        except SafetensorError as error:  # names the file
+            damage = f"no: {error}"
+        except UserError as error:
             damage = f"no: {file.name}: {error}"
     return heads, files, damage
 

@@ -56,7 +56,7 @@ def test_what_is_wrong_with_one_of_ours(copy: Path, damage: str, capsys) -> None
     key, words = "read here", ""
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-9])
-        words = "no: model.safetensors: "
+        words = "no: model.safetensors: Error"
     elif damage == "config":
         (copy / "config.json").write_text("{")
         words = f"no: {copy}/config.json is not readable JSON"
