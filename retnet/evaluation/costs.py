@@ -1,14 +1,14 @@
-"""What models cost by batch and by length of the rows that they train on."""
+"""What models cost by batch, by length of the rows that they train on, and in memory."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from retnet.checkpoints import Checkpoint
 from retnet.evaluation.foreign import runs_own_code
-from retnet.evaluation.memory import training_peaks, training_step
+from retnet.evaluation.memory import measured_peaks, training_step
 from retnet.evaluation.speed import DecodeSpeed, decode_speed, interleaved
 from retnet.generation import evaluation_mode
 from retnet.model.causal_lm import DecoderForCausalLM
@@ -33,7 +33,7 @@ class Costs:
     """Of one model."""
 
     by_context: list[DecodeSpeed]  # one row
-    by_batch: list[DecodeSpeed]
+    by_batch: list[DecodeSpeed]  # context by context
     training: list[TrainingCost]
 
 
@@ -44,33 +44,40 @@ def measure_costs(
     batches: Sequence[int],
     lengths: Sequence[int],
     limit_s: float,
+    everywhere: bool = True,
     peaks: bool = True,
     progress: str | None = None,
 ) -> list[Costs]:
     """Measure the models side by side; a model that would take longer than ``limit_s`` is stopped.
 
     Args:
-        by_context: What is known of decoding one row; after the first of these contexts batches
-            are measured.
+        by_context: What is known of decoding one row.
         batches, lengths: Ascending.
         limit_s: Seconds of one prefill, or of one training step.
-        peaks: Whether to measure the memory of training, in a process for each model.
+        everywhere: Whether batches are measured after each of the contexts, or the first alone.
+        peaks: Whether to measure the memory of generating and of training, each in a process for
+            each model.
         progress: Title of a progress bar on a terminal.
     """
     models = [checkpoint.model for checkpoint in checkpoints]
     by_batch: list[list[DecodeSpeed]] = [[] for _ in models]
-    context = [by_context[0][0].context]
+    alone = [own if everywhere else own[:1] for own in by_context]
+    contexts = [one.context for one in alone[0]]
     for rows in tqdm(batches, desc=progress, leave=False, disable=None if progress else True):
-        found = decode_speed(models, context, rows=rows, rounds=ROUNDS, limit_s=limit_s)
-        for own, (one,) in zip(by_batch, found, strict=True):
-            own.append(one)
+        found = alone
+        if rows > 1:
+            found = decode_speed(
+                models, contexts, rows=rows, rounds=ROUNDS, limit_s=limit_s, of_one_row=alone
+            )
+        for own, after in zip(by_batch, found, strict=True):
+            own += after
+    for own in by_batch:
+        own.sort(key=lambda one: (one.context, one.rows))
     training = training_costs(models, lengths, limit_s)
+    costs = [Costs(*own) for own in zip(by_context, by_batch, training, strict=True)]
     if peaks:
-        training = [
-            _with_peaks(checkpoint, own)
-            for checkpoint, own in zip(checkpoints, training, strict=True)
-        ]
-    return [Costs(*own) for own in zip(by_context, by_batch, training, strict=True)]
+        costs = [_with_peaks(*own) for own in zip(checkpoints, costs, strict=True)]
+    return costs
 
 
 def training_costs(
@@ -118,16 +125,21 @@ def _too_long(before: Sequence[TrainingCost], tokens: int, limit_s: float) -> bo
     return (tokens / done) ** 2 * done / last.tokens_per_second > limit_s
 
 
-def _with_peaks(checkpoint: Checkpoint, costs: Sequence[TrainingCost]) -> list[TrainingCost]:
-    measured = [one.length for one in costs if one.tokens_per_second is not None]
+def _with_peaks(checkpoint: Checkpoint, costs: Costs) -> Costs:
+    """With the memory of what was measured; without where its process fails."""
     model = checkpoint.model
-    trusted = runs_own_code(model)
     place = checkpoint.base or checkpoint.path  # merged, a model takes what its base takes
-    found = training_peaks(place, measured, model.device, model.dtype, trusted) if measured else []
-    peaks = dict(zip(measured, found, strict=True)) if found else {}
-    return [
-        TrainingCost(
-            one.length, one.rows, one.tokens_per_second, peaks.get(one.length), one.stopped
-        )
-        for one in costs
-    ]
+
+    def found(work: str, lengths: Sequence[int]) -> dict[int, int]:
+        options = (model.device, model.dtype, runs_own_code(model))
+        peaks = measured_peaks(work, place, lengths, *options) if lengths else []
+        return dict(zip(lengths, peaks, strict=True)) if peaks else {}
+
+    read = {one.context for one in costs.by_context if one.ms_per_token is not None}
+    trained = {one.length for one in costs.training if one.tokens_per_second is not None}
+    generating, training = found("generating", sorted(read)), found("training", sorted(trained))
+    return Costs(
+        [replace(one, peak_bytes=generating.get(one.context)) for one in costs.by_context],
+        costs.by_batch,
+        [replace(one, row_bytes=training.get(one.length)) for one in costs.training],
+    )

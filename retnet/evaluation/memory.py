@@ -4,9 +4,10 @@ On a GPU: what torch's allocator held at most, less what it held before. On the 
 keeps no books: how far the process's largest resident size rises over what it was just before.
 That counts everything, freed memory that the C library keeps included, and nothing from before.
 
-    python -m retnet.evaluation.memory RUN 256 512 --device cpu --dtype float32 --threads 2
+    python -m retnet.evaluation.memory RUN training 256 512 --device cpu --dtype float32 --threads 2
 
-prints as JSON what training steps of one row take, the shorter rows first.
+prints as JSON what training steps of one row take, the shorter rows first; with ``generating`` what
+reading prompts of one row and making a few tokens does.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 from retnet.evaluation.loading import load_contender
+from retnet.evaluation.speed import generating
 from retnet.machine import largest_resident_size, use_fast_products
 from retnet.model.causal_lm import DecoderForCausalLM
 
@@ -63,19 +65,29 @@ def training_step(
     return work
 
 
-def training_peaks(
+WORKS: dict[str, Callable[[DecoderForCausalLM, int], Callable[[], object]]] = {
+    "training": lambda model, length: training_step(model, 1, length),
+    "generating": generating,
+}
+
+
+def measured_peaks(
+    work: str,
     path: Path,
     lengths: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> list[int]:
-    """The peak of a training step of one row of each length, ascending, in a process of its own.
+    """The peak of work on one row of each length, ascending, in a process of its own.
 
     Nothing, and a warning, where that process fails: it may have been ended for its memory.
+
+    Args:
+        work: One of ``WORKS``.
     """
     # -P: what lies in the current folder, of which nothing is known, is no module
-    command = [sys.executable, "-P", "-m", "retnet.evaluation.memory", str(path)]
+    command = [sys.executable, "-P", "-m", "retnet.evaluation.memory", str(path), work]
     options = ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
     options += ["--trust-remote-code"] if trust_remote_code else []
     options += ["--threads", str(torch.get_num_threads())]
@@ -90,15 +102,15 @@ def training_peaks(
         return found
     said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
     reason = f"signal {-done.returncode}" if done.returncode < 0 else said[0]
-    logger.warning(f"the memory of training {path} was not measured: its process failed ({reason})")
+    logger.warning(f"the memory of {work} {path} was not measured: its process failed ({reason})")
     return []
 
 
-def peaks(model: DecoderForCausalLM, lengths: Sequence[int]) -> list[int]:
-    """Those of training steps of one row; to be called once in a process, the lengths ascending."""
-    # a tiny step first: libraries are loaded and threads have their stacks before the count begins
-    training_step(model, 1, min(16, *lengths))()
-    rises = [peak_of(training_step(model, 1, length), model.device) for length in lengths]
+def peaks(work: str, model: DecoderForCausalLM, lengths: Sequence[int]) -> list[int]:
+    """Those of work on one row; to be called once in a process, the lengths ascending."""
+    # a tiny one first: libraries are loaded and threads have their stacks before the count begins
+    WORKS[work](model, min(16, *lengths))()
+    rises = [peak_of(WORKS[work](model, length), model.device) for length in lengths]
     # on the CPU, each is counted from the largest of those before
     return rises if model.device.type == "cuda" else list(accumulate(rises))
 
@@ -106,6 +118,7 @@ def peaks(model: DecoderForCausalLM, lengths: Sequence[int]) -> list[int]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("retnet.evaluation.memory", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("work", choices=WORKS)
     parser.add_argument("lengths", type=int, nargs="+")
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--dtype", required=True)
@@ -119,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.checkpoint, device=arguments.device, dtype=dtype,
         trust_remote_code=arguments.trust_remote_code,
     ).model  # fmt: skip
-    print(json.dumps(peaks(model, arguments.lengths)))
+    print(json.dumps(peaks(arguments.work, model, arguments.lengths)))
 
 
 if __name__ == "__main__":

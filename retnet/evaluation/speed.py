@@ -59,6 +59,7 @@ class DecodeSpeed:
     cache_bytes: int | None = None  # of the state, or of the used part of the key-value cache
     prefill_s: float | None = None  # seconds in which the context was read, once
     rows: int = 1
+    peak_bytes: int | None = None  # of reading it and making tokens; None where not measured
     stopped: bool = False  # whether it would have taken too long, or not fit in memory
 
     @property
@@ -125,6 +126,7 @@ def decode_speed(
     tokens: int = TOKENS_PER_ROUND,
     rounds: int = ROUNDS,
     limit_s: float | None = None,
+    of_one_row: Sequence[Sequence[DecodeSpeed]] | None = None,
     progress: str | None = None,
 ) -> list[list[DecodeSpeed]]:
     """Milliseconds per token and bytes of memory after contexts of given lengths.
@@ -133,7 +135,8 @@ def decode_speed(
     cache and feeds ``tokens`` tokens, each the most likely one after the last. The models are on
     one device and in evaluation mode; ``progress`` is the title of a progress bar on a terminal.
     With ``limit_s`` a model is stopped at the first context that would take longer to read, if
-    the time grew with its square, or whose memory the machine does not have.
+    the time grew with its square, or whose memory the machine does not have. ``of_one_row``, the
+    results of one row after the same contexts, tells instead how long several take to read.
 
     Returns:
         For each model its results in the order of ``contexts``.
@@ -143,12 +146,14 @@ def decode_speed(
         if _is_defined(model, min(contexts) + tokens, rows):
             read_context(model, min(contexts), rows, tokens)  # the first time is slower
     bar = tqdm(contexts, desc=progress, leave=False, disable=True if progress is None else None)
-    for context in bar:
+    for number, context in enumerate(bar):
         measured = []
         for i, model in enumerate(models):
             defined = _is_defined(model, context + tokens, rows)
+            alone = of_one_row[i][number] if of_one_row else None
             stopped = defined and limit_s is not None and (
-                _too_long(results[i], context, limit_s) or _too_large(model, context + tokens, rows)
+                _too_long(results[i], context, rows, limit_s, alone)
+                or _too_large(model, context + tokens, rows)
             )  # fmt: skip
             measured += [i] if defined and not stopped else []
             results[i].append(DecodeSpeed(context, rows=rows, stopped=stopped))
@@ -165,8 +170,18 @@ def decode_speed(
     return results
 
 
-def _too_long(before: Sequence[DecodeSpeed], context: int, limit_s: float) -> bool:
-    """Whether it was stopped before, or reading would take longer now."""
+def _too_long(
+    before: Sequence[DecodeSpeed],
+    context: int,
+    rows: int,
+    limit_s: float,
+    alone: DecodeSpeed | None,
+) -> bool:
+    """Whether it was stopped before, or as one row, or reading would take longer now."""
+    if alone is not None and alone.stopped:
+        return True
+    if alone is not None and alone.prefill_s is not None:
+        return rows * alone.prefill_s > limit_s
     if not before or before[-1].stopped:
         return bool(before)
     last = before[-1]
@@ -215,6 +230,18 @@ def decoding(
         return lambda: _decode(step, own, start, tokens)
 
     return prepare
+
+
+def generating(model: DecoderForCausalLM, context: int) -> Callable[[], object]:
+    """For ``peak_of``: reading a prompt of one row, and making as many tokens as in a round."""
+    step = make_step(model)
+
+    def work() -> None:
+        cache, _ = read_context(model, context, 1, TOKENS_PER_ROUND)
+        start = torch.zeros(1, dtype=torch.int64, device=model.device)
+        _decode(step, cache, start, TOKENS_PER_ROUND)
+
+    return work
 
 
 @torch.inference_mode()

@@ -103,6 +103,22 @@ def test_rows_side_by_side_and_the_time_of_reading() -> None:
     assert DecodeSpeed(3).tokens_per_second is DecodeSpeed(3).prefill_tokens_per_second is None
 
 
+def test_several_rows_are_stopped_by_the_time_of_one() -> None:
+    """However fast the contexts before were; and where one was stopped."""
+    alone = [DecodeSpeed(4, prefill_s=3.0), DecodeSpeed(8, prefill_s=6.0)]
+    models, options = [tiny_model("retention")], {"tokens": 2, "rounds": 1}
+
+    def stopped(contexts, alone, **limit) -> list[bool]:
+        (found,) = decode_speed(models, contexts, of_one_row=[alone], **limit, **options)
+        return [one.stopped for one in found]
+
+    assert stopped((4, 8), alone, rows=2, limit_s=12) == [False, False]
+    assert stopped((4, 8), alone, rows=2, limit_s=11) == [False, True]
+    assert stopped((4, 8), [alone[0], DecodeSpeed(8, stopped=True)], limit_s=99) == [False, True]
+    assert stopped((4, 8), [DecodeSpeed(4), DecodeSpeed(8)], limit_s=1e9) == [False, False]
+    assert stopped((4, 8), alone, rows=2) == [False, False], "no limit"
+
+
 def test_a_model_is_stopped_where_it_would_take_too_long_or_not_fit(monkeypatch) -> None:
     """By the time of the context before, as if it grew with the square; then for good."""
     clock, reads = [0.0], []

@@ -43,6 +43,15 @@ def side_by_side(number: int) -> tuple[Any, Sequence[Any]]:
     return figure, grid[0]
 
 
+def two_in_a_row(number: int) -> tuple[Any, Sequence[Any]]:
+    """A figure, and that many places to draw in; where the last row has only one, one more."""
+    if number <= 2:
+        return side_by_side(number)
+    rows = (number + 1) // 2
+    figure, grid = grid_of(rows, 2, (WIDE, HIGH * rows))
+    return figure, list(grid.flat)
+
+
 def grid_of(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
     """A figure of that size, and places in rows and columns to draw in."""
     from matplotlib.figure import Figure

@@ -103,20 +103,21 @@ def _costs(findings: Findings) -> Iterator[Table]:
 
     def table(
         title: str,
-        keys: Sequence[str],
         part: str,
-        key: Callable[[Any], int],
+        keys: Mapping[str, Callable[[Any], int]],
         cells: Mapping[str, Callable[[Any], str | None]],
         note: str = "",
     ) -> Table:
+        measured = [one for costs in findings.costs for one in getattr(costs, part)]
+        known = {head: cell for head, cell in cells.items() if any(map(cell, measured))}
+        cells = known or cells  # all of them were stopped
         rows = [[*keys, "", *cells]]
         for entries in zip(*(getattr(costs, part) for costs in findings.costs), strict=True):
             for name, entry in zip(names, entries, strict=True):
                 empty = "stopped" if entry.stopped else "not defined"
                 found = [cell(entry) for cell in cells.values()]
-                known = any(cell is not None for cell in found)
-                shown = [cell or (NONE if known else empty) for cell in found]
-                rows.append([f"{key(entry):,}", name, *shown])
+                shown = [cell or (NONE if any(found) else empty) for cell in found]
+                rows.append([*(f"{key(entry):,}" for key in keys.values()), name, *shown])
         return Table(title, rows, note)
 
     def figure(value: float | None, digits: int = 0) -> str | None:
@@ -126,23 +127,26 @@ def _costs(findings: Findings) -> Iterator[Table]:
         return None if value is None else megabytes(value)
 
     yield table(
-        "Generating, by context", ["tokens"], "by_context", lambda one: one.context,
+        "Generating, by context", "by_context", {"tokens": lambda one: one.context},
         {
             "prompt tokens/s": lambda one: figure(one.prefill_tokens_per_second),
             "ms/token": lambda one: figure(one.ms_per_token, 2),
             "state or cache": lambda one: size(one.cache_bytes),
+            "peak memory beyond weights": lambda one: size(one.peak_bytes),
         },
         "One row. Stopped: reading would have taken too long, or the memory would not fit.",
     )  # fmt: skip
     yield table(
-        "Generating, by rows side by side", ["rows"], "by_batch", lambda one: one.rows,
+        "Generating, by rows side by side", "by_batch",
+        {"tokens": lambda one: one.context, "rows": lambda one: one.rows},
         {
             "tokens/s, all rows": lambda one: figure(one.tokens_per_second),
             "ms for each": lambda one: figure(one.ms_per_token, 2),
         },
+        "After so many tokens of context in each row.",
     )  # fmt: skip
     yield table(
-        "Training, by the length of rows", ["tokens"], "training", lambda one: one.length,
+        "Training, by the length of rows", "training", {"tokens": lambda one: one.length},
         {
             "tokens/s": lambda one: figure(one.tokens_per_second),
             "peak of one row": lambda one: size(one.row_bytes),

@@ -107,10 +107,14 @@ def plain(text: str) -> str:
     return harmless(text).replace("$", r"\$")
 
 
-def legend(axis: Any) -> None:
-    """Where there is something to name."""
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=9, frameon=False)
+def legend(axis: Any, place: Any = None) -> None:
+    """Where there is something to name, in it or in a place of its own."""
+    handles, shown = axis.get_legend_handles_labels()
+    if place is not None:
+        place.axis("off")
+    if handles:
+        where = {} if place is None else {"loc": "center"}
+        (place or axis).legend(handles, shown, fontsize=9, frameon=False, **where)
 
 
 @own_settings()

@@ -44,6 +44,7 @@ class Reach:
     batches: Sequence[int] = BATCHES
     lengths: Sequence[int] = LENGTHS
     limit_s: float = LIMIT_S
+    everywhere: bool = True
     peaks: bool = True
     windows: int = LONG_WINDOWS
     beyond: Sequence[int] = BEYOND
@@ -51,7 +52,10 @@ class Reach:
 
 
 THOROUGH = Reach()
-QUICK = Reach(batches=(1, 16), lengths=(256, 1024), peaks=False, beyond=(2, 4), carried=False)
+QUICK = Reach(
+    batches=(1, 16), lengths=(256, 1024), everywhere=False, peaks=False, beyond=(2, 4),
+    carried=False,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def find_out(
     if by_context[0]:
         costs = measure_costs(
             checkpoints, by_context=by_context, batches=reach.batches, lengths=reach.lengths,
-            limit_s=reach.limit_s, peaks=reach.peaks, progress="measuring costs",
+            limit_s=reach.limit_s, everywhere=reach.everywhere, peaks=reach.peaks,
+            progress="measuring costs",
         )  # fmt: skip
         logger.info("costs by batch and length are known")
     return Findings(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from retnet.data import load_tokenizer
-from retnet.evaluation.memory import training_peaks
+from retnet.evaluation.memory import measured_peaks
 from retnet.experiments.claims.claim import Claim
 from retnet.experiments.claims.costs import LINEAR, constant_decode
 from retnet.experiments.claims.setup import Setup, exponent
@@ -41,7 +41,7 @@ def memory_exponent(setup: Setup, model: DecoderForCausalLM, lengths: Sequence[i
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for _ in range(PROCESSES):
-            peaks = training_peaks(Path(folder), lengths, model.device, model.dtype)
+            peaks = measured_peaks("training", Path(folder), lengths, model.device, model.dtype)
             first, second = (b - a for a, b in pairwise(peaks))
             found.append(float(np.log2(second / first)) if first > 0 < second else np.nan)
     return worst(found, "processes")

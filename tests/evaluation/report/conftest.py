@@ -38,7 +38,21 @@ def speeds(ms: float, growth: float, size: int, grows: bool, stop: int | None) -
             continue
         time = ms * (1 + growth * context)
         memory = size * context if grows else size
-        found.append(DecodeSpeed(context, time, 0.9 * time, 1.1 * time, memory, context / 1e4))
+        spread = (time, 0.9 * time, 1.1 * time)
+        peak = 2 * memory + 1_000_000
+        found.append(DecodeSpeed(context, *spread, memory, context / 1e4, peak_bytes=peak))
+    return found
+
+
+def batches(growth: float) -> list[DecodeSpeed]:
+    """At the longest context nothing but one row of the first model, whose time does not grow."""
+    found = []
+    for context in CONTEXTS:
+        for rows in (1, 4):
+            if context == CONTEXTS[-1] and (growth or rows > 1):
+                found.append(DecodeSpeed(context, rows=rows, stopped=True))
+            else:
+                found.append(DecodeSpeed(context, rows * 0.8, 0, 0, 9, 0.1, rows))
     return found
 
 
@@ -62,7 +76,7 @@ def findings() -> Findings:
     costs = [
         Costs(
             speeds(1.0, growth, size, grows, stop),
-            [DecodeSpeed(128, rows * 0.8, 0, 0, 9, 0.1, rows) for rows in (1, 4)],
+            batches(growth),
             [TrainingCost(128, 16, 9e3, 5_000_000), TrainingCost(512, 4, 8e3 / (1 + growth))],
         )
         for growth, size, grows, stop in (

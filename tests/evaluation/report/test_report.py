@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,9 +25,12 @@ from retnet.evaluation.bootstrap import Difference
 from retnet.evaluation.costs import Costs, TrainingCost
 from retnet.evaluation.profile import MeanLoss
 from retnet.evaluation.report import (
+    QUICK,
+    THOROUGH,
     Reach,
     canvas,
     check_report_folder,
+    contents,
     cost_pictures,
     find_out,
     write_report,
@@ -112,6 +115,8 @@ def test_json_has_what_is_shown(folder, findings) -> None:
     assert content["comparison"]["command"] == COMMAND
     first, second, third = content["models"]
     assert first["costs"]["by_context"][0]["ms_per_token"] == 1
+    assert second["costs"]["by_context"][2]["peak_bytes"] == 5_096_000
+    assert first["costs"]["by_batch"][3] == asdict(DecodeSpeed(512, 3.2, 0, 0, 9, 0.1, 4))
     assert second["bits_per_byte_with_state_carried"] is None and third["history"] is None
     assert first["profile"]["by_kind"]["the pair of tokens is new"]["targets"] == 150
     assert first["windows"] == [32, 64, None]
@@ -196,16 +201,54 @@ def test_only_what_there_are_figures_for_is_drawn(findings) -> None:
 
 
 def test_what_was_not_measured_has_no_axes(findings, monkeypatch) -> None:
-    """As the memory of training in a quick report."""
+    """As memory, and batches after longer contexts, in a quick report."""
     panels: list[int] = []
     monkeypatch.setattr(
-        cost_pictures, "side_by_side", lambda n: panels.append(n) or canvas.side_by_side(n)
+        cost_pictures, "two_in_a_row", lambda n: panels.append(n) or canvas.two_in_a_row(n)
     )
-    quick = [replace(one, training=[TrainingCost(128, 16, 9e3)]) for one in findings.costs]
+    quick = [quickly(one) for one in findings.costs]
     stopped = [replace(one, training=[TrainingCost(128, 16, stopped=True)]) for one in quick]
+    monkeypatch.setattr(cost_pictures, "to_png", lambda figure: b"")  # which takes a while
     for costs in (findings.costs, quick, stopped):
-        assert [one.name for one in cost_pictures.training(replace(findings, costs=costs))]
-    assert panels == [2, 1, 1]
+        found = replace(findings, costs=costs)
+        for name in ("decoding", "throughput", "training"):
+            assert list(getattr(cost_pictures, name)(found))
+    assert panels == [3, 3, 2] + [2, 2, 1] * 2
+
+
+def quickly(costs: Costs) -> Costs:
+    by_context = [replace(one, peak_bytes=None) for one in costs.by_context]
+    return Costs(by_context, costs.by_batch[:2], [TrainingCost(128, 16, 9e3)])
+
+
+def test_tables_of_costs_have_the_columns_that_were_measured(findings) -> None:
+    def heads_and_rows(costs: list[Costs]) -> list[tuple[list[str], list[list[str]]]]:
+        tables = contents._costs(replace(findings, costs=costs))
+        return [(table.rows[0], table.rows[1:]) for table in tables]
+
+    (context, alone), (batch, rows), (training, _) = heads_and_rows(findings.costs)
+    assert context[-2:] == ["state or cache", "peak memory beyond weights"]
+    assert [row[-1] for row in alone if row[1] == "b"] == ["1.26 MB", "2.02 MB", "5.10 MB"]
+    assert batch == ["tokens", "rows", "", "tokens/s, all rows", "ms for each"]
+    assert [row[:2] for row in rows[::3]] == [[c, r] for c in ("128", "512", "2,048") for r in "14"]
+    assert rows[-2][2:] == ["b", "stopped", "stopped"] and rows[0][3] == "1,250"
+    assert training[-1] == "peak of one row"
+    quick = [quickly(one) for one in findings.costs]
+    (context, _), (batch, rows), (training, _) = heads_and_rows(quick)
+    assert context[-1] == "state or cache" and training[-1] == "tokens/s"
+    assert batch[:2] == ["tokens", "rows"] and len(rows) == 6
+
+
+def test_batches_are_drawn_after_the_longest_context_that_most_were_measured_at(findings) -> None:
+    assert cost_pictures._telling(findings) == [128, 512]
+    first = replace(findings, costs=findings.costs[:1])
+    assert cost_pictures._telling(first) == [128, 512], "both numbers of rows"
+    whole = [one for one in findings.costs[0].by_batch if one.rows == 1]
+    alone = replace(findings, costs=[replace(findings.costs[0], by_batch=whole)])
+    assert cost_pictures._telling(alone) == [128, 2048]
+    curves, shown, _ = cost_pictures._rows_after(findings, 2048)
+    assert shown == "rows side by side, 2,048 tokens in each"
+    assert [(curve.x, curve.end) for curve in curves][:2] == [([1], "stopped"), ([], "stopped")]
 
 
 def test_no_picture_is_blank(folder) -> None:
@@ -233,7 +276,8 @@ def test_everything_is_found_out(tmp_path: Path) -> None:
     assert found.histories[0].steps == [1, 2] and found.histories[0].seconds == [0.5, 0.9]
     assert found.histories[0].validation == {2: 4.5}
     assert [[e.context for e in one.by_context] for one in found.costs] == [[4, 8]] * 2
-    assert [[e.rows for e in one.by_batch] for one in found.costs] == [[1, 2]] * 2
+    rows = [[(e.context, e.rows) for e in one.by_batch] for one in found.costs]
+    assert rows == [[(4, 1), (4, 2), (8, 1), (8, 2)]] * 2
     less = replace(reach, windows=1, beyond=(2,), carried=False)
     few = find_out(checkpoints, comparison, less)
     assert few.profiles[0].by_context.keys() == {4, 8, 16, 32} and few.carried == [None, None]
@@ -242,6 +286,22 @@ def test_everything_is_found_out(tmp_path: Path) -> None:
     other = replace(other, same_tokenizer=False)
     again = find_out(checkpoints, replace(comparison, models=[one, other]))
     assert again.profiles is None and again.costs == [Costs([], [], [])] * 2
+
+
+@pytest.mark.parametrize(("reach", "all_of_it"), [(THOROUGH, True), (QUICK, False)])
+def test_a_quick_report_has_no_peaks_and_batches_after_the_first_context(
+    findings, monkeypatch, tmp_path: Path, reach: Reach, all_of_it: bool
+) -> None:
+    def instead(checkpoints, *, everywhere, peaks, **options):
+        assert everywhere is peaks is all_of_it
+        raise StopIteration
+
+    monkeypatch.setattr("retnet.evaluation.report.findings.measure_costs", instead)
+    monkeypatch.setattr("retnet.evaluation.report.findings.profile", lambda *a, **options: None)
+    checkpoint = load_checkpoint(save_checkpoint(tmp_path / "attention", "attention"))
+    models = [replace(model, speed=[DecodeSpeed(4)]) for model in findings.comparison.models]
+    with pytest.raises(StopIteration):
+        find_out([checkpoint] * 3, replace(findings.comparison, models=models), reach)
 
 
 def test_histories_of_older_runs_and_of_single_checkpoints(tmp_path: Path) -> None:

@@ -167,10 +167,10 @@ def test_costs_of_rwkv_come_out_each_way(made_up, monkeypatch) -> None:
 
 def test_costs_of_aft_come_out_each_way(made_up, monkeypatch) -> None:
     def peaks(power: int) -> None:
-        def found(path, lengths, device, dtype):  # type: ignore[no-untyped-def]
+        def found(work, path, lengths, device, dtype):  # type: ignore[no-untyped-def]
             return [10**9 + 1000 * length**power for length in lengths]
 
-        monkeypatch.setattr(relatives, "training_peaks", found)
+        monkeypatch.setattr(relatives, "measured_peaks", found)
 
     good = made_up(lambda kind, mixer, length, more: 1.0 if kind == "decode" else length)
     peaks(1)
