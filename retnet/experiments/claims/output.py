@@ -104,7 +104,7 @@ def to_text(result: Result) -> str:
 
 def _of(claim: Claim) -> str:
     """What a measurement here says nothing of."""
-    elsewhere = "this tests it at another size (larger ones, where they were: benchmarks/RESULTS.md)"
+    elsewhere = "this tests it at another size (larger ones: benchmarks/RESULTS.md)"
     return f" The claim is of {claim.of}: {elsewhere}." if claim.of else ""
 
 
