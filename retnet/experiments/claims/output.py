@@ -104,7 +104,8 @@ def to_text(result: Result) -> str:
 
 def _of(claim: Claim) -> str:
     """What a measurement here says nothing of."""
-    return f" The claim is of {claim.of}: nothing else tests it." if claim.of else ""
+    elsewhere = "this tests it at another size (larger ones: benchmarks/RESULTS.md)"
+    return f" The claim is of {claim.of}: {elsewhere}." if claim.of else ""
 
 
 def to_markdown(

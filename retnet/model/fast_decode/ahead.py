@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Compute = Callable[[Any, Tensor, Tensor, int, Sequence[Any]], Tensor]  # ``DecodeStep._compute``
 MOST_KEPT = 32  # programs in a folder
+ROUNDED = 0.02  # of the largest logit: as far apart two steps may be that round activations
 OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
 
 
@@ -200,7 +201,9 @@ def _check(program: Program, step: Any, rows: int, states: Sequence[Any]) -> Non
     with torch.inference_mode():
         expected = step._compute(tokens, tokens, 0, copies[0])
         found = program(tokens, tokens, copies[1])
-    atol = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax().item()
+    # products with quantised weights round activations: those near a border this way or that
+    share = ROUNDED if step.weights else torch.finfo(expected.dtype).eps ** 0.5
+    atol = share * expected.abs().amax().item()
     if not torch.allclose(found, expected, rtol=0, atol=atol, equal_nan=True):
         raise ValueError("it computes something else")
 

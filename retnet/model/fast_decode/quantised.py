@@ -28,6 +28,8 @@ from .weights import (
     Packed,
     PackedWeight,
     Product,
+    as_operator,
+    int4_product,
     joined,
     packs_bfloat16,
 )
@@ -190,11 +192,11 @@ class Int4:
     def __init__(self, stored: Stored) -> None:
         values, lines = _int4_lines(stored)
         self.tensors = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1), lines
+        self.operator = as_operator("int4_product")
 
     def __call__(self, x: Tensor) -> Tensor:
-        packed, lines = self.tensors
-        x = x.to(torch.bfloat16)
-        y: Tensor = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, lines)
+        product = self.operator if torch.compiler.is_compiling() else int4_product
+        y: Tensor = product(x.to(torch.bfloat16), *self.tensors)
         return y
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.batched import batched_product
-from ..quantised import QuantisedLinear
+from ..quantised import GROUP, QuantisedLinear
 
 BLOCKS = 16  # of W; measured: anything from 8 to 64 is as fast
 MOST_LEFT = 4  # rows up to which W x^T in blocks is the faster way, above it x W^T
@@ -153,7 +153,7 @@ class Bfloat16Product:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.operator = _operator("one_row")  # made here: compilers can't
+        self.operator = as_operator("one_row")  # made here: compilers can't
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
@@ -186,7 +186,7 @@ class Packed:
     def __init__(self, outputs: int) -> None:
         self.outputs, number = outputs, next(_keys)
         self.key = torch.tensor(number, device="cpu")
-        self.operator = _operator("packed_linear")
+        self.operator = as_operator("packed_linear")
         _packed_weights[number] = self
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -217,15 +217,22 @@ class PackedWeight(Packed):
         return y
 
 
-# Compilers know no packed tensors, and would replace the product of one row by loops of their own:
-# to them these are operators of ours, which find a packed weight by its number.
+def int4_product(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    """torch's product of bfloat16 [rows, in] with packed int4 and its scales and zeros on a CPU."""
+    y: Tensor = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, lines)
+    return y
+
+
+# Compilers know no packed tensors, would replace the product of one row by loops of their own, and
+# give the product of int4 a constant that no program for later processes can have: to them these
+# are operators of ours, which find a packed weight by its number.
 _keys = itertools.count()
 _packed_weights: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 _libraries: list[torch.library.Library] = []  # whose operators go when they go
 
 
 @functools.cache
-def _operator(name: str) -> Callable[..., Any]:
+def as_operator(name: str) -> Callable[..., Any]:
     """A function of this module as an operator; each copy of the module has its own."""
     arguments, work, fake = OPERATORS[name]
     _libraries.append(library := torch.library.Library(__name__.replace(".", "_"), "FRAGMENT"))
@@ -244,6 +251,10 @@ OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] =
     ),
     "one_row": (
         "Tensor x, Tensor weight", _one_row, lambda x, weight: x.new_empty(1, weight.shape[0])
+    ),
+    "int4_product": (
+        "Tensor x, Tensor packed, Tensor lines", int4_product,
+        lambda x, packed, lines: x.new_empty(x.shape[0], lines.shape[1]),
     ),
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_printed_and_written(tiny: Setup, tmp_path: Path, capsys) -> None:
         assert re.search(rf"^== {name}, about \d+ s(; then 1 more)?$", printed.err, re.MULTILINE)
         assert re.search(rf"^{name}: {verdict}, [\d.]+ s(, about \d+ s left)?$", printed.err,
                          re.MULTILINE)  # fmt: skip
-        untested = claim["of"] and f"The claim is of {claim['of']}: nothing else tests it."
+        untested = claim["of"] and f"The claim is of {claim['of']}: this tests it at another size"
         assert untested in page and " ".join(untested.split()) in " ".join(printed.out.split())
         assert bool(untested) == (name == "batch-latency")
         for finding in claim["findings"]:
