@@ -224,7 +224,7 @@ def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
 
 
 Operator = Callable[[Stored], Any]
-COPYING = (Int8, Expanded, Int4, Int4Cuda)  # those with a layout of their own
+COPYING = (Int8, Expanded, Int4, Int4Cuda)  # those that make something of the weight
 # by format and kind of device, the fastest first
 FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("bf16", "cpu"): (Bfloat16,),
