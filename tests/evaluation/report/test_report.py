@@ -203,9 +203,11 @@ def test_only_what_there_are_figures_for_is_drawn(findings) -> None:
 def test_what_was_not_measured_has_no_axes(findings, monkeypatch) -> None:
     """As memory, and batches after longer contexts, in a quick report."""
     panels: list[int] = []
+    places: list[bool] = []  # whether the legend has one of its own
     monkeypatch.setattr(
         cost_pictures, "two_in_a_row", lambda n: panels.append(n) or canvas.two_in_a_row(n)
     )
+    monkeypatch.setattr(cost_pictures, "legend", lambda _, place: places.append(place is not None))
     quick = [quickly(one) for one in findings.costs]
     stopped = [replace(one, training=[TrainingCost(128, 16, stopped=True)]) for one in quick]
     monkeypatch.setattr(cost_pictures, "to_png", lambda figure: b"")  # which takes a while
@@ -214,6 +216,7 @@ def test_what_was_not_measured_has_no_axes(findings, monkeypatch) -> None:
         for name in ("decoding", "throughput", "training"):
             assert list(getattr(cost_pictures, name)(found))
     assert panels == [3, 3, 2] + [2, 2, 1] * 2
+    assert places == [number == 3 for number in panels]
 
 
 def quickly(costs: Costs) -> Costs:
