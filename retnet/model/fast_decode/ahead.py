@@ -215,6 +215,8 @@ def tensors_of(thing: Any, name: str = "") -> dict[str, Tensor]:
         return {name: thing} if thing.layout == torch.strided else {}
     if isinstance(thing, list | tuple):
         parts = enumerate(thing)
+    elif isinstance(thing, dict):
+        parts = thing.items()
     elif inspect.isfunction(thing):
         parts = inspect.getclosurevars(thing).nonlocals.items()
     elif type(thing).__module__.startswith(__name__.split(".fast_decode")[0] + "."):

@@ -8,11 +8,11 @@ answers otherwise the plain product takes over, of the weight as it would be wit
 * Very few rows: the time is that of reading W, so the fewer bytes the better.
 * Where W is small, what comes before and after int8's product takes longer than the product: there
   W is expanded to float32 once.
+* One row in a compiled step: bf16 and int8 are read by ``row_product``, which rounds no activation.
 * More: on a CPU that computes in bfloat16 a copy of W in that type, packed by oneDNN, is faster.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -21,25 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, int4_values, quantise
-from .weights import (
-    MOST_LEFT,
-    Bfloat16Product,
-    Packed,
-    PackedWeight,
-    Product,
-    as_operator,
-    int4_product,
-    joined,
-    packs_bfloat16,
+from ..quantised import GROUP, QuantisedLinear, Stored, dequantise, quantise
+from .quantised_operators import (
+    Bfloat16,
+    Expanded,
+    Int4,
+    Int4Cuda,
+    Int8,
+    Int8Bfloat16,
+    Int8Compiled,
+    Int8Expanded,
+    scaled_row_product,
 )
+from .weights import MOST_LEFT, PackedWeight, joined, packs_bfloat16, takes_sum
 
 SMALL = 2**19  # weights of int8 up to which float32's product takes less time than int8's
 MOST_DIRECT = 64  # rows up to which a product that is not packed reads the stored numbers
 TOLERANCE = 0.01  # of the largest output: activations and outputs are rounded to bfloat16
-OUTPUTS = 16  # that torch's int4 operators have a multiple of
-LEAST = 1e-30  # the largest activation of a row counts as no less
-REST = 254  # parts of a step of int8, in which what it leaves over is counted: a half is 127
 
 _Seen = tuple[ReferenceType[Tensor], int, int]  # a tensor, where its numbers are, their changes
 
@@ -88,6 +86,8 @@ class QuantisedProduct:
         if rows > MOST_LEFT and self.packed is not None:
             y = self.packed(x.to(torch.bfloat16)).to(x.dtype)
             return y * self.stored["scale"] if self.weights == "int8" else y
+        if rows == 1 and self.weights != "int4" and takes_sum(self.stored["values"]):
+            return scaled_row_product(x, self.stored, self.inputs).to(x.dtype)
         if self.operator is not None and rows <= MOST_DIRECT:
             missing = 0 if self.weights == "bf16" else -self.inputs % GROUP
             wide = x.float()
@@ -108,121 +108,6 @@ def _together(layers: Sequence[QuantisedLinear]) -> Stored:
     return found
 
 
-class Bfloat16:
-    """Of activations rounded to bfloat16."""
-
-    def __init__(self, stored: Stored) -> None:
-        self.product = Bfloat16Product(stored["values"])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x.to(torch.bfloat16))
-
-
-class Int8(Packed):
-    """FBGEMM's product of int8 with int8, which adds up in int32: for CPUs that have it (VNNI).
-
-    The activations are two rows of int8, what the first leaves over being the second: 15 bits.
-    """
-
-    def __init__(self, stored: Stored) -> None:
-        values, scale = stored["values"], stored["scale"].double()
-        with warnings.catch_warnings(action="ignore"):  # torch has plans for quantised tensors
-            whole = torch._make_per_channel_quantized_tensor(
-                values, scale, torch.zeros(len(values), dtype=torch.long), 0
-            )
-            self.weight = torch.ops.quantized.linear_prepack(whole, None)
-        super().__init__(len(values))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]; all but the product itself is seen by compilers."""
-        # each row in steps of its own, so that none depends on what stands beside it
-        largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).clamp_min_(LEAST)
-        rows, x = len(x), x * (127 / largest)
-        nearest = x.round()
-        y = super().__call__(torch.cat((nearest, (x - nearest).mul_(REST))))
-        return torch.add(y[:rows], y[rows:], alpha=1 / REST).mul_(largest.div_(127))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], of the integers nearest to x, which are from -127 to 127."""
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        y: Tensor = product(x, 1.0, 128, self.weight)
-        return y
-
-
-class Expanded:
-    """float32's product with the weight that int8 stands for."""
-
-    def __init__(self, stored: Stored) -> None:
-        whole = stored["values"].shape[1]
-        self.product = Product(dequantise("int8", stored, whole, torch.float32))
-        self.tensors = self.product.tensors
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x)
-
-
-class Int8Bfloat16:
-    """torch's product of bfloat16 with int8 (many times slower with float32)."""
-
-    def __init__(self, stored: Stored) -> None:
-        self.tensors = stored["values"], stored["scale"]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch._weight_int8pack_mm(x.to(torch.bfloat16), *self.tensors)
-        return y
-
-
-class Int8Expanded:
-    """bfloat16's product with the values, expanded at each token; scaled afterwards.
-
-    For GPUs, where torch's own product takes ten times as long as one with bfloat16 weights.
-    """
-
-    def __init__(self, stored: Stored) -> None:
-        self.tensors = stored["values"], stored["scale"].float()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        values, scale = self.tensors
-        return F.linear(x.to(torch.bfloat16), values.to(torch.bfloat16)) * scale
-
-
-class Int4:
-    """torch's product of bfloat16 with int4 on a CPU."""
-
-    def __init__(self, stored: Stored) -> None:
-        values, lines = _int4_lines(stored)
-        self.tensors = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1), lines
-        self.operator = as_operator("int4_product")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        product = self.operator if torch.compiler.is_compiling() else int4_product
-        y: Tensor = product(x.to(torch.bfloat16), *self.tensors)
-        return y
-
-
-class Int4Cuda:
-    """torch's product of bfloat16 with int4 on a GPU."""
-
-    def __init__(self, stored: Stored) -> None:
-        values, lines = _int4_lines(stored)
-        tiles = 2  # of 16 inputs each, which every multiple of 32 has
-        packed = torch._convert_weight_to_int4pack(values[:, ::2] << 4 | values[:, 1::2], tiles)
-        self.tensors = packed, lines
-
-    def __call__(self, x: Tensor) -> Tensor:
-        packed, lines = self.tensors
-        y: Tensor = torch._weight_int4pack_mm(x.to(torch.bfloat16), packed, GROUP, lines)
-        return y
-
-
-def _int4_lines(stored: Stored) -> tuple[Tensor, Tensor]:
-    """The values uint8 [out', in], and scales and zeros [groups, out', 2]; out' filled up."""
-    more = -stored["values"].shape[0] % OUTPUTS
-    values, lines = int4_values(stored["values"]), torch.stack((stored["scale"], stored["zero"]), 2)
-    values, lines = F.pad(values, (0, 0, 0, more)), F.pad(lines, (0, 0, 0, 0, 0, more))
-    return values, lines.transpose(0, 1).contiguous()
-
-
 Operator = Callable[[Stored], Any]
 COPYING = (Int8, Expanded, Int4, Int4Cuda)  # those that make something of the weight
 # by format and kind of device, the fastest first
@@ -230,7 +115,7 @@ FASTEST: dict[tuple[str, str], tuple[Operator, ...]] = {
     ("bf16", "cpu"): (Bfloat16,),
     ("bf16", "cuda"): (Bfloat16,),
     ("int8", "cpu"): (Int8, Int8Bfloat16),
-    ("int8", "cuda"): (Int8Expanded,),
+    ("int8", "cuda"): (Int8Compiled, Int8Expanded),
     ("int4", "cpu"): (Int4,),
     ("int4", "cuda"): (Int4Cuda,),
 }

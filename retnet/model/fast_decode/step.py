@@ -14,7 +14,6 @@ compare the two) and differs in this:
 ``make_decode_step`` is the one place that decides whether a model takes it.
 """
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +32,12 @@ from ..mixers.base import Part, Step
 from ..ops.sdpa import for_any_length
 from ..quantised import QuantisedLinear, quantised_format
 from .ahead import AheadOfTime
+from .compilers import compile_often
 from .products import AnyProduct, make_product, make_products
 from .weights import MOST_LEFT, joint_layers, onednn_is_on, switch_onednn
 
 LEAVES = {nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.RMSNorm,
           QuantisedLinear}  # fmt: skip
-MOST_COMPILED = 256  # models and numbers of rows that a process may compile a step for
 MOST_PACKED = 2**30  # bytes of weights that may be copied to make the steps of many rows faster
 
 
@@ -189,7 +188,7 @@ class DecodeStep:
         Only that cache's sizes are left open: with those of rows and weights, which are no
         parameters where they are joined, the compiler would be busy for minutes.
         """
-        compiled = _compile(DecodeStep._compute, self.grows)
+        compiled = compile_often(DecodeStep._compute, dynamic=self.grows)
         torch._dynamo.mark_static(self.embedding)
         for product in self._products():
             for tensor in product.tensors:
@@ -259,38 +258,6 @@ class DecodeStep:
 
 
 _numbers = itertools.count()
-
-
-def _compile(function: Callable[..., Tensor], dynamic: bool) -> Callable[..., Tensor]:
-    """``torch.compile``, up to MOST_COMPILED times; its argument for that came after torch 2.11."""
-    options: dict[str, Any] = {"options": {"guard_filter_fn": _guards_of_arguments}}
-    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    if has_limit:
-        options["recompile_limit"] = MOST_COMPILED
-    compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, **options)
-    if has_limit:
-        return compiled
-    # config.patch would do the same, in 30 microseconds a token instead of 1
-    set_limit = torch._dynamo.config._make_closure_patcher(recompile_limit=MOST_COMPILED)
-
-    def limited(*args: Any) -> Tensor:
-        reset_limit = set_limit()
-        try:
-            return compiled(*args)
-        finally:
-            reset_limit()
-
-    return limited
-
-
-def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which conditions of a compiled step are checked at each token: none of those on the step.
-
-    It does not change once it is made, but for the packing before its first step of many rows, and
-    its number stands for all of it. Looking through all weights takes a tenth of a small step.
-    """
-    names = (guard.name for guard in guards)
-    return ["self" not in name or name == "self.number" for name in names]
 
 
 def step_norm(norm: Any) -> Callable[[Tensor], Tensor]:

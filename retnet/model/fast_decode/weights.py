@@ -8,6 +8,8 @@
   at the price of a copy. Its products of few rows that are not packed are slow.
 * bfloat16: torch's own product of a matrix and a single row, at half of the time of float32 (which
   is hidden behind oneDNN's, 2.2 times as slow); of more rows packed, where the processor has it.
+* A single row in a compiled step: the sum that it is (``row_product``), which the compiler puts in
+  one loop with what is computed around it.
 
 On other devices, and for other types, it is ``F.linear``.
 """
@@ -140,6 +142,8 @@ class Product:
         rows = x.shape[0]
         if rows > MOST_LEFT and self.packed is not None:
             return self.packed(x)
+        if rows == 1 and takes_sum(self.weight):
+            return row_product(x, self.weight).to(x.dtype)
         if self.bfloat16 is not None:
             return self.bfloat16(x)
         most = MOST_LEFT if torch.compiler.is_compiling() else self.most_in_blocks
@@ -153,16 +157,29 @@ class Bfloat16Product:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.operator = as_operator("one_row")  # made here: compilers can't
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""
-        if self.weight.device.type != "cpu" or len(x) > 1:
+        if self.weight.device.type != "cpu" or len(x) > 1 or torch.compiler.is_compiling():
             return F.linear(x, self.weight)
-        if torch.compiler.is_compiling():
-            y: Tensor = self.operator(x, self.weight)
-            return y
         return _one_row(x, self.weight)
+
+
+def takes_sum(weight: Tensor) -> bool:
+    """Whether the product of one row with a weight is to be ``row_product``."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return torch.compiler.is_compiling() and weight.device.type == "cpu" and not autocast
+
+
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T [1, out] of one row [1, in] and W [out, in], float32 or wider, as compilers want it.
+
+    They read W once, of whatever type, and need no memory for what it is in float32.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # with strides of its own x is stored first: else it would be computed for each output anew
+    x = x.to(wide).contiguous().as_strided(x.shape, (x.shape[1], 1))
+    return (weight.to(wide) * x).sum(1)[None]
 
 
 def _one_row(x: Tensor, weight: Tensor) -> Tensor:
@@ -223,9 +240,9 @@ def int4_product(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
     return y
 
 
-# Compilers know no packed tensors, would replace the product of one row by loops of their own, and
-# give the product of int4 a constant that no program for later processes can have: to them these
-# are operators of ours, which find a packed weight by its number.
+# Compilers know no packed tensors, and give the product of int4 a constant that no program for
+# later processes can have: to them these are operators of ours, which find a packed weight by its
+# number.
 _keys = itertools.count()
 _packed_weights: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 _libraries: list[torch.library.Library] = []  # whose operators go when they go
@@ -248,9 +265,6 @@ OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] =
         "Tensor x, Tensor key, int outputs",
         lambda x, key, outputs: _packed_weights[key.item()].multiply(x),
         lambda x, key, outputs: x.new_empty(x.shape[0], outputs),
-    ),
-    "one_row": (
-        "Tensor x, Tensor weight", _one_row, lambda x, weight: x.new_empty(1, weight.shape[0])
     ),
     "int4_product": (
         "Tensor x, Tensor packed, Tensor lines", int4_product,

@@ -19,7 +19,7 @@ from retnet.model.fast_decode import ahead, quantised
 from retnet.model.fast_decode.ahead import AheadOfTime
 from retnet.model.fast_decode.step import DecodeStep
 from retnet.model.fast_decode.weights import MOST_LEFT
-from retnet.model.quantised import replace_linears
+from retnet.model.quantised import quantised_format, replace_linears
 from tests.generation.builders import tiny_model
 from tests.model.fast_decode.cases import random_ids
 
@@ -79,10 +79,13 @@ def refused(*args: Any, **options: Any) -> torch.Tensor:
 def run(
     model: Any, folder: Path, rows: int = 1, otherwise: Any = refused, **tolerance: float
 ) -> AheadOfTime:
-    """Some tokens by the step, as by the plain one; the same states afterwards."""
+    """Some tokens by the step, as by the plain one; the same states afterwards.
+
+    Of quantised weights the model's own pass is the plain one: it rounds no activation.
+    """
     ids, cache = random_ids(rows, 9), model.new_cache()
     prefill(model, ids[:, :6], cache)
-    plain, plain_cache = DecodeStep(model), copy.deepcopy(cache)
+    plain, plain_cache = plain_step(model), copy.deepcopy(cache)
     step = DecodeStep(model)
     step.faster = AheadOfTime(step, otherwise, folder)
     with torch.inference_mode():
@@ -92,6 +95,12 @@ def run(
     for mine, other in zip(cache.tensors().values(), plain_cache.tensors().values(), strict=True):
         torch.testing.assert_close(mine, other, **tolerance)
     return step.faster
+
+
+def plain_step(model: Any) -> Any:
+    if quantised_format(model) is None:
+        return DecodeStep(model)
+    return lambda tokens, cache: model(tokens[:, None], past_key_values=cache).logits[:, 0]
 
 
 # rwkv: of whose weights some tensors are made; performer: whose projection is one
@@ -231,7 +240,7 @@ def test_steps_that_round_activations_are_further_apart(
     replace_linears(model, "bf16")
     other = Loaded.boxed_run
     monkeypatch.setattr(Loaded, "boxed_run", lambda *given: [x * factor for x in other(*given)])
-    run(model, tmp_path, 1, DecodeStep._compute, rtol=0.05, atol=0.01)
+    run(model, tmp_path, 1, DecodeStep._compute, rtol=0.05, atol=0.05)
     assert bool(list(tmp_path.iterdir())) == taken
 
 
@@ -260,8 +269,19 @@ def test_a_kept_program_takes_the_packed_weights_of_the_next_model(
     for seed in range(2):
         model = tiny_model("retention", dtype=torch.float32, seed=seed)
         replace_linears(model, "int8")
-        run(model, tmp_path)
+        run(model, tmp_path, rows=2, atol=1e-3, rtol=0)
     assert len(compiled) == 1
+    assert "packed_linear" in str(compiled[0].graph)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_a_program_of_one_row_rounds_no_activation(
+    weights: str, compiled: list[Any], tmp_path: Path, packed_int8: None
+) -> None:
+    model = tiny_model("retention", dtype=torch.float32)
+    replace_linears(model, weights)
+    run(model, tmp_path)
+    assert "packed_linear" not in str(compiled[0].graph)
 
 
 @pytest.fixture
@@ -328,7 +348,8 @@ def test_torchs_own_compiler_with_quantised_weights(
     for seed in range(2):
         model = tiny_model("retention", dtype=torch.float32, seed=seed)
         replace_linears(model, weights)
-        run(model, tmp_path, atol=0.02, rtol=0)  # activations near a border are rounded elsewhere
+        # int4's product rounds activations
+        run(model, tmp_path, **({"atol": 0.06, "rtol": 0} if weights == "int4" else {}))
         monkeypatch.setattr(torch.export, "export", refused)
 
 

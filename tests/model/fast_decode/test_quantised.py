@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retnet.generation import make_step, prefill
-from retnet.model.fast_decode import quantised
+from retnet.model.fast_decode import quantised, quantised_operators
 from retnet.model.fast_decode.products import make_products
 from retnet.model.fast_decode.quantised import (
     MOST_DIRECT,
@@ -38,6 +39,12 @@ from tests.model.fast_decode.cases import both_mixers, random_ids
 # Of the largest activation times the largest sum of an output's weights, which bounds each product.
 # int8 adds up activations of 15 bits exactly; the others round activations and outputs to bfloat16.
 TOLERANCES = {"bf16": 2**-7, "int8": 2e-5, "int4": 2**-7}
+
+
+needs_cpp = (
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,14 +187,27 @@ def test_the_next_operator_is_taken(monkeypatch) -> None:
     assert quantised._choose.__wrapped__("int8", "tpu")[1] == "torch has no int8 product for tpu"
 
 
-def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(monkeypatch) -> None:
+@pytest.mark.parametrize("compiler", ["absent", "stand-in", pytest.param("own", marks=needs_cpp)])
+def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(compiler: str, monkeypatch) -> None:
+    def refuse(x: Tensor, *rest: Any) -> Tensor:
+        raise RuntimeError("there is no compiler")
+
+    if compiler != "own":
+        made = {"absent": lambda function: refuse, "stand-in": lambda function: function}
+        monkeypatch.setattr(torch, "compile", lambda function, **o: made[compiler](function))
     monkeypatch.delattr(torch, "_weight_int8pack_mm")
-    (kind,) = quantised.FASTEST["int8", "cuda"]
-    assert quantised._problem(kind, "int8", "cpu") == ""
-    layer, x = make_layer(33, 64, "int8"), torch.randn(2, 64)
-    y = kind(layer.stored)(x)
-    assert y.dtype == torch.float32
-    check(lambda x: y, [layer], x, 2**-7)
+    kinds = quantised.FASTEST["int8", "cuda"]
+    quantised_operators._compiled_row_product.cache_clear()
+    problems = [quantised._problem(kind, "int8", "cpu") for kind in kinds]
+    assert [bool(problem) for problem in problems] == [compiler == "absent", False]
+    kind = kinds[problems.index("")]
+    layer = make_layer(33, 64, "int8")
+    for rows in (1, 2):
+        y = kind(layer.stored)(x := torch.randn(rows, 64))
+        assert y.dtype == torch.float32
+        exact = rows == 1 and compiler != "absent"  # no activation is rounded
+        check(lambda x, y=y: y, [layer], x, 1e-6 if exact else 2**-7)
+    quantised_operators._compiled_row_product.cache_clear()
 
 
 @both_mixers
