@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ FAMILY, STEPS, LAYER = "family", "steps", "layer"
 LLAMA, UTILISATION = "llama", "utilisation"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
+SLOW_S = 10  # seconds of a call above which it is named at once
 
 
 @dataclass(frozen=True)
@@ -208,16 +210,29 @@ def measure(
     rounds = rounds or [plan.rounds] * len(pieces)
     total = sum(rounds) + len(pieces)
     bar = tqdm(total=total, desc=pieces[0].case, disable=None, leave=False)
+    began: list[tuple[str, float]] = []
 
-    def counted(prepare: Prepare) -> Prepare:
+    def say_if_slow() -> None:
+        for name, start in began:
+            seconds = time.perf_counter() - start
+            if seconds > SLOW_S:
+                said = f"{benchmark}: {pieces[0].case}, {name}: one call in {seconds:.0f} s"
+                print(said, file=sys.stderr, flush=True)
+        began.clear()
+
+    def counted(piece: Piece) -> Prepare:
         def prepare_and_count():
+            say_if_slow()
             bar.update()
-            return prepare()
+            bar.set_postfix_str(piece.contender, refresh=False)
+            began.append((piece.contender, time.perf_counter()))
+            return piece.prepare()
 
         return prepare_and_count
 
     with bar:
-        timings = interleaved([counted(one.prepare) for one in pieces], plan.device, rounds=rounds)
+        timings = interleaved([counted(one) for one in pieces], plan.device, rounds=rounds)
+    say_if_slow()
     for piece, timing in zip(pieces, timings, strict=True):
         results.measurements.append(
             Measurement(benchmark, piece.case, piece.contender, piece.tokens, timing)

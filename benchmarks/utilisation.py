@@ -13,8 +13,10 @@ of its forward pass: its linear layers, and q k^T and the weighted sum of v of c
 (half of all pairs), or the update and the reading of the state of retention (whatever form computes
 it). What is computed twice, or by a form that does more, does not count.
 
-A table is printed as soon as it is there: the first use of flash-linear-attention's kernels alone
-chooses among their variants for a minute or two.
+A table is printed as soon as it is there. What is used for the first time takes longest: minutes,
+in which flash-linear-attention's kernels choose among their variants for each size, and in which a
+model of many layers is compiled. Calls that took over ten seconds are named, and --contenders and
+--no-kernels leave out what there is no time for.
 """
 
 import importlib
@@ -64,6 +66,9 @@ SIZES = {
     "350m": Size(1024, 24, 8, 32000),
     "tiny": Size(32, 2, 2, 320),  # only to see that it works
 }
+OURS = {"RetNet": make_retnet, "Transformer": make_transformer}
+LLAMA = "Llama"
+ALL = [*OURS, LLAMA, FLA]
 SQUARE = {"cuda": 8192}  # the matrices whose product is the measure; smaller on a CPU
 
 
@@ -92,15 +97,19 @@ def make_fla(size: Size) -> torch.nn.Module:
     return model
 
 
-def contenders(size: Size, plan: Plan, results: Results) -> Field:
-    """Everybody who trains at this size."""
+def contenders(size: Size, wanted: Sequence[str], plan: Plan, results: Results) -> Field:
+    """Those of ``ALL`` that are wanted and can train at this size."""
     field = Field(plan.device, torch.float32)
-    for name, model in (("RetNet", make_retnet(size)), ("Transformer", make_transformer(size))):
+    for name, make in OURS.items():
+        if name not in wanted:
+            continue
+        model = make(size)
         field.add(Narrow(name, model))
         if plan.compiled:
             field.add(Narrow(name + COMPILED, model, compiled=True))
-    field.add(NarrowLlama("Llama", make_llama(size)))
-    if plan.device.type == "cuda":
+    if LLAMA in wanted:
+        field.add(NarrowLlama(LLAMA, make_llama(size)))
+    if FLA in wanted and plan.device.type == "cuda":
         try:
             field.add(NarrowFla(FLA, make_fla(size)))
         except ImportError as error:
@@ -131,11 +140,11 @@ def case_of(name: str, rows: int, length: int) -> str:
 
 
 def utilisation(
-    name: str, length: int, tokens: int, plan: Plan, results: Results
+    name: str, wanted: Sequence[str], rows: int, length: int, plan: Plan, results: Results
 ) -> list[list[str]]:
     """Measure one size; the rows of its table."""
-    size, rows = SIZES[name], max(1, tokens // length)
-    field = contenders(size, plan, results)
+    size = SIZES[name]
+    field = contenders(size, wanted, plan, results)
     case = case_of(name, rows, length)
     torch._dynamo.reset()
     pieces = passes(field.contenders, rows, length, plan, case, size)
@@ -166,11 +175,14 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(PROGRAM, description=__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, default=["125m", "350m"], help="(125m 350m)")
+    add("--contenders", nargs="+", choices=ALL, default=ALL, metavar="NAME",
+        help=f"of {', '.join(ALL)} (all)")  # fmt: skip
     add("--length", type=positive_int, default=2048, help="tokens of a row (2048)")
     add("--tokens", type=positive_int, default=16384, help="of a step (16384)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 (auto)")
     add("--rounds", type=positive_int, default=5, help="counted rounds (5)")
     add("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    add("--no-kernels", action="store_true", help="leave out retention alone")
     add("--json", type=file_path, metavar="FILE", help="also write everything to this file")
     return parser
 
@@ -193,11 +205,15 @@ def main(argv: Sequence[str]) -> None:
     torch.manual_seed(0)
     about, before = environment(plan, argv, PROGRAM), os.getloadavg()[0]
     tables: dict[str, Any] = {}
+    rows = arguments.tokens // arguments.length
     for name in arguments.sizes:
-        case = case_of(name, max(1, arguments.tokens // arguments.length), arguments.length)
-        tables[case] = utilisation(name, arguments.length, arguments.tokens, plan, results)
+        case = case_of(name, rows, arguments.length)
+        tables[case] = utilisation(
+            name, arguments.contenders, rows, arguments.length, plan, results
+        )
         print("\n".join([f"== {case}", "", *format_table(tables[case]), ""]), flush=True)
-    kernels(plan, results)
+    if not arguments.no_kernels:
+        kernels(plan, results)
     about["load_average"] = [round(load, 2) for load in (before, os.getloadavg()[0])]
     if arguments.json:
         write_json(arguments.json, to_json(plan, results, about) | {"tables": tables})

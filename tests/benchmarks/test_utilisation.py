@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import utilisation
+from benchmarks import measure, utilisation
 from benchmarks.contenders import Ours, Size, make_retnet, make_transformer
 from benchmarks.utilisation import SQUARE, model_flops
 from retnet.cli import run
@@ -32,6 +32,21 @@ def test_everybody_is_measured(tmp_path, capsys, monkeypatch) -> None:
     tokens = {one["contender"]: one["tokens"] for one in body["measurements"]}
     assert tokens["RetNet"] == 32
     assert "flash-linear-attention" in body["absent"] and "utilisation" in printed
+
+
+def test_those_that_are_named_are_measured(tmp_path, capsys, monkeypatch) -> None:
+    """And of each call that takes long is said whose it was, before the end."""
+    monkeypatch.setitem(SQUARE, "cpu", 64)
+    monkeypatch.setattr(utilisation, "kernels", lambda *given: pytest.fail("kernels are measured"))
+    monkeypatch.setattr(measure, "SLOW_S", 0)
+    path = tmp_path / "x.json"
+    options = ["--contenders", "Llama", "--no-kernels", "--tokens", "16", "--length", "16"]
+    assert run(utilisation.main, [*SMALL, *options, "--json", str(path)]) == 0
+    (rows,) = json.loads(path.read_text())["tables"].values()
+    assert [row[0] for row in rows[1:]] == ["Llama", "limit: square products"]
+    said = capsys.readouterr().err
+    assert said.count("utilisation: tiny: 1 x 16 tokens, Llama: one call in ") == 2
+    assert said.index("Llama: one call") < said.index("tiny: 1 x 16 tokens done")
 
 
 def test_operations_are_those_of_the_forward_pass_three_times() -> None:
