@@ -216,6 +216,8 @@ def open_location(
             )
     elif kind == "file":
         place = path.resolve()
+        if suffix_of(place) != suffix_of(path):  # the Hub's cache has links to files without any
+            place = path.parent.resolve() / path.name
         files = [place]
         if suffix_of(path) not in readers(messages):
             what = "is not one of conversations" if messages else "is not known"

@@ -110,6 +110,15 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path, spec_for: SpecFor) 
     assert documents(spec_for(tmp_path / "a[1].txt")) == ["found"]
 
 
+@pytest.mark.parametrize("target", ["5f3ab1", "rows.csv"])
+def test_the_name_of_a_link_decides_what_it_is(
+    tmp_path: Path, spec_for: SpecFor, target: str
+) -> None:
+    (tmp_path / target).write_text("text\none\n")
+    (tmp_path / "a.txt").symlink_to(target)
+    assert documents(spec_for(tmp_path / "a.txt")) == ["text\none\n"]
+
+
 def test_one_huge_line(tmp_path: Path, spec_for: SpecFor) -> None:
     (tmp_path / "line.txt").write_text("word " * 400_000)
     (found,) = documents(spec_for(tmp_path / "line.txt"))

@@ -197,7 +197,7 @@ def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(compiler: str, monkey
         monkeypatch.setattr(torch, "compile", lambda function, **o: made[compiler](function))
     monkeypatch.delattr(torch, "_weight_int8pack_mm")
     kinds = quantised.FASTEST["int8", "cuda"]
-    quantised_operators._compiled_row_product.cache_clear()
+    quantised_operators._compiled.cache_clear()
     problems = [quantised._problem(kind, "int8", "cpu") for kind in kinds]
     assert [bool(problem) for problem in problems] == [compiler == "absent", False]
     kind = kinds[problems.index("")]
@@ -207,7 +207,7 @@ def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(compiler: str, monkey
         assert y.dtype == torch.float32
         exact = rows == 1 and compiler != "absent"  # no activation is rounded
         check(lambda x, y=y: y, [layer], x, 1e-6 if exact else 2**-7)
-    quantised_operators._compiled_row_product.cache_clear()
+    quantised_operators._compiled.cache_clear()
 
 
 @both_mixers
