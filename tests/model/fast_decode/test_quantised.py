@@ -195,7 +195,7 @@ def test_int8_on_a_gpu_takes_no_product_that_is_slow_there(compiler: str, monkey
     if compiler != "own":
         made = {"absent": lambda function: refuse, "stand-in": lambda function: function}
         monkeypatch.setattr(torch, "compile", lambda function, **o: made[compiler](function))
-    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")  # which torch's own compiler looks for
     kinds = quantised.FASTEST["int8", "cuda"]
     quantised_operators._compiled.cache_clear()
     problems = [quantised._problem(kind, "int8", "cpu") for kind in kinds]
