@@ -17,7 +17,7 @@ FAMILY, STEPS, LAYER = "family", "steps", "layer"
 LLAMA, UTILISATION = "llama", "utilisation"
 LIMIT = "limit"  # the contender that nobody beats
 MATMULS = "products by torch.mm"
-SLOW_S = 10  # seconds of a call above which it is named at once
+SLOW_S = 10  # seconds of a contender's call above which it is named at once
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,13 @@ def measure(
     total = sum(rounds) + len(pieces)
     bar = tqdm(total=total, desc=pieces[0].case, disable=None, leave=False)
     began: list[tuple[str, float]] = []
+    said_of: set[str] = set()
 
     def say_if_slow() -> None:
         for name, start in began:
             seconds = time.perf_counter() - start
-            if seconds > SLOW_S:
+            if seconds > SLOW_S and name not in said_of:
+                said_of.add(name)
                 said = f"{benchmark}: {pieces[0].case}, {name}: one call in {seconds:.0f} s"
                 print(said, file=sys.stderr, flush=True)
         began.clear()

@@ -45,7 +45,7 @@ def test_those_that_are_named_are_measured(tmp_path, capsys, monkeypatch) -> Non
     (rows,) = json.loads(path.read_text())["tables"].values()
     assert [row[0] for row in rows[1:]] == ["Llama", "limit: square products"]
     said = capsys.readouterr().err
-    assert said.count("utilisation: tiny: 1 x 16 tokens, Llama: one call in ") == 2
+    assert said.count("utilisation: tiny: 1 x 16 tokens, Llama: one call in ") == 1
     assert said.index("Llama: one call") < said.index("tiny: 1 x 16 tokens done")
 
 

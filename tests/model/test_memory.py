@@ -1,5 +1,8 @@
 """Prefill takes memory linear in the length of the text."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +51,24 @@ def test_the_parallel_form_would_be_found() -> None:
     """The recorder sees [T, T]: otherwise the tests above would show nothing."""
     model = make_model("retention", torch.float32, chunk_size=2048)
     assert largest(model, 1024) >= 4 * 1024**2
+
+
+def test_token_by_token_no_room_is_lost_between_the_states() -> None:
+    """What stays of each token must not lie where the states of before lay; no tensor shows that.
+
+    In a process of its own, whose memory the peak is.
+    """
+    code = (
+        "import resource, torch\n"
+        "from retnet.model.ops.retention import retention_recurrent\n"
+        "q, k, v = (torch.randn(32, 1, 2000, 64) for _ in range(3))\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with torch.no_grad():\n"
+        "    retention_recurrent(q[:, :, :2], k[:, :, :2], v[:, :, :2], torch.tensor([-0.1]))\n"
+        "    before = peak()\n"
+        "    retention_recurrent(q, k, v, torch.tensor([-0.1]))\n"
+        "print(1024 * (peak() - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    outputs = 4 * 32 * 2000 * 64
+    assert int(done.stdout) < 2 * outputs

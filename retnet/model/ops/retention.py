@@ -68,11 +68,15 @@ def retention_recurrent(
     if resets is not None:
         decay = torch.where(resets[:, None], 0.0, decay)
     decay = decay.expand(-1, -1, q.shape[2])[..., None, None]  # [B or 1, H, T, 1, 1]
-    outputs = []
+    outputs, apart = [], torch.is_grad_enabled()
     for t in range(q.shape[2]):
         state = decay[:, :, t] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
-        outputs.append(q[:, :, t, None, :] @ state)
-    return torch.cat(outputs, dim=2), state
+        out = q[:, :, t, None, :] @ state
+        if apart or t == 0:
+            outputs.append(out if apart else out.new_empty(v.shape))
+        if not apart:  # into one tensor: outputs that stay between states that go would keep malloc
+            outputs[0][:, :, t] = out[:, :, 0]  # from using the room of those again
+    return torch.cat(outputs, dim=2) if apart else outputs[0], state
 
 
 @in_full_precision
