@@ -83,10 +83,12 @@ class Wandb(Tracker):
         options: dict[str, Any] = {"mode": self.mode, "dir": str(run), "name": run.name}
         if self.mode not in WANDB_FILES_ONLY:
             options["settings"] = {"init_timeout": NETWORK_WAIT_S}
-        # offline or not, they are named by their time, then the id
-        names = [path.name.partition("run-")[2] for path in (run / "wandb").glob("*run-*-*")]
-        if step and names:
-            options["id"] = max(names).rpartition("-")[2]
+        # offline or not, folders are named by their time; their names end with the id, and with a
+        # number more where two began in one second
+        files = (run / "wandb").glob("*run-*-*/run-*.wandb")
+        newest = max(files, key=lambda file: file.parent.name.partition("run-")[2], default=None)
+        if step and newest:
+            options["id"] = newest.stem.removeprefix("run-")
             if self.mode not in WANDB_FILES_ONLY:
                 options["resume"] = "allow"
         return options

@@ -20,7 +20,7 @@ Kept = tuple[list[int], str, str]  # steps of the losses, all texts, all that is
 
 def of_wandb(folder: Path) -> Kept:
     folders = sorted((folder / "wandb").glob("offline-run-*"))
-    assert len({path.name.rpartition("-")[2] for path in folders}) == 1, "two runs"
+    assert len({file.name for path in folders for file in path.glob("*.wandb")}) == 1, "two runs"
     until = time.monotonic() + 30  # a process of wandb's own writes, also after the run's end
     steps: set[int] = set()
     while len(steps) < 4 and time.monotonic() < until:
@@ -110,15 +110,17 @@ def test_wandb_goes_on_in_the_newest_run(tmp_path: Path, monkeypatch) -> None:
     own, folder = trackers.TRACKERS["wandb"], tmp_path / "run"
     new = {"mode": "offline", "dir": str(folder), "name": "run"}
     assert own.options(folder, 3) == new  # it had none
-    for name in ("offline-run-20260101_000000-one", "run-20260102_000000-two"):
-        (folder / "wandb" / name).mkdir(parents=True)
+    for name in ("offline-run-20260101_000000-one/run-one", "run-20260102_000000-a-b-1/run-a-b"):
+        made = folder / "wandb" / f"{name}.wandb"
+        made.parent.mkdir(parents=True)
+        made.touch()
     assert own.options(folder, 0) == new
-    assert own.options(folder, 3) == new | {"id": "two"}
+    assert own.options(folder, 3) == new | {"id": "a-b"}
     assert f"wandb sync {folder}/wandb/" in own.hint(folder)
     monkeypatch.setenv("WANDB_MODE", "online")
     online = new | {"mode": "online", "settings": {"init_timeout": trackers.NETWORK_WAIT_S}}
     assert own.options(folder, 0) == online
-    assert own.options(folder, 3) == online | {"id": "two", "resume": "allow"}
+    assert own.options(folder, 3) == online | {"id": "a-b", "resume": "allow"}
     assert own.hint(folder) == ""
 
 
