@@ -53,22 +53,28 @@ def test_the_parallel_form_would_be_found() -> None:
     assert largest(model, 1024) >= 4 * 1024**2
 
 
-def test_token_by_token_no_room_is_lost_between_the_states() -> None:
+@pytest.mark.parametrize(
+    ("form", "most"),  # of its outputs: favor makes all features of q and k too
+    [("retention.retention_recurrent", 2), ("favor.favor_recurrent", 8)],
+)
+def test_token_by_token_no_room_is_lost_between_the_states(form: str, most: int) -> None:
     """What stays of each token must not lie where the states of before lay; no tensor shows that.
 
     In a process of its own, whose memory the peak is.
     """
+    module, name = form.split(".")
     code = (
         "import resource, torch\n"
-        "from retnet.model.ops.retention import retention_recurrent\n"
+        f"from retnet.model.ops.{module} import {name} as form\n"
         "q, k, v = (torch.randn(32, 1, 2000, 64) for _ in range(3))\n"
+        "more = torch.tensor([-0.1]) if 'retention' in form.__name__ else torch.randn(64, 64)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "with torch.no_grad():\n"
-        "    retention_recurrent(q[:, :, :2], k[:, :, :2], v[:, :, :2], torch.tensor([-0.1]))\n"
+        "    form(q[:, :, :2], k[:, :, :2], v[:, :, :2], more)\n"
         "    before = peak()\n"
-        "    retention_recurrent(q, k, v, torch.tensor([-0.1]))\n"
+        "    form(q, k, v, more)\n"
         "print(1024 * (peak() - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     outputs = 4 * 32 * 2000 * 64
-    assert int(done.stdout) < 2 * outputs
+    assert int(done.stdout) < most * outputs

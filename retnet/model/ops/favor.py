@@ -33,6 +33,7 @@ from .decay import ChunkDecays
 from .linear_attention import with_ones
 from .precision import in_full_precision, wide_dtype
 from .random_features import LOWEST, key_features, query_features
+from .scan import Outputs
 
 CHUNKS_PER_SPAN = 8
 
@@ -95,7 +96,7 @@ def favor_recurrent(
     queries = query_features(q, projection)
     keys, peaks = key_features(k, projection, valid)
     v = with_ones(v)
-    outputs = []
+    outputs = Outputs(q.shape[2])
     for t in range(q.shape[2]):
         if resets is not None:
             fresh = resets[:, t, None]  # [B, 1]
@@ -105,8 +106,8 @@ def favor_recurrent(
         kept, own = (x.sub(maximum).exp()[..., None] for x in (before, peaks[:, :, t]))
         key = own * keys[:, :, t]  # [B, H, m]
         sums = torch.addcmul(kept[..., None] * sums, key[..., None], v[:, :, t, None, :])
-        outputs.append(queries[:, :, t, None, :] @ sums)
-    return quotient(torch.cat(outputs, dim=2)), FavorState(sums, maximum)
+        outputs.add(queries[:, :, t, None, :] @ sums)
+    return quotient(outputs.whole()), FavorState(sums, maximum)
 
 
 @in_full_precision

@@ -27,6 +27,7 @@ from torch import Tensor
 from .chunkwise import ChunkRetention, mix_chunks
 from .decay import chunk_decays, clock, decay_between, decay_matrix
 from .precision import in_full_precision, wide_dtype
+from .scan import Outputs
 from .token_decay import token_chunk_decays
 
 CHUNKS_PER_SPAN, MOST_CHUNKS_PER_SPAN = 8, 32
@@ -68,15 +69,11 @@ def retention_recurrent(
     if resets is not None:
         decay = torch.where(resets[:, None], 0.0, decay)
     decay = decay.expand(-1, -1, q.shape[2])[..., None, None]  # [B or 1, H, T, 1, 1]
-    outputs, apart = [], torch.is_grad_enabled()
+    outputs = Outputs(q.shape[2])
     for t in range(q.shape[2]):
         state = decay[:, :, t] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
-        out = q[:, :, t, None, :] @ state
-        if apart or t == 0:
-            outputs.append(out if apart else out.new_empty(v.shape))
-        if not apart:  # into one tensor: outputs that stay between states that go would keep malloc
-            outputs[0][:, :, t] = out[:, :, 0]  # from using the room of those again
-    return torch.cat(outputs, dim=2) if apart else outputs[0], state
+        outputs.add(q[:, :, t, None, :] @ state)
+    return outputs.whole(), state
 
 
 @in_full_precision

@@ -16,6 +16,33 @@ from torch import Tensor
 Sums = tuple[Tensor, ...]
 
 
+class Outputs:
+    """What a recurrence with large states gives token by token, [B, H, 1, V] each.
+
+    Without grads it is written into one tensor: outputs that stay between states that go would keep
+    malloc from using the room of those again, as much as all states together.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.number = length, 0
+        self.apart = torch.is_grad_enabled()
+        self.parts: list[Tensor] = []
+
+    def add(self, out: Tensor) -> None:
+        """The next token's."""
+        if self.apart:
+            self.parts.append(out)
+            return
+        if not self.parts:
+            self.parts = [out.new_empty(*out.shape[:2], self.length, out.shape[3])]
+        self.parts[0][:, :, self.number] = out[:, :, 0]
+        self.number += 1
+
+    def whole(self) -> Tensor:
+        """All of them, [B, H, T, V]."""
+        return torch.cat(self.parts, dim=2) if self.apart else self.parts[0]
+
+
 def running_max(key: Tensor, decay: Tensor, start: Tensor, chunk_size: int) -> Tensor:
     """The largest of all keys so far, each less the decays since.
 
