@@ -104,7 +104,7 @@ def test_every_device_draws_the_same(rows: int, vocab: int, top_p: float, seed: 
     uniform = torch.rand(rows, ATTEMPTS + 1, dtype=torch.float64, generator=generator)
     tokens = draw(probabilities, top_p, uniform)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_kept_in_turn", sampling._kept_at_once)
+        patch.setattr(sampling, "_drawn_in_turn", sampling._drawn_at_once)
         assert tokens.equal(draw(probabilities, top_p, uniform))
     if top_p < 1:
         assert (keep_top_p(probabilities, top_p).gather(1, tokens[:, None]) > 0).all()
@@ -195,6 +195,6 @@ def test_what_is_no_number_gives_an_id_that_no_token_has(monkeypatch, top_p: flo
         tokens = Sampler(Sampling(**options), HISTORY.expand(5, 3))(logits)
         assert tokens[:4].tolist() == [5] * 4
         assert 0 <= tokens[4] < 5
-    monkeypatch.setattr(sampling, "_kept_in_turn", sampling._kept_at_once)
+    monkeypatch.setattr(sampling, "_drawn_in_turn", sampling._drawn_at_once)
     tokens = Sampler(Sampling(top_p=top_p), HISTORY.expand(5, 3))(logits)
     assert tokens.tolist() == [5] * 4 + [rows[4]]
