@@ -102,12 +102,11 @@ def _drawn_in_turn(probabilities: Tensor, top_p: float, uniform: Tensor) -> Tens
     """``draw`` row by row, by numpy, whose operators start in less time; no draw without need."""
     running = probabilities.cumsum(dim=-1, dtype=torch.float64).numpy()
     rows = zip(probabilities.numpy(), running, uniform.numpy(), strict=True)
-    return torch.tensor([_drawn(row, top_p) for row in rows])
+    return torch.tensor([_drawn(*row, top_p) for row in rows])
 
 
-def _drawn(row: tuple[FloatArray, FloatArray, FloatArray], top_p: float) -> int:
-    """The first token drawn that is kept, or one by a last draw; of a row of ``_drawn_in_turn``."""
-    values, running, shares = row
+def _drawn(values: FloatArray, running: FloatArray, shares: FloatArray, top_p: float) -> int:
+    """Of one row the first token drawn that is kept, or one by a last draw."""
     whole = running[-1]
     for share in shares[:ATTEMPTS]:
         token = int(running.searchsorted(share * whole, side="right"))
