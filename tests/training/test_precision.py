@@ -20,8 +20,7 @@ def decide(monkeypatch):
 
     def set_to(has: bool, slow: bool = False) -> None:
         monkeypatch.setattr(precision, "computes_in_bfloat16", lambda: has)
-        seconds = {torch.float32: 1.0, torch.bfloat16: 1.6 if slow else 1.4}
-        monkeypatch.setattr(precision, "_seconds", seconds.get)
+        monkeypatch.setattr(precision, "_times_as_long", lambda: 1.6 if slow else 1.4)
         precision._bfloat16_is_slow.cache_clear()
 
     yield set_to
@@ -49,8 +48,35 @@ def test_the_machine_decides(has: bool, slow: bool, chosen: str, decide, said) -
         assert settled_precision(config) is config
 
 
-def test_a_product_is_timed() -> None:
-    assert 0 < precision._seconds(torch.float32) < 10
+def test_products_are_timed() -> None:
+    assert 0.01 < precision._times_as_long() < 100
+
+
+@pytest.mark.parametrize("busy", [range(15), range(17, 40)], ids=["first", "later"])
+def test_a_busy_moment_of_the_machine_is_that_of_both_types(busy: range, monkeypatch) -> None:
+    """Readings of a clock: every product takes 1 second, in the moment 9."""
+    readings, now = iter(range(10**6)), [0.0]
+
+    def clock() -> float:
+        now[0] += 9.0 if next(readings) in busy else 1.0
+        return now[0]
+
+    monkeypatch.setattr(precision.time, "perf_counter", clock)
+    assert precision._times_as_long() == 1.0
+
+
+def test_bfloat16_is_refused_after_a_second_look_alone(monkeypatch, said) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(precision.time, "sleep", pauses.append)
+    for looks, slow in ([1.4], False), ([6.3, 1.5], False), ([1.7, 1.6], True), ([1.6, 1.7], True):
+        left = iter(looks)
+        monkeypatch.setattr(precision, "_times_as_long", left.__next__)
+        precision._bfloat16_is_slow.cache_clear()
+        pauses.clear()
+        assert precision._bfloat16_is_slow() == slow and next(left, None) is None
+        assert pauses == [precision.PAUSE] * (len(looks) - 1)
+    assert said == ["train.precision (auto): fp32, as bfloat16 takes 1.6 times as long"] * 2
+    precision._bfloat16_is_slow.cache_clear()
 
 
 @pytest.mark.parametrize(("on_cpu", "chosen"), [(True, "fp32"), (False, "bf16")])
