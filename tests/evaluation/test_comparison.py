@@ -32,7 +32,7 @@ TOKENIZER = byte_tokenizer()
 
 def checkpoints() -> list[Checkpoint]:
     return [
-        Checkpoint(Path(f"runs/tiny-{mixer}/final"), tiny_model(mixer), TOKENIZER, None)
+        Checkpoint(Path(f"nowhere/tiny-{mixer}/final"), tiny_model(mixer), TOKENIZER, None)
         for mixer in MIXERS
     ]
 
@@ -140,8 +140,8 @@ def test_names_are_the_ends_that_differ(paths: list[str], names: list[str]) -> N
 
 def test_the_table_says_everything_in_100_columns(comparison) -> None:
     long = [
-        replace(own, name=f"{'long-' * 30}{i}", parameters=6_738_415_616)
-        for i, own in enumerate(comparison.models)
+        replace(own, name=f"{'long-' * 30}{i}", parameters=6_738_415_616, trained_in=precision)
+        for i, (own, precision) in enumerate(zip(comparison.models, ("fp32", "bf16"), strict=True))
     ]
     large = np.array([9_999_999] * 9)
     scores = replace(long[0].scores, nll=4.0 * large, targets=large, bytes=4 * large)
@@ -149,6 +149,7 @@ def test_the_table_says_everything_in_100_columns(comparison) -> None:
     text = replace(TEXT, description="/a/long/folder" * 12)
     table = format_comparison(replace(comparison, models=long, text=text))
     assert max(map(len, table.splitlines())) <= 100
+    assert "trained in different precisions" in table
 
     table = format_comparison(comparison)
     second = comparison.models[1]

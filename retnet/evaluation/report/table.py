@@ -51,19 +51,22 @@ def _heading(comparison: Comparison) -> list[str]:
         f"Python {environment['python']}, torch {environment['torch']}",
     ]
     if not comparison.same_tokenizers:
-        lines.append(
-            "note     the tokenizers differ: compare bits/byte; tokens, windows and perplexities "
-            "are not alike"
+        lines += _note(
+            "the tokenizers differ: compare bits/byte; tokens, windows and perplexities are not "
+            "alike"
         )
     if len({model.trained_in for model in comparison.models} - {None}) > 1:
         pairs = zip(labels(comparison), comparison.models, strict=True)
         each = ", ".join(f"{label} in {model.trained_in}" for label, model in pairs)
-        lines.append(f"note     trained in different precisions: {each}")
+        lines += _note(f"trained in different precisions: {each}")
     for label, model in zip(labels(comparison), comparison.models, strict=True):
         if model.base is not None:
-            said = in_one_line(f"note     {label} is an adapter, merged into {model.base}")
-            lines += textwrap.wrap(said, WIDTH, subsequent_indent=" " * 9)
+            lines += _note(in_one_line(f"{label} is an adapter, merged into {model.base}"))
     return lines
+
+
+def _note(said: str) -> list[str]:
+    return textwrap.wrap(f"note     {said}", WIDTH, subsequent_indent=" " * 9)
 
 
 def targets_of(comparison: Comparison) -> str:
