@@ -286,9 +286,10 @@ class MultiScaleRetention(Mixer):
         config, heads = self.config, self.config.num_heads
         if shared is None:
             shared, _ = self.shared(describe_tokens(hidden), {})
-        q = split_heads(self.q_proj(hidden), heads)
-        k, v = (split_heads(f(hidden), config.key_value_heads) for f in (self.k_proj, self.v_proj))
         products = products_dtype(hidden.device)
+        x = hidden if products is None else hidden.to(products)  # once, not for each projection
+        q = split_heads(self.q_proj(x), heads)
+        k, v = (split_heads(f(x), config.key_value_heads) for f in (self.k_proj, self.v_proj))
         with full_precision(hidden.device):
             out, last = self._retain(
                 shared.turn_queries(q),
@@ -303,12 +304,12 @@ class MultiScaleRetention(Mixer):
             )
         gate = None
         if self.g_proj is not None:
-            gate = self.g_proj(hidden).unflatten(2, (heads, -1))  # [B, T, H, V]
+            gate = self.g_proj(x).unflatten(2, (heads, -1))  # [B, T, H, V]
         with full_precision(hidden.device):
             out = gated_norm(out.transpose(1, 2), gate, config.head_norm, config.head_norm_eps)
             if self.head_norm_weight is not None:
                 out = out * self.head_norm_weight
-        return self.o_proj(out.flatten(2).to(hidden.dtype)), {"state": last}
+        return self.o_proj(out.flatten(2).to(x.dtype)), {"state": last}
 
     def token_weights(self, hidden: Tensor, shared: RetentionShared) -> Tensor:
         """Q K^T * D."""
@@ -343,10 +344,9 @@ class MultiScaleRetention(Mixer):
         if mode == "parallel":
             return retention_parallel(q, k, v, log_decay, **options)
         size = self.config.chunk_size
-        out, state = retention_chunkwise(
+        return retention_chunkwise(
             q, k, v, log_decay, chunk_size=size, products=products, **options
         )
-        return out.to(state.dtype), state
 
     def choose_mode(self, length: int) -> str:
         """The fastest form for T tokens: recurrent for one, parallel for few, else chunkwise.

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import wide_dtype
+
 HEAD_NORMS = ("groupnorm", "rmsnorm", "none")
 FEW = 2**21  # numbers, of which autograd may keep all: that is the faster way by 2 % of a step
 
@@ -27,15 +29,19 @@ def head_norm(x: Tensor, kind: str, eps: float) -> Tensor:
 
 
 def no_change(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias [V] that change nothing: torch's kernel is twice as fast with some."""
-    return x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    """Weight and bias [V] that change nothing: torch's kernel is twice as fast with some.
+
+    Wide ones make its CPU kernel keep the means and scales of a narrow x as wide.
+    """
+    dtype = wide_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+    return x.new_ones(x.shape[-1], dtype=dtype), x.new_zeros(x.shape[-1], dtype=dtype)
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
-    """The norm of x in the type of the gate, times swish(gate).
+    """The norm of x in the type of the gate, times swish(gate); computed in at least float32.
 
     Args:
-        x: [B, T, H, V], float32 or float64.
+        x: [B, T, H, V].
         gate: [B, T, H, V]; None for none.
         kind, eps: As ``head_norm`` takes them.
 
@@ -78,7 +84,7 @@ class _GatedNorm(torch.autograd.Function):
             plain = partial(_plain, kind=ctx.kind, eps=ctx.eps)
             return *torch.func.vjp(plain, x, gate)[1](grad), None, None
         normed = torch.addcmul(-mean * scale, x, scale)
-        x_grad = F.silu(gate).mul_(grad).to(x.dtype)  # so far of norm(X)
+        x_grad = F.silu(gate).mul_(grad).to(scale.dtype)  # so far of norm(X)
         gate_grad = torch.ops.aten.silu_backward(grad * normed.to(grad.dtype), gate)
         if ctx.kind == "groupnorm":  # of numbers that are normalised already
             zero, one, mask = torch.zeros_like(mean), torch.ones_like(scale), [True, False, False]
@@ -87,13 +93,14 @@ class _GatedNorm(torch.autograd.Function):
             )[0].mul_(scale)
         elif ctx.kind == "rmsnorm":
             x_grad = (x_grad - normed * (x_grad * normed).mean(-1, keepdim=True)) * scale
-        return x_grad, gate_grad, None, None
+        return x_grad.to(x.dtype), gate_grad, None, None
 
 
 def _normalise(x: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x) = (x - mean) * scale with its mean and scale [B, T, H, 1]."""
     if kind == "groupnorm":
         return torch.native_layer_norm(x, x.shape[-1:], *no_change(x), eps)
+    x = x.to(wide_dtype(x.dtype))
     scale = torch.ones_like(x[..., :1])
     if kind == "rmsnorm":
         scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -76,6 +76,23 @@ def test_a_narrow_gate_gives_a_narrow_result_and_gradients_of_each_type() -> Non
     assert x_grad.dtype == torch.float32 and gate_grad.dtype == torch.bfloat16
 
 
+@kinds
+@pytest.mark.parametrize("form", [own, partial(gated_norm, eps=EPS)], ids=["own", "few"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_narrow_gate_costs_its_rounding_alone(kind: str, form, dtype: torch.dtype) -> None:
+    """Of outputs and gradients, whether x is as narrow or not."""
+    x, gate = (x.detach().bfloat16() for x in inputs())
+    exact = [x.double().requires_grad_(), gate.double().requires_grad_()]
+    given = [x.to(dtype).requires_grad_(), gate.requires_grad_()]
+    found, expected = form(*given, kind=kind), plain(*exact, kind)
+    weights = inputs(torch.bfloat16)[0].detach().flip(0)
+    results = found, *torch.autograd.grad(found, given, weights)
+    assert [out.dtype for out in results] == [torch.bfloat16, dtype, torch.bfloat16]
+    right = expected, *torch.autograd.grad(expected, exact, weights.double())
+    for out, other in zip(results, right, strict=True):
+        assert (out - other).norm() < 2**-7 * other.norm()
+
+
 def test_it_keeps_its_inputs_and_little_else() -> None:
     kept: dict[int, int] = {}
 
