@@ -12,8 +12,8 @@ TESTS ?= tests
 .PHONY: demo test test-all test-newest check format clean
 
 demo: $(VENV)/.installed
-	$(PY) train.py configs/tiny.yaml train.learning_rate=2e-2
-	$(PY) train.py configs/tiny.yaml train.learning_rate=5e-3 model.mixer=attention
+	$(PY) train.py configs/tiny.yaml
+	$(PY) train.py configs/tiny.yaml model.mixer=attention train.learning_rate=5e-3
 	printf 'class Parser:\n    def __init__(self' | $(PY) generate.py runs/tiny-retention - --temperature 0.7
 	$(PY) compare.py runs/tiny-retention runs/tiny-attention --quick --report runs/report
 
