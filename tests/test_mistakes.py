@@ -107,7 +107,7 @@ CONFIGURATION = [
      "train.sample_prompt has 13 tokens (with <bos>) and leaves no room"),
     (RUN + " model.mixer=performer model.num_features=0", "model.num_features (0) must be a whole"),
     (RUN + " model.mixer=performer model.num_features=1000000000000",
-     "with num_features (1000000000000) the model needs 128,000,000,"),
+     "with num_features (1000000000000) the model needs 64,000,000,"),
     (RUN + " model.mixer=performer model.num_features=4611686018427387904", "must be at most 1099"),
     (RUN + " model.attention_layers=[1] model.attention_window=1000000000000 train.carry_state=1",
      "with attention_window (1000000000000) the state of 8 rows needs 1,024,000,"),

@@ -15,7 +15,7 @@ from retnet.training.summary import count_parameters
 from tests.checkpoints.folders import change_config
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
-SIZES = {"tiny": 2.2e6, "small": 25e6, "base": 125e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9}
+SIZES = {"tiny": 1.3e6, "small": 25e6, "base": 125e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9}
 
 
 def parameters(path: Path, mixer: str) -> dict[str, int]:
