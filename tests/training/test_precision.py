@@ -68,7 +68,7 @@ def test_a_busy_moment_of_the_machine_is_that_of_both_types(busy: range, monkeyp
 def test_bfloat16_is_refused_after_a_second_look_alone(monkeypatch, said) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(precision.time, "sleep", pauses.append)
-    for looks, slow in ([1.4], False), ([6.3, 1.5], False), ([1.7, 1.6], True), ([1.6, 1.7], True):
+    for looks, slow in ([1.5], False), ([6.3, 1.5], False), ([1.7, 1.6], True), ([1.6, 1.7], True):
         left = iter(looks)
         monkeypatch.setattr(precision, "_times_as_long", left.__next__)
         precision._bfloat16_is_slow.cache_clear()

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retnet.model.ops.gated_norm import FEW, HEAD_NORMS, _GatedNorm, gated_norm, head_norm
+from retnet.model.ops.gated_norm import (
+    FEW,
+    HEAD_NORMS,
+    _GatedNorm,
+    _normalise,
+    gated_norm,
+    head_norm,
+)
 
 EPS = 1e-6
 kinds = pytest.mark.parametrize("kind", HEAD_NORMS)
@@ -91,6 +98,15 @@ def test_a_narrow_gate_costs_its_rounding_alone(kind: str, form, dtype: torch.dt
     right = expected, *torch.autograd.grad(expected, exact, weights.double())
     for out, other in zip(results, right, strict=True):
         assert (out - other).norm() < 2**-7 * other.norm()
+
+
+@kinds
+def test_what_normalises_a_narrow_x_is_wide(kind: str) -> None:
+    x = inputs()[0].detach()
+    _, *found = _normalise(x.bfloat16(), kind, EPS)
+    expected = _normalise(x.bfloat16().double(), kind, EPS)[1:]
+    for own, other in zip(found, expected, strict=True):
+        assert own.dtype == torch.float32 and own.allclose(other.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_it_keeps_its_inputs_and_little_else() -> None:
