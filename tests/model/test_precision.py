@@ -55,3 +55,17 @@ def test_no_cast_reaches_decays_and_angles(tmp_path) -> None:
     ids = random_ids(1, 300)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model.bfloat16()(ids).logits)
+
+
+def test_under_autocast_all_projections_read_one_cast_input() -> None:
+    mixer = make_model("retention", torch.float32).model.layers[0].mixer
+    seen: list[torch.Tensor] = []
+    for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
+        getattr(mixer, name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hidden = torch.randn(1, 5, mixer.config.hidden_size)
+    mixer(hidden)
+    assert [x is hidden for x in seen] == [True] * 4
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixer(hidden)
+    assert seen[0].dtype == torch.bfloat16 and [x is seen[0] for x in seen] == [True] * 4
