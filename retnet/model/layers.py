@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .configuration import DecoderConfig
 from .mixers.base import Part, State, Step
+from .ops.precision import for_products
 
 
 def make_norm(config: DecoderConfig) -> nn.Module:
@@ -58,7 +59,8 @@ class FeedForward(Part):
         self, hidden: Tensor, shared: Any = None, state: State | None = None, mode: Any = None
     ) -> tuple[Tensor, State]:
         if self.activation is not None and self.gate_proj is not None:
-            inner = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
+            x = for_products(hidden)
+            inner = self.activation(self.gate_proj(x)) * self.up_proj(x)
         else:
             inner = F.gelu(self.up_proj(hidden))
         return self.down_proj(inner), {}

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from retnet import RetNetForCausalLM
+from retnet.model.mixers import MIXERS
 from tests.model.conftest import make_model, random_ids
+
+PARTS = {"mixer": ("q_proj", "k_proj", "v_proj", "g_proj"), "ffn": ("gate_proj", "up_proj")}
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +60,20 @@ def test_no_cast_reaches_decays_and_angles(tmp_path) -> None:
         assert torch.equal(loaded(ids).logits, model.bfloat16()(ids).logits)
 
 
-def test_under_autocast_all_projections_read_one_cast_input() -> None:
-    mixer = make_model("retention", torch.float32).model.layers[0].mixer
-    seen: list[torch.Tensor] = []
-    for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
-        getattr(mixer, name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    hidden = torch.randn(1, 5, mixer.config.hidden_size)
-    mixer(hidden)
-    assert [x is hidden for x in seen] == [True] * 4
-    seen.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixer(hidden)
-    assert seen[0].dtype == torch.bfloat16 and [x is seen[0] for x in seen] == [True] * 4
+@pytest.mark.parametrize(
+    ("mixer", "kind"),
+    [(name, kind) for name in MIXERS if name != "rwkv" for kind in PARTS],
+)
+def test_under_autocast_all_projections_read_one_cast_input(mixer: str, kind: str) -> None:
+    """Where they have one: each of rwkv's mixes neighbours in another way."""
+    model = make_model(mixer, torch.float32, ffn="swiglu")
+    part, seen = getattr(model.model.layers[0], kind), list[torch.Tensor]()
+    for name in PARTS[kind]:
+        if (layer := getattr(part, name, None)) is not None:
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for narrow, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            model(random_ids(1, 5))
+        assert len(seen) >= 1 and seen[0].dtype == dtype
+        assert all(x is seen[0] for x in seen)

@@ -16,6 +16,7 @@ from ..configuration import DecoderConfig, option
 from ..documents import TokenInfo
 from ..ops.aft import aft_parallel, aft_recurrent
 from ..ops.aft_state import aft_state
+from ..ops.precision import for_products
 from .base import ProjectedMixer, State, Step
 
 VARIANTS = ("local", "simple", "full")
@@ -173,10 +174,11 @@ class AttentionFree(ProjectedMixer):
     ) -> tuple[Tensor, State]:
         mode = mode or ("recurrent" if hidden.shape[1] == 1 else "parallel")
         mix = aft_recurrent if mode == "recurrent" else aft_parallel
+        x = for_products(hidden)
         out, state = mix(
-            self.q_proj(hidden),
-            self.k_proj(hidden),
-            self.v_proj(hidden),
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
             shared.positions,
             *self.w,
             window=self.config.reach,

@@ -186,8 +186,7 @@ class CausalAttention(ProjectedMixer):
         state: State | None = None,
         mode: str | None = None,
     ) -> tuple[Tensor, State]:
-        heads = self.config.num_heads
-        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(hidden)
         q, k = shared.turn(q).to(v.dtype), shared.turn(k).to(v.dtype)
         if state is None:
             state = {"keys": k, "values": v}
@@ -247,8 +246,8 @@ class WindowAttention(CausalAttention):
         self, hidden: Tensor, shared: Any, state: State | None = None, mode: str | None = None
     ) -> tuple[Tensor, State]:
         turn, tokens = shared
-        heads, window = self.config.num_heads, self.config.attention_window
-        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        window = self.config.attention_window
+        q, k, v = self.project(hidden)
         q, k = turn(q).to(v.dtype), turn(k).to(v.dtype)
         out, ring = window_attention(
             q,

@@ -20,7 +20,7 @@ from ..cache import State
 from ..configuration import DecoderConfig
 from ..documents import TokenInfo
 from ..ops.batched import batched_product
-from ..ops.precision import wide_dtype
+from ..ops.precision import for_products, wide_dtype
 from ..ops.rotary import Rotation, rotary_angles, rotary_theta, rotation
 from ..quantised import type_and_device
 
@@ -268,6 +268,11 @@ class ProjectedMixer(Mixer):
     def matrix_parameters(cls, config: Any) -> int:
         count: int = 4 * config.hidden_size**2
         return count
+
+    def project(self, hidden: Tensor) -> list[Tensor]:
+        """Queries, keys and values [B, H, T, K] of [B, T, d]."""
+        x, layers = for_products(hidden), (self.q_proj, self.k_proj, self.v_proj)
+        return [split_heads(layer(x), self.config.num_heads) for layer in layers]
 
 
 def output_std(config: Any) -> float:

@@ -110,10 +110,9 @@ class LinearAttention(ProjectedMixer):
 
         Arguments and results as in ``Part.forward``.
         """
-        heads = self.config.num_heads
         if shared is None:
             shared, _ = self.shared(describe_tokens(hidden), {})
-        q, k, v = (split_heads(f(hidden), heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(hidden)
         with full_precision(hidden.device):
             out, last = self.attend(
                 shared.turn(q),

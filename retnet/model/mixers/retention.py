@@ -17,7 +17,7 @@ from ..configuration import DecoderConfig, nearest_multiple, option
 from ..documents import TokenInfo, describe_tokens
 from ..ops.decay import DECAY_SCHEDULES, head_log_decay, head_windows
 from ..ops.gated_norm import HEAD_NORMS, gated_norm, head_norm, no_change
-from ..ops.precision import full_precision, products_dtype, wide_dtype
+from ..ops.precision import for_products, full_precision, products_dtype, wide_dtype
 from ..ops.retention import retention_chunkwise, retention_parallel, retention_recurrent
 from ..ops.rotary import Rotation
 from .attention import HybridOptions
@@ -286,8 +286,7 @@ class MultiScaleRetention(Mixer):
         config, heads = self.config, self.config.num_heads
         if shared is None:
             shared, _ = self.shared(describe_tokens(hidden), {})
-        products = products_dtype(hidden.device)
-        x = hidden if products is None else hidden.to(products)  # once, not for each projection
+        x, products = for_products(hidden), products_dtype(hidden.device)
         q = split_heads(self.q_proj(x), heads)
         k, v = (split_heads(f(x), config.key_value_heads) for f in (self.k_proj, self.v_proj))
         with full_precision(hidden.device):

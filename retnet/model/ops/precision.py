@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,11 +29,16 @@ def products_dtype(device: torch.device) -> torch.dtype | None:
     return narrow if narrow == torch.bfloat16 else None
 
 
+def for_products(x: Tensor) -> Tensor:
+    """x in the type of the products that are to read it: cast once, however many they are."""
+    return x.to(products_dtype(x.device) or x.dtype)
+
+
 def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs with autocast off on the device of its first tensor."""
 
     @functools.wraps(function)
-    def wrapped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with full_precision(x.device):
             return function(x, *args, **kwargs)
 
