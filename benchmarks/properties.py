@@ -7,7 +7,7 @@ situation and computes it in both ways.
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,6 +208,18 @@ def typical_rounding(case: Case) -> float:
     return ((value - expected).pow(2).mean().sqrt() / expected.std()).item()
 
 
+def gradient_rounding(case: Case) -> float:
+    """The typical error of one pass's gradients in any mode, in units of the typical entry."""
+    batch, mode = case.batch(), case.mode()
+    whole = [slice(0, batch["input_ids"].shape[1])]
+    exact = replace(case, model=case.wide, precision="float64")
+    found, expected = (
+        torch.cat([x.flatten().double() for x in _gradients(own, batch, whole, [mode])])
+        for own in (case, exact)
+    )
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def _generate(case: Case, batch: dict[str, Any], **options: Any) -> Tensor:
     model: Any = case.model  # transformers types generate's self as a protocol
     with case.autocast():
@@ -292,4 +304,5 @@ PROPERTIES = (
     Property("left-padded batch = single, 4 beams", beams_batched, "tokens", every=4),
     Property("the precision itself: error against float64", rounding),
     Property("the same, root mean square", typical_rounding),
+    Property("the same, of gradients", gradient_rounding, "gradients", limits=(1e-10, 1e-3)),
 )
