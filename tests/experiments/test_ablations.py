@@ -130,7 +130,7 @@ def test_one_table_from_runs_that_are_reused(arguments, tmp_path, capsys, monkey
         "parameters, width", "width", "parameters, width", "parameters",
     ]  # fmt: skip
     assert full["parameters"] == by_name["no-gate-equal-width"]["parameters"] + 16 * 32
-    assert "untuned: all have the recipe's train.learning_rate (0.02)" in printed.out
+    assert "untuned: all have the recipe's train.learning_rate (0.005)" in printed.out
     assert "run 8 of 8" in printed.err
 
     assert cli.run(ablations.main, given) == 0
