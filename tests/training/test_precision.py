@@ -65,7 +65,7 @@ def test_a_busy_moment_of_the_machine_is_that_of_both_types(busy: range, monkeyp
     assert precision._times_as_long() == 1.0
 
 
-def test_bfloat16_is_refused_after_a_second_look_alone(monkeypatch, said) -> None:
+def test_bfloat16_is_refused_after_a_second_look_alone(decide, monkeypatch, said) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(precision.time, "sleep", pauses.append)
     for looks, slow in ([1.5], False), ([6.3, 1.5], False), ([1.7, 1.6], True), ([1.6, 1.7], True):
@@ -76,7 +76,6 @@ def test_bfloat16_is_refused_after_a_second_look_alone(monkeypatch, said) -> Non
         assert precision._bfloat16_is_slow() == slow and next(left, None) is None
         assert pauses == [precision.PAUSE] * (len(looks) - 1)
     assert said == ["train.precision (auto): fp32, as bfloat16 takes 1.6 times as long"] * 2
-    precision._bfloat16_is_slow.cache_clear()
 
 
 @pytest.mark.parametrize(("on_cpu", "chosen"), [(True, "fp32"), (False, "bf16")])

@@ -38,7 +38,7 @@ def no_change(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_norm(x: Tensor, gate: Tensor | None, kind: str, eps: float) -> Tensor:
-    """The norm of x in the type of the gate, times swish(gate); computed in at least float32.
+    """The norm of x, computed in at least float32, in the type of the gate; times swish(gate).
 
     Args:
         x: [B, T, H, V].
